@@ -1,0 +1,41 @@
+# make demo    a short tour of pretraining and evaluation on synthetic images, on whatever machine this is
+# make test    the test suite (SKIPLESS_TEST_DATA=FOLDER adds the tests on real images, see CONTRIBUTING.md)
+# make lint    ruff and mypy
+# make clean   remove the virtual environment and the caches
+#
+# The first call installs everything into .venv. To use an environment of your own instead: make test PY=python
+# Other choices: PYTHON=python3.12 builds .venv with that interpreter; EXTRA=cpu or EXTRA=gpu overrules the GPU check.
+
+PYTHON = python3
+EXTRA = $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+PY = .venv/bin/python
+ENVIRONMENT = $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
+
+.PHONY: help demo test lint clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+demo: $(ENVIRONMENT)
+	$(PY) examples/demo.py
+
+# -P keeps the repository itself off the search path, so that a mistake in ssl/ is reported by its test and cannot stop pytest.
+test: $(ENVIRONMENT)
+	$(PY) -P -m pytest -q --durations=5
+
+lint: $(ENVIRONMENT)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+clean:
+	rm -rf .venv build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# One pip command for everything, so that torch, torchvision and xformers are resolved together.
+.venv/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "skipless needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1): name another, as in 'make PYTHON=python3.12 test'." >&2; exit 1; }
+	@echo "Installing skipless[$(EXTRA),dev] into .venv: 6 to 7 GB on Linux, most of it PyTorch with its CUDA libraries; a few minutes."
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[$(EXTRA),dev]"
+	@touch $@

@@ -1,0 +1,660 @@
+"""Synthetic scenes with exact masks, boxes and classes: the offline default data set.
+
+    python datasets/scenes.py --out data/scenes
+    python datasets/scenes.py --out data/small --train 500 --val 100 --size 64
+
+A scene shows one large object and up to three smaller ones, which may hide parts of each other, in front of a cluttered
+background. A class is a shape together with a family of textures (`CLASSES`). Colours, orientation, proportions,
+position, texture period and phase, illumination and noise are drawn from the same distributions for every class, so
+colour and coarse layout say next to nothing about the class, while any crop that shows enough texture or outline does.
+
+What `write_scenes` leaves under its root:
+
+    VOCdevkit/VOC2012/JPEGImages/NAME.jpg            RGB, size x size
+                      SegmentationClass/NAME.png     palette PNG: 0 background, n = the n-th line of classes.txt
+                      SegmentationObject/NAME.png    palette PNG: 0 background, n = the n-th object of the XML
+                      Annotations/NAME.xml           boxes, 1-based and inclusive, of the visible part of each object
+                      ImageSets/{Main,Segmentation}/{train,val,trainval}.txt
+                      classes.txt                    one class name a line, in label order, without background
+    train/CLASS/NAME.jpg, val/CLASS/NAME.jpg         the same images by the class of their largest visible object
+    scenes.json                                      the settings that made them
+
+There are no void pixels. The class folders hold relative symlinks (copies where the file system has no symlinks): give
+`ROOT/train` to pretraining and `ROOT/VOCdevkit` to whatever reads PASCAL VOC.
+"""
+
+import json
+import multiprocessing
+import os
+import secrets
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from tqdm import tqdm
+
+# float32 throughout; numpy's annotations widen what mixes it with Python numbers.
+Float = npt.NDArray[np.floating]
+
+CLASSES: tuple[str, ...] = (
+    "striped_disc",
+    "checkered_square",
+    "dotted_triangle",
+    "ringed_star",
+    "zigzag_cross",
+    "bricked_hexagon",
+    "woven_crescent",
+    "marbled_heart",
+    "spoked_gear",
+    "speckled_ring",
+)
+
+# Raised with every change of the drawing, so that a folder made by an older one is never mistaken for a new one.
+VERSION = 1
+SPLITS = ("train", "val")
+MIN_SIZE = 32
+
+# Visible share of an object's full area, image border and occluders taken together.
+_MAIN_VISIBLE = 0.65
+_OTHER_VISIBLE = 0.30
+_DIFFICULT_VISIBLE = 0.50
+_SCENES_PER_TASK = 16
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One visible object. `label` is its value in the class mask, 1..10: its class is `CLASSES[label - 1]`."""
+
+    label: int
+    #: Half-open box (x0, y0, x1, y1) of the visible pixels.
+    box: tuple[int, int, int, int]
+    #: The image border or another object makes the box smaller than the whole object's.
+    truncated: bool
+    #: Less than half of the object is visible.
+    difficult: bool
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A drawn scene; `objects[n - 1]` has the value n in `instance_mask`, and `objects[0]` shows the largest area."""
+
+    #: uint8 [S, S, 3], RGB.
+    image: npt.NDArray[np.uint8]
+    #: uint8 [S, S], 0 = background, else `SceneObject.label`.
+    class_mask: npt.NDArray[np.uint8]
+    #: uint8 [S, S], 0 = background, else 1 + index in `objects`.
+    instance_mask: npt.NDArray[np.uint8]
+    objects: list[SceneObject]
+
+
+# Shapes: signed distance to the outline, negative inside, for points [h, w] in units of the object's radius.
+
+
+def _box_distance(u: Float, v: Float, half_width: float, half_height: float) -> Float:
+    return np.maximum(np.abs(u) - half_width, np.abs(v) - half_height)
+
+
+def _star_distance(u: Float, v: Float) -> Float:
+    fold = np.float32(np.pi / 5)
+    radius, angle = np.hypot(u, v), np.abs(np.mod(np.arctan2(u, v), 2 * fold) - fold)
+    # One edge, from the tip (angle pi/5 after folding) to the notch (angle 0), repeated ten times by the fold.
+    x, y = radius * np.cos(angle), radius * np.sin(angle)
+    notch = 0.52
+    edge_x, edge_y = np.cos(fold) - notch, np.sin(fold)
+    return (edge_y * (x - notch) - edge_x * y) / np.float32(np.hypot(edge_x, edge_y))
+
+
+def _heart_distance(u: Float, v: Float) -> Float:
+    # A square standing on its corner and a disc on each of its two upper sides.
+    p, q = (u + v + 0.12) * np.float32(np.sqrt(0.5)), (v - u + 0.12) * np.float32(np.sqrt(0.5))
+    discs = np.minimum(np.hypot(p + 0.5, q), np.hypot(p, q + 0.5)) - 0.5
+    return np.minimum(_box_distance(p, q, 0.5, 0.5), discs)
+
+
+def _distance(label: int, u: Float, v: Float) -> Float:
+    match CLASSES[label - 1]:
+        case "striped_disc":
+            return np.hypot(u, v) - 0.85
+        case "checkered_square":
+            return _box_distance(u, v, 0.72, 0.72)
+        case "dotted_triangle":
+            return np.maximum(v, np.abs(u) * np.float32(np.sqrt(0.75)) - v / 2) - 0.54
+        case "ringed_star":
+            return _star_distance(u, v)
+        case "zigzag_cross":
+            return np.minimum(_box_distance(u, v, 0.95, 0.36), _box_distance(u, v, 0.36, 0.95))
+        case "bricked_hexagon":
+            return np.maximum(np.abs(v), np.abs(u) * np.float32(np.sqrt(0.75)) + np.abs(v) / 2) - 0.78
+        case "woven_crescent":
+            return np.maximum(np.hypot(u, v) - 0.98, 0.72 - np.hypot(u - 0.55, v))
+        case "marbled_heart":
+            return _heart_distance(u, v)
+        case "spoked_gear":
+            return np.hypot(u, v) - (0.82 + 0.14 * np.clip(2.5 * np.sin(8 * np.arctan2(v, u)), -1, 1))
+        case "speckled_ring":
+            return np.abs(np.hypot(u, v) - 0.64) - 0.30
+    raise AssertionError(label)
+
+
+# Textures: a pattern in -1..1, soft at its edges, for points [h, w] in units of the texture's period.
+
+
+# Middle of each class's range of periods, in radii, in the order of CLASSES.
+_PERIODS = (0.28, 0.46, 0.26, 0.36, 0.40, 0.44, 0.42, 0.38, 0.36, 0.30)
+
+
+def _lattice(x: Float) -> Float:
+    """Distance to the nearest whole number, 0..0.5."""
+    return np.abs(x - np.rint(x))
+
+
+def _texture(label: int, rng: np.random.Generator, x: Float, y: Float, period: float) -> Float:
+    """Pattern of class `label`, float32 [h, w] in -1..1; x and y are centred on the object, `period` is in radii."""
+    phase_x, phase_y = rng.random(2, np.float32)
+    sx, sy = x + phase_x, y + phase_y
+    match CLASSES[label - 1]:
+        case "striped_disc":
+            edge = 0.25 - _lattice(sx)
+        case "checkered_square":
+            return np.clip(12 * (0.25 - _lattice(sx / 2)) * 12 * (0.25 - _lattice(sy / 2)), -1, 1)
+        case "dotted_triangle":
+            sx = sx + 0.5 * np.mod(np.rint(sy), 2)
+            edge = 0.31 - np.hypot(_lattice(sx), _lattice(sy))
+        case "ringed_star":
+            edge = 0.25 - _lattice(np.hypot(x, y) + phase_x)
+        case "zigzag_cross":
+            edge = 0.25 - _lattice(sy + 1.6 * _lattice(sx / 1.6))
+        case "bricked_hexagon":
+            shifted = sx / 1.8 + 0.5 * np.mod(np.floor(sy), 2)
+            edge = np.minimum(1.8 * _lattice(shifted), _lattice(sy)) - 0.11
+        case "woven_crescent":
+            # Blocks of stripes, alternately along x and along y.
+            across = np.mod(np.floor(sx / 1.5) + np.floor(sy / 1.5), 2) < 1
+            edge = _lattice(np.where(across, sx, sy) * 2 / 1.5 + 0.25) - 0.25
+        case "marbled_heart":
+            edge = 0.25 - _lattice(0.5 * sx + 1.5 * _noise(rng, x.shape, 2 + round(2 / period)))
+        case "spoked_gear":
+            spokes = rng.integers(6, 10)
+            edge = (0.25 - _lattice(np.arctan2(y, x) * np.float32(spokes / (2 * np.pi)) + phase_x)) * 1.5
+        case "speckled_ring":
+            return np.clip(4 * _noise(rng, x.shape, 4 + round(5 / period)), -1, 1)
+        case _:
+            raise AssertionError(label)
+    return np.clip(10 * edge, -1, 1)
+
+
+def _noise(rng: np.random.Generator, shape: tuple[int, ...], cells: int) -> Float:
+    """Smooth noise, float32 [h, w], about -1..1, with `cells` random values a side."""
+    grid = rng.random((cells, cells), np.float32) * 2 - 1
+    return np.asarray(cv2.resize(grid, (shape[1], shape[0]), interpolation=cv2.INTER_CUBIC), np.float32)
+
+
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def _tints(rng: np.random.Generator, shape: tuple[int, ...]) -> Float:
+    """Colour without luma, changing smoothly from place to place: float32 [h, w, 3], to be added to a luma in 0..1."""
+    grid = rng.uniform(-1, 1, (3, 3, 3)).astype(np.float32) * np.float32(rng.uniform(0.05, 0.3))
+    grid -= (grid @ _LUMA)[..., None]
+    return np.asarray(cv2.resize(grid, (shape[1], shape[0]), interpolation=cv2.INTER_CUBIC), np.float32)
+
+
+def _background(rng: np.random.Generator, size: int) -> Float:
+    """Clutter without any of the classes' textures: float32 [size, size, 3], RGB in 0..1."""
+    shape = (size, size)
+    luma = rng.uniform(0.25, 0.75) + rng.uniform(0.1, 0.3) * _noise(rng, shape, int(rng.integers(2, 6)))
+
+    # Stretched, turned noise: a weak grain that has a direction.
+    stretch, angle = rng.uniform(1, 8), rng.uniform(0, np.pi)
+    cell = rng.uniform(0.012, 0.05) * size
+    cos, sin = np.cos(angle), np.sin(angle)
+    to_grain = np.array([[cos, sin], [-sin / stretch, cos / stretch]]) / cell
+    centre = to_grain @ np.array([size / 2, size / 2])
+    grain = cv2.warpAffine(
+        rng.random((128, 128), np.float32) - 0.5,
+        np.column_stack([to_grain, 64 - centre]),
+        shape,
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_WRAP,
+    )
+    luma += rng.uniform(0.05, 0.18) * np.asarray(grain, np.float32)
+    canvas = luma[..., None] + _tints(rng, shape)
+
+    picture = np.ascontiguousarray(np.clip(canvas * 255, 0, 255).astype(np.uint8))
+    for _ in range(rng.integers(4, 14)):
+        colour = rng.uniform(0, 255, 3).tolist()
+        centre = rng.uniform(0, size, 2)
+        kind = rng.integers(3)
+        if kind == 0:
+            bends = centre + np.cumsum(rng.normal(0, 0.12 * size, (rng.integers(2, 6), 2)), axis=0)
+            thickness = max(1, round(rng.uniform(0.006, 0.03) * size))
+            cv2.polylines(picture, [bends.astype(np.int32)], False, colour, thickness, cv2.LINE_AA)
+        elif kind == 1:
+            corners = centre + rng.normal(0, rng.uniform(0.03, 0.12) * size, (rng.integers(3, 6), 2))
+            cv2.fillPoly(picture, [corners.astype(np.int32)], colour, cv2.LINE_AA)
+        else:
+            axes = np.maximum(1, rng.uniform(0.02, 0.2, 2) * size).astype(int).tolist()
+            start, turn = rng.uniform(0, 360, 2)
+            thickness = max(1, round(rng.uniform(0.006, 0.03) * size))
+            middle = (int(centre[0]), int(centre[1]))
+            end = start + rng.uniform(60, 300)
+            cv2.ellipse(picture, middle, axes, turn, start, end, colour, thickness, cv2.LINE_AA)
+    return picture.astype(np.float32) / 255
+
+
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """An object's outline on the canvas, before occlusion; arrays cover the window [y0:y1, x0:x1]."""
+
+    label: int
+    radius: float
+    window: tuple[slice, slice]
+    u: Float
+    v: Float
+    distance: Float
+    inside: npt.NDArray[np.bool_]  # [size, size]
+    full_area: int
+    full_box: tuple[int, int, int, int]
+
+
+def _bounding_box(mask: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _place(rng: np.random.Generator, size: int, label: int, main: bool) -> _Placed:
+    radius = size / 2 * (rng.uniform(0.6, 0.95) if main else rng.uniform(0.2, 0.42))
+    margin = 0.3 if main else 0.08
+    centre_x, centre_y = rng.uniform(margin * size, (1 - margin) * size, 2)
+    angle, shear, aspect = rng.uniform(-0.3, 0.3), rng.uniform(-0.15, 0.15), np.exp(rng.uniform(-0.2, 0.2))
+    cos, sin = np.cos(angle), np.sin(angle)
+    to_pixels = radius * np.array([[cos, -sin], [sin, cos]]) @ np.array([[aspect, shear], [0, 1 / aspect]])
+    to_object = np.linalg.inv(to_pixels).astype(np.float32)
+
+    # The window holds the whole object, also what lies outside the image: its area and box are needed too.
+    reach = int(np.ceil(1.5 * radius)) + 2
+    x0, y0 = int(centre_x) - reach, int(centre_y) - reach
+    x = np.arange(x0, x0 + 2 * reach + 1, dtype=np.float32) + np.float32(0.5 - centre_x)
+    y = np.arange(y0, y0 + 2 * reach + 1, dtype=np.float32)[:, None] + np.float32(0.5 - centre_y)
+    u, v = to_object[0, 0] * x + to_object[0, 1] * y, to_object[1, 0] * x + to_object[1, 1] * y
+    distance = _distance(label, u, v)
+    whole = distance <= 0
+    left, top, right, bottom = _bounding_box(whole)
+
+    seen_x, seen_y = slice(max(x0, 0), min(x0 + len(x), size)), slice(max(y0, 0), min(y0 + len(y), size))
+    crop = (slice(seen_y.start - y0, seen_y.stop - y0), slice(seen_x.start - x0, seen_x.stop - x0))
+    inside = np.zeros((size, size), np.bool_)
+    inside[seen_y, seen_x] = whole[crop]
+    return _Placed(
+        label=label,
+        radius=radius,
+        window=(seen_y, seen_x),
+        u=u[crop],
+        v=v[crop],
+        distance=distance[crop],
+        inside=inside,
+        full_area=int(whole.sum()),
+        full_box=(left + x0, top + y0, right + x0, bottom + y0),
+    )
+
+
+def _visible_areas(back_to_front: list[_Placed]) -> list[int]:
+    areas = []
+    free = np.ones_like(back_to_front[0].inside)
+    for placed in reversed(back_to_front):
+        areas.append(int((placed.inside & free).sum()))
+        free &= ~placed.inside
+    return areas[::-1]
+
+
+def _arrange(rng: np.random.Generator, size: int, label: int) -> tuple[list[_Placed], _Placed]:
+    """Objects from back to front, and the main one: the largest visible, with no object nearly hidden."""
+    main = _place(rng, size, label, main=True)
+    while main.inside.sum() < 0.8 * main.full_area:
+        main = _place(rng, size, label, main=True)
+    arranged = [main]
+    smallest = max(8, 0.006 * size**2)
+    for _ in range(rng.integers(0, 4)):
+        for _ in range(4):
+            other = _place(rng, size, int(rng.integers(1, len(CLASSES) + 1)), main=False)
+            trial = arranged.copy()
+            trial.insert(int(rng.integers(0, len(arranged) + 1)), other)
+            areas = dict(zip(trial, _visible_areas(trial), strict=True))
+            main_area = areas.pop(main)
+            if main_area >= _MAIN_VISIBLE * main.full_area and all(
+                max(smallest, _OTHER_VISIBLE * placed.full_area) <= area < main_area for placed, area in areas.items()
+            ):
+                arranged = trial
+                break
+    return arranged, main
+
+
+def _paint(rng: np.random.Generator, canvas: Float, placed: _Placed) -> None:
+    """Draw one object, with its shadow, over `canvas` in place."""
+    size = len(canvas)
+    if rng.random() < 0.5:
+        shift_x, shift_y = rng.uniform(-0.03, 0.03, 2) * size
+        move = np.array([[1, 0, shift_x], [0, 1, shift_y]])
+        shadow = cv2.warpAffine(placed.inside.astype(np.float32), move, (size, size))
+        shadow = cv2.GaussianBlur(shadow, (0, 0), rng.uniform(0.01, 0.03) * size)
+        canvas *= 1 - rng.uniform(0.2, 0.5) * np.asarray(shadow, np.float32)[..., None]
+
+    period = _PERIODS[placed.label - 1] * rng.uniform(0.85, 1.15)
+    pattern = _texture(placed.label, rng, placed.u / np.float32(period), placed.v / np.float32(period), period)
+    # Both colours of the pattern change across the object, so that the colour of one part does not tell another's.
+    mix = 0.5 + 0.5 * pattern
+    contrast = rng.uniform(0.35, 0.6)
+    luma = rng.uniform(0.05, 0.95 - contrast) + contrast * (mix if rng.random() < 0.5 else 1 - mix)
+    first, second = _tints(rng, luma.shape), _tints(rng, luma.shape)
+    colour = luma[..., None] + first + (second - first) * mix[..., None]
+
+    lit = rng.uniform(-0.2, 0.2, 2).astype(np.float32)
+    shade = 1 + lit[0] * placed.u + lit[1] * placed.v
+    rim = rng.uniform(0, 0.35) * np.clip(1 + placed.distance / 0.12, 0, 1)
+    colour *= (shade * (1 - rim)).astype(np.float32)[..., None]
+
+    coverage = np.clip(0.5 - placed.distance * np.float32(placed.radius), 0, 1)[..., None]
+    region = canvas[placed.window]
+    region += coverage * (colour - region)
+
+
+def render_scene(rng: np.random.Generator, size: int = 128, label: int | None = None) -> Scene:
+    """Draw one scene of `size` x `size` pixels.
+
+    Args:
+        rng: Source of everything random: equal generators give equal scenes.
+        size: Side in pixels, at least 32.
+        label: Class of the main object, 1..10; drawn from `rng` where None.
+
+    Raises:
+        ValueError: `size` or `label` out of range.
+
+    Example:
+        >>> scene = render_scene(np.random.default_rng(0), size=64)
+        >>> scene.image.shape, CLASSES[scene.objects[0].label - 1]
+    """
+    if size < MIN_SIZE:
+        raise ValueError(f"size is {size}: a scene needs at least {MIN_SIZE} pixels a side; choose a larger size.")
+    if label is not None and not 1 <= label <= len(CLASSES):
+        raise ValueError(f"label is {label}: choose one of 1..{len(CLASSES)}, the values of the class mask.")
+    if label is None:
+        label = int(rng.integers(1, len(CLASSES) + 1))
+
+    back_to_front, main = _arrange(rng, size, label)
+    canvas = _background(rng, size)
+    for placed in back_to_front:
+        _paint(rng, canvas, placed)
+
+    light = rng.uniform(-0.25, 0.25, 2).astype(np.float32)
+    ramp = np.linspace(-1, 1, size, dtype=np.float32)
+    canvas *= (1 + light[0] * ramp + light[1] * ramp[:, None])[..., None]
+    canvas = np.asarray(cv2.GaussianBlur(canvas, (0, 0), 0.003 * size), np.float32)
+    canvas += np.float32(0.015) * rng.standard_normal(canvas.shape, np.float32)
+    image = np.clip(255 * canvas + 0.5, 0, 255).astype(np.uint8)
+
+    order = [main] + [placed for placed in back_to_front if placed is not main]
+    instance_mask = np.zeros((size, size), np.uint8)
+    for placed in back_to_front:
+        instance_mask[placed.inside] = 1 + order.index(placed)
+    class_mask = np.array([0] + [placed.label for placed in order], np.uint8)[instance_mask]
+
+    objects = []
+    for number, placed in enumerate(order, start=1):
+        visible = instance_mask == number
+        box = _bounding_box(visible)
+        objects.append(
+            SceneObject(
+                label=placed.label,
+                box=box,
+                truncated=box != placed.full_box,
+                difficult=bool(visible.sum() < _DIFFICULT_VISIBLE * placed.full_area),
+            )
+        )
+    return Scene(image, class_mask, instance_mask, objects)
+
+
+def _voc_palette() -> list[int]:
+    """VOC's colour map (devkit, VOClabelcolormap.m): 256 RGB triples, the bits of the index dealt out to R, G and B."""
+    palette = []
+    for index in range(256):
+        for channel in range(3):
+            palette.append(sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)))
+    return palette
+
+
+_PALETTE = _voc_palette()
+
+
+def _save_mask(mask: npt.NDArray[np.uint8], path: Path) -> None:
+    picture = Image.fromarray(mask)
+    picture.putpalette(_PALETTE)
+    picture.save(path)
+
+
+def _annotation(name: str, scene: Scene) -> str:
+    height, width = scene.class_mask.shape
+    lines = [
+        "<annotation>",
+        "\t<folder>VOC2012</folder>",
+        f"\t<filename>{name}.jpg</filename>",
+        f"\t<size><width>{width}</width><height>{height}</height><depth>3</depth></size>",
+        "\t<segmented>1</segmented>",
+    ]
+    for item in scene.objects:
+        x0, y0, x1, y1 = item.box
+        lines += [
+            "\t<object>",
+            f"\t\t<name>{CLASSES[item.label - 1]}</name>",
+            "\t\t<pose>Unspecified</pose>",
+            f"\t\t<truncated>{int(item.truncated)}</truncated>",
+            f"\t\t<difficult>{int(item.difficult)}</difficult>",
+            f"\t\t<bndbox><xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox>",
+            "\t</object>",
+        ]
+    return "\n".join([*lines, "</annotation>", ""])
+
+
+def _name(split: str, index: int) -> str:
+    return f"{split}_{index:06d}"
+
+
+def _write_scene(root: Path, size: int, seed: int, split: str, index: int) -> None:
+    # Labels go round, so that every class is equally frequent among the main objects of a split.
+    label = 1 + index % len(CLASSES)
+    scene = render_scene(np.random.default_rng((seed, SPLITS.index(split), index)), size, label)
+    voc, name = root / "VOCdevkit" / "VOC2012", _name(split, index)
+    Image.fromarray(scene.image).save(voc / "JPEGImages" / f"{name}.jpg", quality=92)
+    _save_mask(scene.class_mask, voc / "SegmentationClass" / f"{name}.png")
+    _save_mask(scene.instance_mask, voc / "SegmentationObject" / f"{name}.png")
+    (voc / "Annotations" / f"{name}.xml").write_text(_annotation(name, scene), encoding="utf-8")
+
+    folder = root / split / CLASSES[label - 1]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        os.symlink(Path("../../VOCdevkit/VOC2012/JPEGImages", f"{name}.jpg"), folder / f"{name}.jpg")
+    except OSError:  # a file system without symlinks, or Windows without the right to make them
+        shutil.copyfile(voc / "JPEGImages" / f"{name}.jpg", folder / f"{name}.jpg")
+
+
+def _write_range(root: Path, size: int, seed: int, split: str, indices: range) -> int:
+    cv2.setNumThreads(1)
+    for index in indices:
+        _write_scene(root, size, seed, split, index)
+    return len(indices)
+
+
+def _start_worker() -> None:
+    # Ctrl-C reaches every process of the terminal: only the parent answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _run(tasks: list[partial[int]], workers: int) -> Iterator[int]:
+    """Run `tasks`, in this process or in `workers` others, and yield what each returns as it finishes."""
+    if workers == 1:
+        for task in tasks:
+            yield task()
+        return
+    # Spawned, not forked: the caller may hold threads or a GPU.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    try:
+        for future in as_completed([pool.submit(task) for task in tasks]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _already_written(root: Path, settings: dict[str, int]) -> bool:
+    """Whether `root` holds the scenes of `settings`; ValueError if it holds anything else."""
+    if not root.exists():
+        return False
+    if not root.is_dir():
+        raise ValueError(f"{root} is a file: scenes are written as a folder; choose another path.")
+    record = root / "scenes.json"
+    if not record.exists():
+        if any(root.iterdir()):
+            raise ValueError(f"{root} holds files other than scenes: choose a new or an empty folder.")
+        return False
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{record} cannot be read ({error}): delete {root} or choose another folder.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{record} does not hold the settings of scenes: delete {root} or choose another folder.")
+    differing = [
+        f"{field} = {found.get(field)} (asked for: {value})"
+        for field, value in settings.items()
+        if found.get(field) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{root} already holds scenes with {', '.join(differing)}: delete it, choose another folder, "
+            "or ask for the same settings."
+        )
+    return True
+
+
+def write_scenes(
+    root: str | Path,
+    train: int = 3000,
+    val: int = 600,
+    size: int = 128,
+    seed: int = 0,
+    workers: int | None = None,
+) -> None:
+    """Write a data set of scenes under `root`, in the layout described at the top of this file.
+
+    The files depend on the settings alone, not on the number of processes. The folder appears whole or not at all. A
+    folder that already holds scenes of the same settings is left as it is, with a line on stderr that says so.
+
+    Args:
+        root: Folder to make; it must not exist, be empty, or hold scenes of the same settings.
+        train: Number of training scenes, at least 1.
+        val: Number of validation scenes, at least 1.
+        size: Side of the images in pixels, at least 32.
+        seed: Everything random follows from it, 0 or larger. Scene i of a split is the same whatever the counts.
+        workers: Number of processes; None = one for each available core, fewer for few scenes.
+
+    Raises:
+        ValueError: A setting out of range, or a `root` that is a file or holds anything else.
+        OSError: The folder cannot be written.
+    """
+    for field, value, least in (("train", train, 1), ("val", val, 1), ("size", size, MIN_SIZE), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{field} is {value}: choose {least} or more.")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}: choose 1 or more, or leave it out for one a core.")
+
+    # Resolved, so that the temporary folder lies beside the real one also where `root` is a symlink.
+    root = Path(root).expanduser().resolve()
+    counts = {"train": train, "val": val}
+    settings = {"version": VERSION, "seed": seed, **counts, "size": size}
+    if _already_written(root, settings):
+        print(f"{root} already holds these scenes: nothing to do.", file=sys.stderr)
+        return
+
+    root.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = root.with_name(f".{root.name}.unfinished-{secrets.token_hex(4)}")
+    try:
+        voc = unfinished / "VOCdevkit" / "VOC2012"
+        for folder in ("JPEGImages", "SegmentationClass", "SegmentationObject", "Annotations"):
+            (voc / folder).mkdir(parents=True)
+        names = {split: [_name(split, index) for index in range(count)] for split, count in counts.items()}
+        for task in ("Main", "Segmentation"):
+            lists = voc / "ImageSets" / task
+            lists.mkdir(parents=True)
+            for split, of_split in {**names, "trainval": names["train"] + names["val"]}.items():
+                (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in of_split), encoding="utf-8")
+        (voc / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES), encoding="utf-8")
+
+        tasks = [
+            partial(_write_range, unfinished, size, seed, split, range(start, min(start + _SCENES_PER_TASK, count)))
+            for split, count in counts.items()
+            for start in range(0, count, _SCENES_PER_TASK)
+        ]
+        # Starting a process costs about as much as drawing a hundred scenes.
+        processes = min(workers or _available_cores(), -(-len(tasks) // 4))
+        with tqdm(total=train + val, desc=f"scenes in {root}", unit="scene") as progress:
+            for done in _run(tasks, processes):
+                progress.update(done)
+        (unfinished / "scenes.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        try:
+            if root.exists():
+                root.rmdir()
+            unfinished.rename(root)
+        except OSError:
+            # Another process (the next rank, say) may have written the same scenes meanwhile.
+            if not _already_written(root, settings):
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def main() -> None:
+    """Command line: see the docstring of this file."""
+    from jsonargparse import auto_cli
+
+    def scenes(
+        out: Path = Path("data/scenes"),
+        train: int = 3000,
+        val: int = 600,
+        size: int = 128,
+        seed: int = 0,
+        workers: int | None = None,
+    ) -> None:
+        """Write synthetic scenes with exact masks, boxes and classes, in PASCAL VOC's layout.
+
+        Args:
+            out: Folder to make. It appears whole or not at all; one that already holds these scenes is left as it is.
+            train: Number of training scenes.
+            val: Number of validation scenes.
+            size: Side of the images in pixels, at least 32.
+            seed: Everything random follows from it: the same seed, the same files.
+            workers: Number of processes; by default one for each available core. Does not change the files.
+        """
+        write_scenes(out, train, val, size, seed, workers)
+
+    try:
+        auto_cli(scenes)
+    except KeyboardInterrupt:
+        sys.exit("Stopped: nothing was written.")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Checkpoints that appear whole or not at all, and the exported backbone."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from skipless.ssl.vit import VisionTransformer
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, bring it to the disk, and rename it to `path`."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    write_atomically(path, lambda beside: beside.write_text(text))
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write `folder`/step-N.pt, point last.pt at it, and delete all but the `keep` newest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step}.pt"
+    write_atomically(path, lambda beside: torch.save(state, beside))
+    link = folder / ".last.pt"
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.name)
+    os.replace(link, folder / "last.pt")
+    by_step = sorted(folder.glob("step-*.pt"), key=lambda p: int(p.stem.removeprefix("step-")))
+    for old in by_step[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, without unpickling anything but tensors and plain values.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds something else.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({reason}); it is damaged or of another kind"
+        ) from None
+    if not isinstance(state, dict) or "student" not in state:
+        raise ValueError(f"{path} is no checkpoint of a pretraining run: it has no student; give one from checkpoints/")
+    return state
+
+
+def export_backbone(folder: Path, backbone: VisionTransformer, about: dict[str, Any]) -> None:
+    """Write backbone.safetensors (float32) and backbone.json (`architecture` and `about`) into a run's folder."""
+    tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in backbone.state_dict().items()}
+    write_atomically(folder / "backbone.safetensors", lambda beside: save_file(tensors, beside))
+    write_text(folder / "backbone.json", json.dumps({"architecture": backbone.architecture, **about}, indent=1) + "\n")
+
+
+def load_run_backbone(folder: str | Path) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The backbone that a run exported, in evaluation mode, and what backbone.json says.
+
+    Raises:
+        ValueError: the folder has no exported backbone.
+
+    Example:
+        >>> backbone, about = load_run_backbone("runs/demo")  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    if not (folder / "backbone.json").exists():
+        raise ValueError(f"{folder} has no backbone.json; give the folder of a finished pretraining run")
+    about = json.loads((folder / "backbone.json").read_text())
+    backbone = VisionTransformer(**about["architecture"])
+    backbone.load_state_dict(load_file(folder / "backbone.safetensors"))
+    return backbone.eval(), about

@@ -1,0 +1,214 @@
+"""The DINO objective (arXiv 2104.14294): projection head, student and teacher, loss, and measures of collapse."""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from skipless.ssl.distributed import all_reduce_max, all_reduce_mean, all_reduce_sum
+from skipless.ssl.vit import VisionTransformer
+
+Pool = Literal["cls", "mean"]
+
+
+class DINOHead(nn.Module):
+    """Projection head: three layers with GELU, l2 normalisation, and a weight-normed linear layer onto prototypes.
+
+    Args:
+        dim: width of the input; prototypes: number of outputs (K).
+        hidden, bottleneck: widths of the first two layers and of the third.
+        norm_last_layer: keep every prototype at length 1 (stable), or let its length be learned (DINO's ViT-S).
+    """
+
+    def __init__(
+        self, dim: int, prototypes: int, hidden: int = 2048, bottleneck: int = 256, norm_last_layer: bool = True
+    ):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+        )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.last_layer = weight_norm(nn.Linear(bottleneck, prototypes, bias=False))
+        length = self.last_layer.parametrizations.weight.original0
+        nn.init.ones_(length)
+        length.requires_grad_(not norm_last_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, dim] -> logits [N, K]."""
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1, eps=1e-6))
+
+
+class DINOModel(nn.Module):
+    """A backbone and a projection head; student and teacher are one each.
+
+    `pool` says what the head reads: "cls", the class token, or "mean", the mean of the patch tokens. Attention that is
+    close to the identity at the start, as the skipless initialization makes it, gives a class token nothing but itself:
+    every image then has the same one, and training does not start. The mean of the patches avoids that.
+    """
+
+    def __init__(self, backbone: VisionTransformer, head: DINOHead, pool: Pool = "cls"):
+        super().__init__()
+        if pool not in ("cls", "mean"):
+            raise ValueError(f"pool is {pool!r}; choose cls or mean")
+        self.backbone, self.head, self.pool = backbone, head, pool
+
+    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+        """Batches of crops [N_i, 3, H_i, W_i], one for each size -> logits [sum N_i, K], in the same order."""
+        tokens = self.backbone(crops)
+        patches_from = 1 + self.backbone.registers
+        pooled = [t[:, 0] if self.pool == "cls" else t[:, patches_from:].mean(dim=1) for t in tokens]
+        return self.head(torch.cat(pooled))
+
+
+def make_teacher(student: DINOModel) -> DINOModel:
+    """A copy of the student that no gradient reaches, and that drops no paths."""
+    return copy.deepcopy(student).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, for all parameters in a few kernels."""
+    pairs = zip(teacher.parameters(), student.parameters(), strict=True)
+    targets, sources = zip(*((t, s) for t, s in pairs), strict=True)
+    torch._foreach_lerp_(targets, sources, 1 - momentum)
+
+
+class DINOOutput(NamedTuple):
+    """The loss of a micro-batch (with gradient) and what tells collapse from learning (without), in nats."""
+
+    loss: Tensor  # mean cross-entropy over the pairs of different views
+    teacher_entropy: Tensor  # mean entropy of the teacher's distributions; ln K when they are uniform
+    kl: Tensor  # loss - teacher_entropy; 0 when the student has nothing to learn
+    usage_entropy: Tensor  # entropy of the teacher's mean distribution; 0 when all images share a prototype
+
+
+class DINOLoss(nn.Module):
+    """Cross-entropy between the teacher's view of a global crop and the student's view of every other crop.
+
+    The teacher's logits are centred (arXiv 2104.14294, eq. 4) or balanced by Sinkhorn-Knopp (arXiv 2006.09882, as in
+    DINOv2). The centre moves once per optimizer step, in `update_centre`, whatever the number of micro-batches.
+    Sinkhorn-Knopp balances each micro-batch, over all processes.
+
+    Args:
+        prototypes: K.
+        student_temperature: of the student's softmax.
+        centre_momentum: of the moving average of the teacher's mean logits.
+        balancing: "centre" or "sinkhorn".
+    """
+
+    centre: Tensor
+    _logit_sum: Tensor
+
+    def __init__(
+        self,
+        prototypes: int,
+        student_temperature: float = 0.1,
+        centre_momentum: float = 0.9,
+        balancing: Literal["centre", "sinkhorn"] = "centre",
+    ):
+        super().__init__()
+        self.student_temperature, self.centre_momentum = student_temperature, centre_momentum
+        self.balancing = balancing
+        self.register_buffer("centre", torch.zeros(prototypes))
+        self.register_buffer("_logit_sum", torch.zeros(prototypes), persistent=False)
+        self._logit_count = 0
+
+    def forward(self, student: Tensor, teacher: Tensor, views: int, temperature: float) -> DINOOutput:
+        """The loss of one micro-batch of B images.
+
+        Args:
+            student: logits [views * B, K], view by view, the two global views first.
+            teacher: logits [2 * B, K] of the global views.
+            views: global and local views together.
+            temperature: of the teacher's softmax.
+
+        The mean over all pairs (teacher view t, student view s != t) of H(p_t, q_s) = -<p_t, log q_s>, where log q =
+        z - logsumexp(z), z = logits / student_temperature. As it is bilinear, the sum over all pairs is
+        <sum_t p_t, sum_s log q_s>, less the pairs t = s: no pair is ever formed.
+        """
+        p = self._assign(teacher.detach(), temperature).unflatten(0, (2, -1))  # [2, B, K]
+        z = (student.float() / self.student_temperature).unflatten(0, (views, -1))  # [V, B, K]
+        batch = p.shape[1]
+        log_norm = torch.logsumexp(z, dim=-1)  # [V, B]
+        # sum_s <p, log q_s> = <p, sum_s z_s> - sum_s logsumexp(z_s), since p sums to 1.
+        all_pairs = (p.sum(0) * z.sum(0)).sum() - 2 * log_norm.sum()
+        same_view = (p * z[:2]).sum() - log_norm[:2].sum()
+        loss = -(all_pairs - same_view) / (2 * (views - 1) * batch)
+
+        with torch.no_grad():
+            self._logit_sum += teacher.float().sum(0)
+            self._logit_count += len(teacher)
+            entropy = torch.special.entr(p).sum() / (2 * batch)
+            usage = torch.special.entr(p.mean((0, 1))).sum()
+        return DINOOutput(loss, entropy, loss.detach() - entropy, usage)
+
+    @torch.no_grad()
+    def _assign(self, logits: Tensor, temperature: float) -> Tensor:
+        """The teacher's distributions over prototypes: [N, K] -> [N, K] in float32, rows sum to 1."""
+        if self.balancing == "centre":
+            return ((logits.float() - self.centre) / temperature).softmax(dim=-1)
+        return sinkhorn_knopp(logits, temperature)
+
+    @torch.no_grad()
+    def update_centre(self) -> None:
+        """Move the centre towards the mean teacher logit of all micro-batches since the last call, on all processes."""
+        mean = all_reduce_mean(self._logit_sum / self._logit_count)
+        self.centre.lerp_(mean, 1 - self.centre_momentum)
+        self._logit_sum.zero_()
+        self._logit_count = 0
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Distributions that use all prototypes equally over the batch of all processes (arXiv 2006.09882, section 3.1).
+
+    Args:
+        logits: [N, K], this process's share of the batch.
+
+    Returns:
+        [N, K] in float32; rows sum to 1, and the more iterations, the closer columns come to equal sums.
+    """
+    scaled = logits.float() / temperature
+    q = (scaled - all_reduce_max(scaled.max())).exp()  # a common factor cancels
+    for _ in range(iterations):
+        q /= all_reduce_sum(q.sum(dim=0)).clamp_min(1e-30)
+        q /= q.sum(dim=1, keepdim=True).clamp_min(1e-30)
+    return q
+
+
+def diagnose_collapse(
+    loss: float, teacher_entropy: float, kl: float, usage_entropy: float, prototypes: int
+) -> str | None:
+    """One sentence with the likely cause and the remedy when training has collapsed, otherwise None.
+
+    Args:
+        loss, teacher_entropy, kl, usage_entropy: averages of `DINOOutput` over the steps since the last log line.
+        prototypes: K.
+    """
+    ceiling = math.log(prototypes)
+    if not all(map(math.isfinite, (loss, teacher_entropy, kl))):
+        return (
+            "the loss is not finite: lower the learning rate (--optimizer.lr) or clip gradients harder "
+            "(--clip_grad); in bf16, check that no image is constant"
+        )
+    if usage_entropy < 0.05 * ceiling:
+        return (
+            f"all images get the same prototype (usage entropy {usage_entropy:.3f} of at most {ceiling:.2f}): the "
+            "teacher is too sharp or the centre too slow; raise --dino.teacher_temperature, lower "
+            "--dino.centre_momentum, or set --dino.balancing sinkhorn"
+        )
+    if teacher_entropy > 0.995 * ceiling and loss > 0.995 * ceiling:
+        return (
+            f"the teacher is uniform and the loss sits at ln K = {ceiling:.2f}: images look alike to the network; "
+            "for a skipless model set --model.pool mean and --model.init small, otherwise lower "
+            "--dino.teacher_temperature, lengthen the warm-up, or lower the learning rate"
+        )
+    return None

@@ -1,0 +1,85 @@
+"""What a run says: metrics.jsonl, TensorBoard, W&B, and one progress line."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class RunLog:
+    """Writes metrics where people look for them. On all processes but the first it does nothing.
+
+    A resumed run appends: lines of metrics.jsonl past the step it resumes from are dropped first, so that each step is
+    there once.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], start: int, total: int, active: bool, wandb: bool):
+        self.active = active
+        self.wandb: Any = None
+        if not active:
+            return
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if _step(line) <= start]
+            path.write_text("".join(line + "\n" for line in lines))
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115
+        self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=start + 1 if start else None)
+        if wandb:
+            if importlib.util.find_spec("wandb") is None:
+                raise ValueError("wandb is true, but the package is not installed; pip install wandb, or leave it out")
+            import wandb as package
+
+            self.wandb = package.init(project="skipless", name=folder.name, dir=folder, config=settings, resume="allow")
+        self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05, mininterval=0.5)
+
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+        if self.active:
+            self.bar.update()
+
+    def metrics(self, step: int, epoch: float, values: dict[str, Any]) -> None:
+        """Record values at a step: numbers, and lists of numbers by block."""
+        if not self.active:
+            return
+        self.file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+        flat: dict[str, float] = {}
+        for name, value in values.items():
+            entries = (
+                {f"{name}/block_{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
+            )
+            flat |= {key: v for key, v in entries.items() if isinstance(v, int | float)}
+        for name, value in flat.items():
+            self.tensorboard.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(flat, step=step)
+
+    def progress(self, text: str) -> None:
+        """The text at the end of the progress line."""
+        if self.active:
+            self.bar.set_postfix_str(text)
+
+    def say(self, text: str) -> None:
+        """A line for people, above the progress bar."""
+        if self.active:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Bring everything to the disk."""
+        if self.active:
+            self.bar.close()
+            self.file.close()
+            self.tensorboard.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+
+def _step(line: str) -> float:
+    """A line's step; a line cut short by a crash counts as one from the future."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")

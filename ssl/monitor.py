@@ -1,0 +1,185 @@
+"""Is it learning? k-NN accuracy and token statistics of every block, on labelled images, during training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from skipless.datasets.images import ImageSource, UnreadableImage, open_images
+from skipless.ssl.conditioning import effective_rank, mean_share
+from skipless.ssl.crops import center_crop, normalize
+from skipless.ssl.dino import Pool
+from skipless.ssl.distributed import gather_objects, rank, world_size
+from skipless.ssl.vit import VisionTransformer
+
+
+@dataclass
+class MonitorSettings:
+    """How training is watched, where labels exist. Labels are never trained on."""
+
+    every_epochs: int = 10
+    """Epochs between two measurements; also before the first and after the last. 0 turns the monitor off."""
+    path: str | None = None
+    """Labelled images to classify, as class folders. By default the folder `val` beside a data.path that is called
+    `train`; without it, every tenth training image."""
+    size: int | None = None
+    """Side of the images in pixels, after a resize of the short side to 8/7 of it; by default crops.global_size."""
+    k: int = 20
+    """Neighbours that vote, weighted by exp(cosine similarity / 0.07)."""
+    max_images: int = 10000
+    """At most so many images are used as neighbours, and as many are classified, evenly spread over the set."""
+
+    def __post_init__(self) -> None:
+        if self.every_epochs < 0 or self.k < 1 or self.max_images < 1:
+            raise ValueError(
+                "monitor.every_epochs cannot be negative; monitor.k and monitor.max_images must be at least 1"
+            )
+
+
+class LabelledImages(Dataset):
+    """Centre crops of some images of a source, uint8 [S, S, 3], with their labels. Unreadable images come as None."""
+
+    def __init__(self, images: ImageSource, indices: np.ndarray, labels: np.ndarray, size: int):
+        self.images, self.indices, self.labels, self.size = images, indices, labels, size
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int] | None:
+        resize = round(self.size * 8 / 7)
+        try:
+            image = self.images.read(int(self.indices[position]), min_side=resize)
+        except UnreadableImage:
+            return None
+        return torch.from_numpy(center_crop(image, self.size, resize)), int(self.labels[position])
+
+
+def labelled_sets(
+    images: ImageSource, settings: MonitorSettings, size: int
+) -> tuple[LabelledImages, LabelledImages, str] | None:
+    """Neighbours and queries for the monitor and a sentence that says what they are; None without labels.
+
+    Raises:
+        ValueError: `settings.path` is given, but its class folders are not those of the training images.
+    """
+    if images.labels is None:
+        if settings.path:
+            raise ValueError(
+                f"monitor.path is {settings.path}, but {images.root} has no class folders to take neighbours from; "
+                "give class folders as data.path, or leave monitor.path out"
+            )
+        return None
+    path = Path(settings.path) if settings.path else images.root.parent / "val"
+    if settings.path or (images.root.name == "train" and path.is_dir()):
+        queries = open_images(path)
+        if queries.labels is None or not set(queries.classes) <= set(images.classes):
+            raise ValueError(
+                f"{path} does not have the class folders of {images.root}; give --monitor.path a folder that does"
+            )
+        number = {name: position for position, name in enumerate(images.classes)}
+        query_labels = np.array([number[name] for name in queries.classes])[queries.labels]
+        bank_rows, query_rows = np.arange(len(images)), np.arange(len(queries))
+        said = f"images of {path}, neighbours from {images.root}"
+    else:
+        queries, query_labels = images, images.labels
+        tenth = np.arange(len(images)) % 10 == 0
+        bank_rows, query_rows = np.flatnonzero(~tenth), np.flatnonzero(tenth)
+        said = f"every tenth image of {images.root}, neighbours from the other nine"
+    bank_rows, query_rows = (_spread(rows, settings.max_images) for rows in (bank_rows, query_rows))
+    bank = LabelledImages(images, bank_rows, images.labels[bank_rows], size)
+    return bank, LabelledImages(queries, query_rows, query_labels[query_rows], size), said
+
+
+def _spread(rows: np.ndarray, most: int) -> np.ndarray:
+    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).round().astype(int)]
+
+
+@torch.inference_mode()
+def measure_blocks(
+    backbone: VisionTransformer, bank: LabelledImages, queries: LabelledImages, k: int, pool: Pool, workers: int = 0
+) -> list[dict[str, float]]:
+    """k-NN accuracy and token statistics after every block.
+
+    Images are shared out over the processes; all of them get the result. The feature of an image is its class token or
+    the mean of its patch tokens after the final norm; the statistics are those of the patch tokens before it, over the
+    queries.
+
+    Returns:
+        For each block {"knn": top-1 in [0, 1], "mean_share": in [0, 1], "effective_rank": >= 1}.
+    """
+    bank_features, bank_labels, _ = _describe(backbone, bank, pool, workers, statistics=False)
+    query_features, query_labels, statistics = _describe(backbone, queries, pool, workers, statistics=True)
+    share, effective = statistics.mean(axis=0).T
+    return [
+        {
+            "knn": knn_accuracy(bank_features[block], bank_labels, query_features[block], query_labels, k),
+            "mean_share": float(share[block]),
+            "effective_rank": float(effective[block]),
+        }
+        for block in range(backbone.depth)
+    ]
+
+
+def knn_accuracy(
+    bank: np.ndarray,
+    bank_labels: np.ndarray,
+    queries: np.ndarray,
+    query_labels: np.ndarray,
+    k: int,
+    temperature: float = 0.07,
+) -> float:
+    """Top-1 accuracy of DINO's k-NN vote: cosine similarity, weights exp(similarity / temperature).
+
+    Args:
+        bank, queries: features [N, D] and [M, D].
+    """
+    classifier = KNeighborsClassifier(
+        min(k, len(bank)),
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distance: np.exp((1 - distance) / temperature),
+    )
+    return float(classifier.fit(bank, bank_labels).score(queries, query_labels))
+
+
+def _describe(
+    backbone: VisionTransformer, images: LabelledImages, pool: Pool, workers: int, statistics: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features [depth, N, D], labels [N] and (mean share, effective rank) [N, depth, 2] of all images."""
+    device = backbone.pos_embed.device
+    mine = torch.utils.data.Subset(images, range(rank(), len(images), world_size()))
+    loader = DataLoader(mine, batch_size=64, num_workers=workers, collate_fn=_readable)
+    features, labels, numbers = [], [], []
+    for views, batch_labels in loader:
+        if not len(batch_labels):
+            continue
+        blocks = backbone.features(normalize(views[None].to(device)), blocks=range(backbone.depth), norm=False)
+        pooled, stats = [], []
+        for block in blocks:
+            patches = block.patches.flatten(1, 2).float()
+            tokens = block.cls[:, None] if pool == "cls" else patches
+            pooled.append(backbone.norm(tokens.float()).mean(1).cpu())
+            if statistics:
+                stats.append(torch.stack([mean_share(patches), effective_rank(patches)], dim=-1).cpu())
+        features.append(torch.stack(pooled).numpy())
+        labels.append(batch_labels)
+        if statistics:
+            numbers.append(torch.stack(stats, dim=1).numpy())
+    parts = gather_objects((features, labels, numbers))
+    joined: Sequence[list] = [[batch for part in parts for batch in part[i]] for i in range(3)]
+    return (
+        np.concatenate(joined[0], axis=1),
+        np.concatenate(joined[1]),
+        np.concatenate(joined[2]) if statistics else np.zeros((0, backbone.depth, 2)),
+    )
+
+
+def _readable(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, np.ndarray]:
+    kept = [sample for sample in samples if sample is not None]
+    views = torch.stack([view for view, _ in kept]) if kept else torch.empty(0, dtype=torch.uint8)
+    return views, np.array([label for _, label in kept], dtype=np.int64)

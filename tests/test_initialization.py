@@ -1,0 +1,141 @@
+"""The initialization against its definition, on our models and on timm's."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import timm
+import torch
+
+from skipless.ssl.initialization import PRESETS, query_key_matrices, skipless_init_
+from skipless.ssl.vit import VisionTransformer, vit_tiny
+
+D, HEADS, HEAD = 96, 3, 32
+
+
+def fresh(**kwargs: object) -> VisionTransformer:
+    torch.manual_seed(0)
+    return skipless_init_(  # type: ignore[return-value]
+        VisionTransformer(D, 2, HEADS, patch=4, residual=False, image_size=16),
+        **kwargs,  # type: ignore[arg-type]
+    )
+
+
+def split_qkv(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """W_Q, W_K, W_V in the row-vector convention (y = x W) from a fused `qkv.weight`."""
+    q, k, v = weight.detach().double().numpy().reshape(3, -1, weight.shape[1])
+    return q.T, k.T, v.T
+
+
+@pytest.mark.parametrize("make", ["ours", "timm"])
+def test_value_output_product_over_all_heads_has_condition_number_one(make: str) -> None:
+    model = fresh(c=3.0) if make == "ours" else skipless_init_(timm.create_model("vit_tiny_patch16_224"), c=3.0)
+    for block in model.blocks:
+        w_v = split_qkv(block.attn.qkv.weight)[2]
+        w_o = block.attn.proj.weight.detach().double().numpy().T
+        d, heads = len(w_v), block.attn.num_heads
+        # The sum over the heads, as attention computes it: columns of W_V with rows of W_O, head by head.
+        product = sum(
+            w_v[:, h * d // heads : (h + 1) * d // heads] @ w_o[h * d // heads : (h + 1) * d // heads]
+            for h in range(heads)
+        )
+        assert np.linalg.cond(product) == pytest.approx(1, abs=1e-3)
+        np.testing.assert_allclose(np.linalg.norm(product, 2), 9.0, rtol=1e-4)
+
+
+def test_query_key_product_is_the_best_approximation_of_its_rank() -> None:
+    """Eckart-Young: against SciPy's singular value decomposition of the same alpha Z + beta I."""
+    alpha, beta = 1.8, 1.0
+    w_q, w_k = query_key_matrices(D, HEADS, alpha, beta, torch.Generator().manual_seed(5))
+    z = torch.randn(HEADS, D, D, generator=torch.Generator().manual_seed(5)).double().numpy() / D**0.5
+    assert z.std() == pytest.approx(D**-0.5, rel=0.02)
+    for head in range(HEADS):
+        u, s, v_t = scipy.linalg.svd(alpha * z[head] + beta * np.eye(D))
+        best = (u[:, :HEAD] * s[:HEAD]) @ v_t[:HEAD]
+        columns = slice(head * HEAD, (head + 1) * HEAD)
+        q, k = w_q[:, columns].double().numpy(), w_k[:, columns].double().numpy()
+        np.testing.assert_allclose(q @ k.T, best, atol=1e-4)
+        np.testing.assert_allclose(q.T @ q, np.diag(s[:HEAD]), atol=1e-3)  # both factors carry S^(1/2)
+        np.testing.assert_allclose(k.T @ k, np.diag(s[:HEAD]), atol=1e-3)
+
+
+def test_query_key_of_the_model_is_diagonally_dominant_with_beta() -> None:
+    for beta, lowest, highest in ((0.0, -0.2, 0.2), (4.0, 0.8, 3.0)):
+        w_q, w_k, _ = split_qkv(fresh(alpha=1.8, beta=beta).blocks[0].attn.qkv.weight)
+        product = w_q[:, :HEAD] @ w_k[:, :HEAD].T
+        assert lowest < np.trace(product) / D < highest
+
+
+def test_suo_singular_values() -> None:
+    """Orthogonal times max(1, sqrt(out / in)): 2 for the first layer (ratio 4), 1 for the second."""
+    for block in fresh(mlp="suo").blocks:
+        np.testing.assert_allclose(np.linalg.svd(block.mlp.fc1.weight.detach().numpy())[1], 2.0, rtol=1e-4)
+        np.testing.assert_allclose(np.linalg.svd(block.mlp.fc2.weight.detach().numpy())[1], 1.0, rtol=1e-4)
+
+
+def test_mirrored_mlp_is_an_orthogonal_map() -> None:
+    for block in fresh(mlp="mirrored").blocks:
+        with torch.no_grad():
+            image_of_basis = block.mlp(torch.eye(D)).double().numpy()
+            x = torch.randn(50, D)
+            mapped = block.mlp(x).double().numpy()
+        np.testing.assert_allclose(image_of_basis @ image_of_basis.T, np.eye(D), atol=1e-5)
+        np.testing.assert_allclose(mapped, x.double().numpy() @ image_of_basis, atol=1e-5)  # linear
+
+
+def test_each_part_can_be_left_out() -> None:
+    torch.manual_seed(0)
+    untouched = VisionTransformer(D, 2, HEADS, patch=4, residual=False, image_size=16)
+    for parameter in untouched.parameters():
+        torch.nn.init.normal_(parameter)
+    state = {name: tensor.clone() for name, tensor in untouched.state_dict().items()}
+    parts = {
+        "value_output": {"attn.qkv.weight": slice(2 * D, 3 * D), "attn.proj.weight": slice(None)},
+        "query_key": {"attn.qkv.weight": slice(0, 2 * D)},
+        "mlp": {"mlp.fc1.weight": slice(None), "mlp.fc2.weight": slice(None)},
+    }
+    for part, changed in parts.items():
+        untouched.load_state_dict(state)
+        only = {"value_output": False, "query_key": False, "mlp": None} | {part: "suo" if part == "mlp" else True}
+        skipless_init_(untouched, **only)  # type: ignore[arg-type]
+        for name, tensor in untouched.state_dict().items():
+            rows = next((rows for end, rows in changed.items() if name == f"blocks.1.{end}"), None)
+            bias_of = name.removesuffix("bias") + "weight"
+            if rows is None and name.endswith("bias"):
+                rows = next((rows for end, rows in changed.items() if bias_of == f"blocks.1.{end}"), None)
+                if rows is not None:
+                    assert (tensor[rows] == 0).all()
+            if "blocks.1" not in name:
+                continue
+            differs = (tensor != state[name]).flatten(1).any(1) if tensor.ndim > 1 else tensor != state[name]
+            expected = torch.zeros_like(differs)
+            if rows is not None:
+                expected[rows] = True
+            assert torch.equal(differs, expected), name
+
+
+def test_seed_decides_and_the_global_state_does_not() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    a = fresh(seed=3).state_dict()
+    torch.manual_seed(1)
+    skipless_init_(vit_tiny(residual=False, depth=1), seed=3, query_key=False)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    b, c = fresh(seed=3).state_dict(), fresh(seed=4).state_dict()
+    name = "blocks.1.mlp.fc1.weight"
+    assert torch.equal(a[name], b[name])
+    assert not torch.equal(a[name], c[name])
+
+
+def test_presets_are_the_papers() -> None:
+    assert PRESETS["paper-dino"] == {"alpha": 1.8, "beta": 1.0, "c": 3.0, "mlp": "suo"}
+    assert PRESETS["paper-supervised"] == {"alpha": 2.0, "beta": 0.6, "c": 3.0, "mlp": "suo"}
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match="Linear has no blocks"):
+        skipless_init_(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="at least 2 x 96, this one has 96"):
+        skipless_init_(VisionTransformer(D, 1, HEADS, patch=4, residual=False, image_size=16, mlp_ratio=1), mlp="mirrored")
+    with pytest.raises(ValueError, match="'sou'; choose suo"):
+        fresh(mlp="sou")

@@ -1,0 +1,334 @@
+"""The house keeps standing: folders named like other people's modules, the package made of them, and what installs it.
+
+`ssl/` and `datasets/` lie at the top of the repository under the names of a standard-library module and of a well-known
+package. That is harmless only while the rules checked here hold.
+"""
+
+import ast
+import importlib
+import importlib.metadata
+import importlib.resources
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import NormalizedName, canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("datasets", "ssl", "eval", "configs")
+# A file may import from its own folder and from those to the left of it.
+IMPORT_ORDER = ("datasets", "ssl", "eval")
+# Used where installed: every module of the package must import without them, and their names must stay free.
+OPTIONAL_MODULES = {"datasets", "faiss", "timm", "wandb", "xformers"}
+
+
+def python_files(folder: str) -> list[Path]:
+    """All Python files below a top-level folder, sorted."""
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def module_name(file: Path) -> str:
+    """`ssl/vit.py` -> `skipless.ssl.vit`."""
+    return ".".join(("skipless", *file.relative_to(ROOT).with_suffix("").parts))
+
+
+def pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def requirements(*extras: str) -> dict[NormalizedName, Requirement]:
+    """The requirements in pyproject.toml by normalized name: the mandatory ones and those of `extras`."""
+    project = pyproject()["project"]
+    lines = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
+    return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, lines)}
+
+
+def constraint_lines() -> list[str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+# --- the folders and the package made of them
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_package_folder_is_a_relative_symlink_to_the_real_one(folder: str) -> None:
+    link = ROOT / "src/skipless" / folder
+    assert link.is_symlink(), f"{link} is no symlink: clone again with `git -c core.symlinks=true clone`"
+    assert os.readlink(link) == f"../../{folder}"
+    assert link.resolve() == ROOT / folder
+    assert (ROOT / folder).is_dir()
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_init_file_makes_a_regular_package_of_a_top_level_folder(folder: str) -> None:
+    # With one, `import ssl` started from the repository would find this folder and not the standard library.
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_file_or_folder_is_named_like_another_module(folder: str) -> None:
+    # `python ssl/pretrain.py` puts ssl/ first on the path: ssl/logging.py would replace the standard library's.
+    names = {path.stem for path in (ROOT / folder).glob("*.py")}
+    names |= {path.name for path in (ROOT / folder).iterdir() if path.is_dir() and path.name != "__pycache__"}
+    taken = sys.stdlib_module_names | set(importlib.metadata.packages_distributions()) | OPTIONAL_MODULES
+    assert names & taken == set()
+
+
+@pytest.mark.parametrize("folder", [".", *FOLDERS])
+def test_import_ssl_gives_the_standard_library(folder: str) -> None:
+    # With -c the working directory is the first entry of sys.path, as a script's own folder is for a script.
+    probe = "import sys, ssl, asyncio; ssl.create_default_context; print(sys.path[0], ssl.__file__, sep='|')"
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    run = subprocess.run(
+        [sys.executable, "-c", probe], cwd=ROOT / folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == f"|{Path(os.__file__).with_name('ssl.py')}"
+
+
+def test_package_imports_find_the_real_folders() -> None:
+    for folder in FOLDERS:
+        package = importlib.import_module(f"skipless.{folder}")
+        assert [Path(entry).resolve() for entry in package.__path__] == [ROOT / folder]
+
+
+def test_every_module_imports_from_anywhere_without_the_optional_packages(tmp_path: Path) -> None:
+    names = [module_name(file) for folder in IMPORT_ORDER for file in python_files(folder)]
+    probe = f"""
+import importlib, sys
+sys.modules.update(dict.fromkeys({sorted(OPTIONAL_MODULES)}))
+for name in {names}:
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        print(name, repr(error))
+"""
+    run = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, ""), run.stderr
+
+
+def imported_names(source: str) -> set[str]:
+    """The dotted names a file imports, at its top or inside a function; a relative import starts with a dot."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = "." * node.level + (node.module or "")
+            names |= {f"{start}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("folder", IMPORT_ORDER)
+def test_imports_are_absolute_and_run_one_way(folder: str) -> None:
+    allowed = IMPORT_ORDER[: IMPORT_ORDER.index(folder) + 1]
+    forbidden = {f"skipless.{other}" for other in IMPORT_ORDER if other not in allowed}
+    without_prefix = {module_name(file).removeprefix("skipless.") for other in FOLDERS for file in python_files(other)}
+    wrong = []
+    for file in python_files(folder):
+        for name in imported_names(file.read_text()):
+            prefixes = {name.rsplit(".", cut)[0] for cut in range(name.count(".") + 1)}
+            if name.startswith(".") or prefixes & (forbidden | without_prefix):
+                wrong.append(f"{file.relative_to(ROOT)} imports {name}")
+    assert wrong == [], f"files in {folder}/ import from {', '.join(allowed)} only, as skipless.FOLDER.FILE"
+
+
+def test_configs_are_reachable_as_package_data() -> None:
+    packaged = {entry.name for entry in importlib.resources.files("skipless.configs").iterdir()}
+    assert {file.name for file in (ROOT / "configs").glob("*.yaml")} <= packaged
+
+
+def test_wheel_holds_every_source_file_and_recipe(tmp_path: Path) -> None:
+    # Built from a copy: setuptools leaves build/ and an egg-info behind.
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("src", *FOLDERS):
+        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
+    build = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
+    run = subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    held = zipfile.ZipFile(wheel).namelist()
+    expected = {"skipless/__init__.py", "skipless/py.typed"}
+    for folder in FOLDERS:
+        files = [*python_files(folder), *(ROOT / folder).rglob("*.yaml")]
+        expected |= {f"skipless/{file.relative_to(ROOT).as_posix()}" for file in files}
+    assert {name for name in held if ".dist-info/" not in name} == expected
+    assert any(name.endswith("licenses/LICENSE") for name in held)
+
+
+# --- what installs it
+
+
+def test_every_dependency_is_pinned_to_a_version_that_pyproject_allows() -> None:
+    pins: dict[NormalizedName, Version] = {}
+    for line in constraint_lines():
+        match = re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.]*)", line)
+        assert match, f"constraints.txt: '{line}' is not NAME==VERSION (without hash, URL or local label)"
+        name = canonicalize_name(match[1])
+        assert name not in pins, f"constraints.txt pins {name} twice"
+        pins[name] = Version(match[2])
+    for name, requirement in requirements(*pyproject()["project"]["optional-dependencies"]).items():
+        assert name in pins, f"constraints.txt lacks {name}"
+        assert requirement.specifier.contains(pins[name]), f"{name} {pins[name]} is pinned, {requirement} is asked for"
+    # Each torch release asks for its own CUDA libraries: a second opinion here could only disagree.
+    assert not [name for name in pins if name.startswith(("nvidia-", "cuda-"))]
+
+
+def test_gpu_and_cpu_extras_exclude_each_other() -> None:
+    # Both distributions install the folder `faiss`; whichever came last would win.
+    gpu, cpu = (set(requirements(extra)) - set(requirements()) for extra in ("gpu", "cpu"))
+    assert gpu == {"faiss-gpu", "xformers"}
+    assert cpu == {"faiss-cpu"}
+
+
+def test_conda_environment_installs_the_gpu_extra_and_repeats_nothing() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    project = pyproject()["project"]
+    assert environment["name"] == project["name"]
+    assert environment["channels"] == ["conda-forge"]
+    (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    conda = dict(entry.partition("=")[::2] for entry in environment["dependencies"] if isinstance(entry, str))
+    # pyproject.toml stays the one list: conda brings an interpreter, pip the rest.
+    assert set(conda) == {"python", "pip"}
+    assert SpecifierSet(project["requires-python"]).contains(conda["python"])
+    assert pip == ["-c constraints.txt", "-e .[gpu]"]
+
+
+def test_gpu_extra_reaches_the_packages_that_the_project_promises() -> None:
+    promised = {"torch", "torchvision", "xformers", "scikit-learn", "pycocotools", "faiss-gpu"}
+    assert promised | {"opencv-python-headless"} <= set(requirements("gpu"))
+
+
+# --- the Makefile, in an empty project with a stand-in for Python that writes down how it was called
+
+STAND_IN = """#!/bin/sh
+echo "$0 $*" >> "$LOG"
+case "$*" in
+    "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+    -V) echo "Python 3.9.1" ;;
+    -c*) exit {old} ;;
+esac
+"""
+
+# The suite itself may have been started by make, with choices on its command line.
+MAKE_VARIABLES = ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS", "EXTRA", "PY", "PYTHON")
+
+
+class Project:
+    """A copy of the Makefile and its inputs; `make(...)` runs it and `calls` lists what it asked of Python."""
+
+    def __init__(self, folder: Path, python_is_old: bool = False, gpu: bool = False) -> None:
+        self.folder, self.log = folder, folder / "log"
+        for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+            shutil.copy(ROOT / name, folder)
+        tools = folder / "tools"
+        tools.mkdir()
+        for name, script in {
+            "python3": STAND_IN.format(old=int(python_is_old)),
+            "nvidia-smi": f"#!/bin/sh\nexit {int(not gpu)}\n",
+        }.items():
+            (tools / name).write_text(script)
+            (tools / name).chmod(0o755)
+        self.environment = {name: value for name, value in os.environ.items() if name not in MAKE_VARIABLES}
+        self.environment |= {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "LOG": str(self.log)}
+
+    def make(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        self.log.write_text("")
+        return subprocess.run(
+            ["make", *arguments], cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+        )
+
+    @property
+    def calls(self) -> list[str]:
+        return self.log.read_text().splitlines()
+
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+@needs_make
+@pytest.mark.parametrize(("gpu", "extra"), [(False, "cpu"), (True, "gpu")])
+def test_make_installs_in_one_pip_command_with_the_extra_of_the_machine(tmp_path: Path, gpu: bool, extra: str) -> None:
+    project = Project(tmp_path, gpu=gpu)
+    run = project.make("test")
+    assert run.returncode == 0, run.stderr
+    installs = [call for call in project.calls if " install " in call]
+    assert len(installs) == 1
+    assert installs[0].startswith(".venv/bin/python -m pip install ")
+    assert installs[0].endswith(f" -c constraints.txt -e .[{extra},dev]")
+    assert " -m pytest" in project.calls[-1]
+
+
+@needs_make
+def test_make_installs_again_only_when_the_dependencies_change(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    project.make("test")
+    project.make("demo")
+    assert project.calls == [".venv/bin/python examples/demo.py"]
+    inputs = ("constraints.txt", "pyproject.toml")
+    for changed in inputs:
+        for name in (*inputs, ".venv/.stamp"):
+            os.utime(tmp_path / name, (1, 1))
+        os.utime(tmp_path / changed, (2, 2))
+        project.make("demo")
+        assert any(" install " in call for call in project.calls), changed
+
+
+@needs_make
+def test_make_uses_an_environment_of_the_users_own(tmp_path: Path) -> None:
+    project = Project(tmp_path)
+    assert project.make("demo", "PY=python3").returncode == 0
+    assert [call.removeprefix(f"{tmp_path}/tools/") for call in project.calls] == ["python3 examples/demo.py"]
+    assert not (tmp_path / ".venv").exists()
+
+
+@needs_make
+def test_make_refuses_an_old_python_in_one_sentence(tmp_path: Path) -> None:
+    project = Project(tmp_path, python_is_old=True)
+    run = project.make("test")
+    assert run.returncode != 0
+    assert run.stderr.startswith("skipless needs Python 3.11 or newer, but 'python3' is Python 3.9.1:")
+    assert not (tmp_path / ".venv").exists()
+
+
+# --- what the files say
+
+
+def test_no_text_file_names_a_folder_of_one_machine() -> None:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: no list of the project's files")
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    absolute = re.compile(r"(?<![\w.~/})>\]-])/(?:home|Users|root|tmp|var/tmp|work)/[\w.]+")
+    found = []
+    for name in listing.stdout.decode().split("\0"):
+        file = ROOT / name
+        if not name or file.is_symlink() or not file.is_file():
+            continue
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [f"{name}: {match[0]}" for match in absolute.finditer(text)]
+    assert found == []
