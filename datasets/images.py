@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # What Pillow may try: the formats above, and the ones that are commonly found under a wrong extension.
-PILLOW_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF")
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 
 
 class UnreadableImage(ValueError):

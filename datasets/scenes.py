@@ -4,9 +4,10 @@
     python datasets/scenes.py --out data/small --train 500 --val 100 --size 64
 
 A scene shows one large object and up to three smaller ones, which may hide parts of each other, in front of a cluttered
-background. A class is a shape together with a family of textures (`CLASSES`). Colours, orientation, proportions,
-position, texture period and phase, illumination and noise are drawn from the same distributions for every class, so
-colour and coarse layout say next to nothing about the class, while any crop that shows enough texture or outline does.
+background. A class is a shape together with a family of textures and a range of their periods (`CLASSES`). Colours,
+position, proportions, turn (upright, give or take 17 degrees), texture phase, contrast and illumination are drawn from
+the same distributions for every class, so colour and coarse layout say next to nothing about the class, while any crop
+that shows enough texture or outline does.
 
 What `write_scenes` leaves under its root:
 
@@ -72,28 +73,30 @@ _SCENES_PER_TASK = 16
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One visible object. `label` is its value in the class mask, 1..10: its class is `CLASSES[label - 1]`."""
+    """One object of a scene, as far as it is visible."""
 
     label: int
-    #: Half-open box (x0, y0, x1, y1) of the visible pixels.
+    """Its value in the class mask, 1..10; its class is `CLASSES[label - 1]`."""
     box: tuple[int, int, int, int]
-    #: The image border or another object makes the box smaller than the whole object's.
+    """Half-open box (x0, y0, x1, y1) of its visible pixels."""
     truncated: bool
-    #: Less than half of the object is visible.
+    """The image border or another object makes the box smaller than the whole object's."""
     difficult: bool
+    """Less than half of the object is visible."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scene:
-    """A drawn scene; `objects[n - 1]` has the value n in `instance_mask`, and `objects[0]` shows the largest area."""
+    """A drawn scene."""
 
-    #: uint8 [S, S, 3], RGB.
     image: npt.NDArray[np.uint8]
-    #: uint8 [S, S], 0 = background, else `SceneObject.label`.
+    """uint8 [S, S, 3], RGB."""
     class_mask: npt.NDArray[np.uint8]
-    #: uint8 [S, S], 0 = background, else 1 + index in `objects`.
+    """uint8 [S, S]: 0 = background, else the object's label."""
     instance_mask: npt.NDArray[np.uint8]
+    """uint8 [S, S]: 0 = background, n = `objects[n - 1]`."""
     objects: list[SceneObject]
+    """The main object, whose visible area is the largest, then the others in no particular order."""
 
 
 # Shapes: signed distance to the outline, negative inside, for points [h, w] in units of the object's radius.
@@ -486,13 +489,13 @@ def _write_scene(root: Path, size: int, seed: int, split: str, index: int) -> No
 
 
 def _write_range(root: Path, size: int, seed: int, split: str, indices: range) -> int:
-    cv2.setNumThreads(1)
     for index in indices:
         _write_scene(root, size, seed, split, index)
     return len(indices)
 
 
 def _start_worker() -> None:
+    cv2.setNumThreads(1)
     # Ctrl-C reaches every process of the terminal: only the parent answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -650,7 +653,8 @@ def main() -> None:
     try:
         auto_cli(scenes)
     except KeyboardInterrupt:
-        sys.exit("Stopped: nothing was written.")
+        print("Stopped: nothing was written.", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

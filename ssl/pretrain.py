@@ -17,6 +17,7 @@ Several machines, on each of them (README.md has the SLURM script):
 """
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import math
@@ -190,6 +191,8 @@ def pretrain(settings: Settings) -> Path:
             is written; too many unreadable images; a loss that is not finite.
     """
     device = distributed.start(settings.device)
+    if device.type == "cpu":
+        _keep_freed_memory()
     images = open_images(settings.data.path)
     _check(settings, images)
     out = Path(settings.out)
@@ -600,6 +603,15 @@ def _workers(settings: Settings, device: torch.device) -> int:
     return cores // local_processes if device.type == "cuda" else 0
 
 
+def _keep_freed_memory() -> None:
+    """Stop glibc from handing large blocks back to the kernel: fetching them anew for every tensor of every step costs a
+    fifth of the step in page faults. Elsewhere than on glibc this does nothing."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold, gigabyte = -1, -3, 1 << 30
+        ctypes.CDLL(None).mallopt(mmap_threshold, gigabyte)
+        ctypes.CDLL(None).mallopt(trim_threshold, gigabyte)
+
+
 def _memory_gb(device: torch.device) -> float:
     """Most memory held so far: of the device on CUDA, of this process on CPU."""
     if device.type == "cuda":
@@ -668,7 +680,7 @@ def main(arguments: list[str] | None = None) -> None:
         pretrain(parse(arguments))
     except (ValueError, FileNotFoundError, ArgumentError) as error:
         if distributed.rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     finally:
         distributed.stop()

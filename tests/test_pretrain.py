@@ -1,0 +1,265 @@
+"""The training command as a user runs it: its equivalences, its endings, and its errors."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from skipless.ssl.checkpoints import load_run_backbone
+from skipless.ssl.distributed import StepBatches
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--model.dim=32", "--model.depth=2", "--model.heads=2", "--model.patch=8", "--crops.global_size=32",
+    "--crops.local_size=16", "--crops.local_count=2", "--dino.prototypes=32", "--dino.hidden=32",
+    "--dino.bottleneck=16", "--dino.freeze_last_layer_epochs=0.5", "--optimizer.warmup_epochs=1",
+    "--optimizer.lr=0.02", "--batch_size=8", "--epochs=4", "--log_every=1", "--monitor.every_epochs=0",
+    "--device=cpu", "--data.workers=0",
+]  # fmt: skip
+
+
+def run(*arguments: object, processes: int = 1, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*launcher, ROOT / "ssl" / "pretrain.py", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty noisy pictures in two class folders."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        folder = root / ("stripes" if i % 2 else "blobs")
+        folder.mkdir(exist_ok=True)
+        base = rng.integers(0, 255, (6, 1 if i % 2 else 6, 3), dtype=np.uint8)
+        Image.fromarray(base).resize((48, 40)).save(folder / f"{i:02}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def reference(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, one micro-batch, 20 steps, uninterrupted."""
+    out = tmp_path_factory.mktemp("runs") / "reference"
+    result = run("--data.path", photos, "--out", out, *SMALL)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def test_a_run_leaves_what_evaluation_needs(reference: Path) -> None:
+    assert len(losses(reference)) == 20
+    settings = yaml.safe_load((reference / "settings.yaml").read_text())
+    assert settings["model"]["dim"] == 32
+    assert settings["model"]["residual"] is False
+    backbone, about = load_run_backbone(reference)
+    assert about["architecture"]["residual"] is False
+    state = torch.load(reference / "checkpoints" / "last.pt", weights_only=True)
+    assert state["step"] == 20
+    for name, tensor in backbone.state_dict().items():
+        assert torch.equal(tensor, state["teacher"][f"backbone.{name}"])
+    assert not torch.equal(state["teacher"]["backbone.pos_embed"], state["student"]["backbone.pos_embed"])
+    assert sorted(p.name for p in (reference / "checkpoints").iterdir()) == ["last.pt", "step-15.pt", "step-20.pt"]
+    assert list((reference / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), [(2, 1), (1, 4), (2, 2)])
+def test_processes_and_micro_batches_do_not_change_the_loss_curve(
+    photos: Path, reference: Path, tmp_path: Path, processes: int, accumulate: int
+) -> None:
+    out = tmp_path / "run"
+    result = run("--data.path", photos, "--out", out, *SMALL, f"--accumulate={accumulate}", processes=processes)
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_allclose(losses(out), losses(reference), atol=1e-4, rtol=0)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "soap"])
+def test_killed_and_resumed_run_is_bit_identical(photos: Path, tmp_path: Path, optimizer: str) -> None:
+    settings = [*SMALL, f"--optimizer.name={optimizer}"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run("--data.path", photos, "--out", whole, *settings).returncode == 0
+    command = [sys.executable, ROOT / "ssl" / "pretrain.py", "--data.path", photos, "--out", killed, *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
+    kill_after = int(np.random.default_rng().integers(6, 19))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (killed / "metrics.jsonl").exists() and len(losses_so_far(killed)) >= kill_after:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    result = run("--data.path", photos, "--out", killed, *settings, "--resume")
+    assert result.returncode == 0, result.stderr
+    a, b = weights(whole), weights(killed)
+    for part in ("student", "teacher", "objective"):
+        for name, tensor in a[part].items():
+            assert torch.equal(tensor, b[part][name]), (part, name, kill_after)
+    assert losses(killed) == losses(whole)
+
+
+def losses_so_far(folder: Path) -> list[str]:
+    return [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_saves_and_ends_cleanly(photos: Path, reference: Path, tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, ROOT / "ssl" / "pretrain.py", "--data.path", photos, "--out", out, *SMALL]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not ((out / "metrics.jsonl").exists() and losses_so_far(out)):
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    if "interrupted after step" in errors:  # else it was done before the signal came
+        assert not (out / "backbone.json").exists()
+        assert run("--data.path", photos, "--out", out, *SMALL, "--resume").returncode == 0
+    np.testing.assert_allclose(losses(out), losses(reference), atol=1e-6)
+
+
+def test_monitor_measures_every_block_before_and_after(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = run("--data.path", photos, "--out", out, *SMALL, "--epochs=1", "--monitor.every_epochs=1")
+    assert result.returncode == 0, result.stderr
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    measured = {entry["step"]: entry for entry in entries if "monitor/knn" in entry}
+    assert sorted(measured) == [0, 5]
+    for name, lowest, highest in (("knn", 0, 1), ("mean_share", 0, 1), ("effective_rank", 1, 16)):
+        values = measured[5][f"monitor/{name}"]
+        assert len(values) == 2
+        assert all(lowest <= value <= highest for value in values)
+
+
+def test_unreadable_images_are_listed_and_too_many_stop_the_run(photos: Path, tmp_path: Path) -> None:
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    broken = sorted(data.rglob("*.png"))[3]
+    broken.write_bytes(b"no picture")
+    tolerant = run("--data.path", data, "--out", tmp_path / "a", *SMALL, "--epochs=1", "--data.max_unreadable=0.1")
+    assert tolerant.returncode == 0, tolerant.stderr
+    assert broken.name in (tmp_path / "a" / "unreadable.txt").read_text()
+    strict = run("--data.path", data, "--out", tmp_path / "b", *SMALL, "--epochs=1")
+    assert strict.returncode == 2
+    assert broken.name in strict.stderr
+    assert "data.max_unreadable (0.01)" in strict.stderr
+    assert "Traceback" not in strict.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--optimzer.lr=1"], ["optimzer"]),
+        (["--optimizer.lr=fast"], ["optimizer.lr", "fast"]),
+        (["--data.path=/nowhere/photos"], ["/nowhere/photos", "no such folder"]),
+        (["--data.path={empty}"], ["{empty}", "no image found"]),
+        (["--crops.local_size=20"], ["crops.local_size is 20", "model.patch 8", "16 or 24"]),
+        (["--crops.global_size=60"], ["crops.global_size is 60", "56 or 64"]),
+        (["--batch_size=64"], ["40 images", "batch_size"]),
+        (["--accumulate=3"], ["batch_size 8", "3 micro-batches"]),
+        (["--model.drop_path=0.1"], ["drop_path", "residual=False"]),
+        (["--model.attention=xformers"], ["xformers", "CUDA"]),
+        (["--config={empty}/none.yaml"], ["none.yaml"]),
+        (["--epochs=0"], ["epochs is 0"]),
+        (["--out={reference}"], ["already holds a run", "--resume"]),
+        (["--out={reference}", "--resume", "--model.dim=64"], ["another architecture", "dim is 32 there and 64 here"]),
+        (["--out={reference}", "--resume", "--epochs=9"], ["other settings", "epochs is 4 there and 9 here"]),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_and_exit_code_2(
+    photos: Path, reference: Path, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    places = {"empty": empty, "reference": reference}
+    before = {path: path.stat().st_mtime_ns for path in reference.rglob("*")}
+    result = run("--data.path", photos, "--out", tmp_path / "out", *SMALL, *(a.format(**places) for a in arguments))
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word.format(**places) in lines[0]
+    assert not (tmp_path / "out").exists()
+    assert {path: path.stat().st_mtime_ns for path in reference.rglob("*")} == before
+
+
+def test_damaged_checkpoint_is_named(photos: Path, reference: Path, tmp_path: Path) -> None:
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(reference, out, symlinks=True)
+    target = out / "checkpoints" / "step-20.pt"
+    target.write_bytes(target.read_bytes()[:1000])
+    result = run("--data.path", photos, "--out", out, *SMALL, "--resume")
+    assert result.returncode == 2
+    assert "last.pt cannot be read as a checkpoint" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_explains_every_setting() -> None:
+    import dataclasses
+    import typing
+
+    from skipless.ssl.pretrain import Settings
+
+    text = run("--help").stdout
+
+    def fields(kind: type, prefix: str = "") -> list[str]:
+        names: list[str] = []
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            inner = hints[field.name]
+            if dataclasses.is_dataclass(inner):
+                names += fields(typing.cast(type, inner), f"{prefix}{field.name}.")
+            else:
+                names.append(prefix + field.name)
+        return names
+
+    names = fields(Settings)
+    assert len(names) > 60
+    options = re.split(r"\n  (?=--)", text)
+    for name in names:
+        option = next((o for o in options if o.startswith(f"--{name} ") or o.startswith(f"--{name}\n")), "")
+        explanation = re.sub(r"\(.*?(type|default|required).*", "", option, flags=re.S).split(maxsplit=2)[-1]
+        assert len(explanation.split()) >= 4, f"--{name} is not explained"
+
+
+def test_steps_draw_the_same_images_from_any_start() -> None:
+    def keys(start: int) -> list[list[tuple[int, int]]]:
+        return list(StepBatches(images=10, batch=4, accumulate=2, seed=3, start=start, total=5))
+
+    whole = keys(0)
+    assert keys(3) == whole[6:]
+    assert [len(micro) for micro in whole] == [2] * 10
+    assert [micro[0][0] for micro in whole] == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+    first_epoch = [index for micro in whole[:4] for _, index in micro]
+    assert len(set(first_epoch)) == 8
+    assert first_epoch != [index for micro in whole[4:8] for _, index in micro]
