@@ -60,7 +60,7 @@ CLASSES: tuple[str, ...] = (
 )
 
 # Raised with every change of the drawing, so that a folder made by an older one is never mistaken for a new one.
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "val")
 MIN_SIZE = 32
 
@@ -206,7 +206,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 def _tints(rng: np.random.Generator, shape: tuple[int, ...]) -> Float:
     """Colour without luma, changing smoothly from place to place: float32 [h, w, 3], to be added to a luma in 0..1."""
-    grid = rng.uniform(-1, 1, (3, 3, 3)).astype(np.float32) * np.float32(rng.uniform(0.05, 0.3))
+    grid = rng.uniform(-1, 1, (3, 3, 3)).astype(np.float32) * np.float32(rng.uniform(0.04, 0.12))
     grid -= (grid @ _LUMA)[..., None]
     return np.asarray(cv2.resize(grid, (shape[1], shape[0]), interpolation=cv2.INTER_CUBIC), np.float32)
 
@@ -214,7 +214,7 @@ def _tints(rng: np.random.Generator, shape: tuple[int, ...]) -> Float:
 def _background(rng: np.random.Generator, size: int) -> Float:
     """Clutter without any of the classes' textures: float32 [size, size, 3], RGB in 0..1."""
     shape = (size, size)
-    luma = rng.uniform(0.25, 0.75) + rng.uniform(0.1, 0.3) * _noise(rng, shape, int(rng.integers(2, 6)))
+    luma = 0.5 + rng.uniform(0.05, 0.15) * _noise(rng, shape, int(rng.integers(2, 6)))
 
     # Stretched, turned noise: a weak grain that has a direction.
     stretch, angle = rng.uniform(1, 8), rng.uniform(0, np.pi)
@@ -229,12 +229,12 @@ def _background(rng: np.random.Generator, size: int) -> Float:
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_WRAP,
     )
-    luma += rng.uniform(0.05, 0.18) * np.asarray(grain, np.float32)
+    luma += rng.uniform(0.03, 0.1) * np.asarray(grain, np.float32)
     canvas = luma[..., None] + _tints(rng, shape)
 
     picture = np.ascontiguousarray(np.clip(canvas * 255, 0, 255).astype(np.uint8))
     for _ in range(rng.integers(4, 14)):
-        colour = rng.uniform(0, 255, 3).tolist()
+        colour = (rng.uniform(80, 176) + rng.uniform(-24, 24, 3)).tolist()
         centre = rng.uniform(0, size, 2)
         kind = rng.integers(3)
         if kind == 0:
@@ -355,12 +355,12 @@ def _paint(rng: np.random.Generator, canvas: Float, placed: _Placed) -> None:
     pattern = _texture(placed.label, rng, placed.u / np.float32(period), placed.v / np.float32(period), period)
     # Both colours of the pattern change across the object, so that the colour of one part does not tell another's.
     mix = 0.5 + 0.5 * pattern
-    contrast = rng.uniform(0.35, 0.6)
-    luma = rng.uniform(0.05, 0.95 - contrast) + contrast * (mix if rng.random() < 0.5 else 1 - mix)
+    contrast = rng.uniform(0.45, 0.65)
+    luma = rng.uniform(0.45, 0.55) - contrast / 2 + contrast * (mix if rng.random() < 0.5 else 1 - mix)
     first, second = _tints(rng, luma.shape), _tints(rng, luma.shape)
     colour = luma[..., None] + first + (second - first) * mix[..., None]
 
-    lit = rng.uniform(-0.2, 0.2, 2).astype(np.float32)
+    lit = rng.uniform(-0.12, 0.12, 2).astype(np.float32)
     shade = 1 + lit[0] * placed.u + lit[1] * placed.v
     rim = rng.uniform(0, 0.35) * np.clip(1 + placed.distance / 0.12, 0, 1)
     colour *= (shade * (1 - rim)).astype(np.float32)[..., None]
@@ -397,7 +397,7 @@ def render_scene(rng: np.random.Generator, size: int = 128, label: int | None = 
     for placed in back_to_front:
         _paint(rng, canvas, placed)
 
-    light = rng.uniform(-0.25, 0.25, 2).astype(np.float32)
+    light = rng.uniform(-0.12, 0.12, 2).astype(np.float32)
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
     canvas *= (1 + light[0] * ramp + light[1] * ramp[:, None])[..., None]
     canvas = np.asarray(cv2.GaussianBlur(canvas, (0, 0), 0.003 * size), np.float32)

@@ -55,6 +55,7 @@ from skipless.ssl.initialization import PRESETS, MlpInit, skipless_init_
 from skipless.ssl.logs import RunLog
 from skipless.ssl.monitor import MonitorSettings, labelled_sets, measure_blocks
 from skipless.ssl.optimizers import OptimizerSettings, cosine, make_optimizer, ramp, set_rates
+from skipless.ssl.provenance import provenance
 from skipless.ssl.vit import SIZES, VisionTransformer
 
 
@@ -210,7 +211,8 @@ def pretrain(settings: Settings) -> Path:
         settings.dino.balancing,
     ).to(device)
     optimizer = make_optimizer(student, settings.optimizer)
-    start = _resume(settings, student, teacher, objective, optimizer) if settings.resume else 0
+    start, seconds_before = _resume(settings, student, teacher, objective, optimizer)
+    began = time.perf_counter()
     model: nn.Module = student
     if distributed.world_size() > 1:
         model = DistributedDataParallel(
@@ -244,6 +246,7 @@ def pretrain(settings: Settings) -> Path:
         if first_process:
             state = {
                 "step": step,
+                "seconds": seconds_before + time.perf_counter() - began,
                 "student": student.state_dict(),
                 "teacher": teacher.state_dict(),
                 "objective": objective.state_dict(),
@@ -321,7 +324,9 @@ def pretrain(settings: Settings) -> Path:
             about = {
                 "pool": settings.model.pool,
                 "step": total,
-                "epochs": settings.epochs,
+                "seconds": round(seconds_before + time.perf_counter() - began, 1),
+                "processes": distributed.world_size(),
+                **provenance(device),
                 "settings": _plain(settings),
             }
             export_backbone(out, teacher.backbone, about)
@@ -445,7 +450,9 @@ class Meter:
             f"loss {values['loss']:.3f} (ln K {ceiling:.2f}), {speed:.0f} images/s, {values['memory_gb']:.1f} GB"
             + (f", {100 * values['model_flops_utilisation']:.0f} % of peak FLOPs" if peak else "")
         )
-        sentence = diagnose_collapse(*means, self.settings.dino.prototypes)
+        sentence = diagnose_collapse(
+            prototypes=self.settings.dino.prototypes, **dict(zip(self.NAMES, means, strict=True))
+        )
         if not math.isfinite(values["loss"]):
             raise ValueError(f"stopped at step {step}: {sentence}; the last checkpoint is from before")
         self.suspicions = self.suspicions + 1 if sentence and step > rates.warmup else 0
@@ -461,9 +468,7 @@ class Meter:
             return
         self.unreadable_everywhere = everywhere
         if self.log.active:
-            write_text(
-                Path(self.settings.out) / "unreadable.txt", "".join(f"{line}\n" for line in sorted(everywhere))
-            )
+            write_text(Path(self.settings.out) / "unreadable.txt", "".join(f"{line}\n" for line in sorted(everywhere)))
         if len(everywhere) > self.settings.data.max_unreadable * len(images):
             shown = "; ".join(sorted(everywhere)[:5])
             raise ValueError(
@@ -529,11 +534,11 @@ def _check(settings: Settings, images: ImageSource) -> None:
 
 def _resume(
     settings: Settings, student: DINOModel, teacher: DINOModel, objective: DINOLoss, optimizer: torch.optim.Optimizer
-) -> int:
-    """Load the last checkpoint of the run, if there is one, and return the step it was written after."""
+) -> tuple[int, float]:
+    """Load the run's last checkpoint if it is to be resumed and has one; return its steps and seconds so far."""
     path = Path(settings.out) / "checkpoints" / "last.pt"
-    if not path.exists():
-        return 0
+    if not settings.resume or not path.exists():
+        return 0, 0.0
     state = load_checkpoint(path)
     differing = [
         f"{name} is {state['architecture'].get(name)!r} there and {value!r} here"
@@ -561,7 +566,7 @@ def _resume(
     teacher.load_state_dict(state["teacher"])
     objective.load_state_dict(state["objective"])
     optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+    return state["step"], state["seconds"]
 
 
 def _introduce(
@@ -604,8 +609,8 @@ def _workers(settings: Settings, device: torch.device) -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Stop glibc from handing large blocks back to the kernel: fetching them anew for every tensor of every step costs a
-    fifth of the step in page faults. Elsewhere than on glibc this does nothing."""
+    """Stop glibc from handing large blocks back to the kernel: fetching them anew for every tensor of every step costs
+    a fifth of the step in page faults. Elsewhere than on glibc this does nothing."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold, gigabyte = -1, -3, 1 << 30
         ctypes.CDLL(None).mallopt(mmap_threshold, gigabyte)
@@ -665,7 +670,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="Continue from the last checkpoint in `out`, or start where there is none.",
+        help="Continue exactly from the last checkpoint in `out`, if there is one.",
     )
     values = parser.instantiate(parser.parse_args(arguments)).as_dict()
     values.pop("config", None)

@@ -136,6 +136,8 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="Linear has no blocks"):
         skipless_init_(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="at least 2 x 96, this one has 96"):
-        skipless_init_(VisionTransformer(D, 1, HEADS, patch=4, residual=False, image_size=16, mlp_ratio=1), mlp="mirrored")
+        skipless_init_(
+            VisionTransformer(D, 1, HEADS, patch=4, residual=False, image_size=16, mlp_ratio=1), mlp="mirrored"
+        )
     with pytest.raises(ValueError, match="'sou'; choose suo"):
         fresh(mlp="sou")
