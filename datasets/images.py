@@ -64,16 +64,16 @@ class Names(Sequence[str]):
 
 @dataclass(frozen=True, eq=False)
 class ImageSource:
-    """Images of one folder or zip archive, as `open_images` found them. Holds no open file: it can be pickled, forked and
-    used from several threads."""
+    """Images of one folder or zip archive, as `open_images` found them. Holds no open file: it can be pickled, forked
+    and used from several threads."""
 
     root: Path
     """The folder or the archive."""
     names: Names
     """Paths below the root with forward slashes, sorted by code point: the same order on every machine."""
     labels: np.ndarray | None
-    """int64 [N], position in `classes`, where every image lies inside a subfolder of the root and there are at least two
-    such subfolders; else None. (A root that holds `train` and `val` has these two as its classes: open one of them.)"""
+    """int64 [N], position in `classes`, where every image lies inside a subfolder of the root and there are at least
+    two such subfolders; else None. (A root that holds `train` and `val` has these two as its classes: open one.)"""
     classes: tuple[str, ...]
     """Sorted names of the subfolders that hold images; () without labels."""
     members: np.ndarray | None = None
@@ -96,9 +96,9 @@ class ImageSource:
 def open_images(path: str | Path) -> ImageSource:
     """Find every image below a folder, or inside a zip archive.
 
-    Looks at names only (.jpg, .jpeg, .png, .webp, .bmp in any case), at any depth; follows symbolic links to files and to
-    folders, except back into a folder they lie in; skips hidden files and folders and `__MACOSX`. Files that turn out
-    unreadable are part of the list: `ImageSource.read` raises for them.
+    Looks at names only (.jpg, .jpeg, .png, .webp, .bmp in any case), at any depth; follows symbolic links to files and
+    to folders, except back into a folder they lie in; skips hidden files and folders and `__MACOSX`. Files that turn
+    out unreadable are part of the list: `ImageSource.read` raises for them.
 
     Raises FileNotFoundError for a path that does not exist, ValueError for a file that is no zip archive, a damaged
     archive, one whose members are encrypted or compressed otherwise than by deflate, and where no image is found.
@@ -134,8 +134,9 @@ def decode(data: bytes, min_side: int = 0) -> np.ndarray:
     """Decode the bytes of a JPEG, PNG, WebP, BMP or GIF file, whatever its extension was, to uint8 [H, W, 3] RGB.
 
     Turned upright by its EXIF orientation. Transparent images are laid over white, as a page would show them. Values of
-    16 bits keep their upper 8: the full range 0..65535 is assumed, so data that use less of it (12-bit sensors) come out
-    dark and are better stretched where they are written. Colour profiles are ignored; of animations, the first frame.
+    16 bits keep their upper 8: the full range 0..65535 is assumed, so data that use less of it (12-bit sensors) come
+    out dark and are better stretched where they are written. Colour profiles are ignored; of animations, the first
+    frame.
 
     With `min_side` > 0 a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its short side stays at least `min_side`,
     which is several times faster for photographs of many megapixels.
@@ -174,14 +175,18 @@ def _decode_jpeg(data: bytes, min_side: int) -> np.ndarray | None:
             position += 1
             continue
         body, position = position + 4, position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        if position > len(data):
+            return None
+        if position > len(data):
+            return None
         if marker == 0xDA:
             break
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and position - body >= 6:  # start of frame
             height, width, components = struct.unpack(">xHHB", data[body : body + 6])
         elif marker == 0xE1 and not orientation and data.startswith(b"Exif\0\0", body):
             orientation = _orientation(data[body:position])
-    # 0xFF in compressed data is always followed by 0 or a restart marker, so this is the end of image, which some writers
-    # follow by padding. What is missing would come out grey (some versions of OpenCV say nothing about it).
+    # 0xFF in compressed data is always followed by 0 or a restart marker, so this is the end of image, which some
+    # writers follow by padding. What is missing would come out grey (some versions of OpenCV say nothing about it).
     if data.rfind(b"\xff\xd9", position) < 0:
         raise ValueError("truncated JPEG (no end-of-image marker)")
     if components not in (1, 3):
@@ -258,13 +263,17 @@ def _walk(root: Path) -> list[str]:
             name = prefix + entry.name
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
-            if entry.is_dir():
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # a link to itself
+                is_folder = False
+            if is_folder:
                 status = os.stat(entry.path)  # entry.stat() has no inode on Windows
                 identity = (status.st_dev, status.st_ino)
                 if identity not in ancestors:
                     todo.append((name + "/", ancestors | {identity}))
             # A broken link is listed: better reported as unreadable than left out in silence.
-            elif _is_image(entry.name) and (entry.is_file() or entry.is_symlink()):
+            elif _is_image(entry.name) and (entry.is_symlink() or entry.is_file()):
                 names.append(name)
     return names
 
@@ -310,7 +319,7 @@ def _read_member(archive: Path, offset: int, compressed_size: int, size: int, me
         data = file.read(compressed_size)
     if method == zipfile.ZIP_DEFLATED:
         try:
-            data = zlib.decompress(data, -zlib.MAX_WBITS, max(size, 1))
+            data = zlib.decompress(data, -zlib.MAX_WBITS)
         except zlib.error as error:
             raise ValueError(f"damaged zip archive ({error})") from error
     if len(data) != size or zlib.crc32(data) != crc:

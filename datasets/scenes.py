@@ -211,6 +211,14 @@ def _tints(rng: np.random.Generator, shape: tuple[int, ...]) -> Float:
     return np.asarray(cv2.resize(grid, (shape[1], shape[0]), interpolation=cv2.INTER_CUBIC), np.float32)
 
 
+def _class_tint(rng: np.random.Generator, label: int) -> Float:
+    """Colour without luma that things of a class tend to have, as in the world: float32 [3]. Neighbours overlap."""
+    hue = 2 * np.pi * label / len(CLASSES) + rng.normal(0, 0.8)
+    direction = np.cos(hue + np.array([0, -2, 2], np.float32) * np.pi / 3)
+    tint = rng.uniform(0.06, 0.16) * direction
+    return np.asarray(tint - tint @ _LUMA, np.float32)
+
+
 def _background(rng: np.random.Generator, size: int) -> Float:
     """Clutter without any of the classes' textures: float32 [size, size, 3], RGB in 0..1."""
     shape = (size, size)
@@ -358,7 +366,7 @@ def _paint(rng: np.random.Generator, canvas: Float, placed: _Placed) -> None:
     contrast = rng.uniform(0.45, 0.65)
     luma = rng.uniform(0.45, 0.55) - contrast / 2 + contrast * (mix if rng.random() < 0.5 else 1 - mix)
     first, second = _tints(rng, luma.shape), _tints(rng, luma.shape)
-    colour = luma[..., None] + first + (second - first) * mix[..., None]
+    colour = luma[..., None] + first + (second - first) * mix[..., None] + _class_tint(rng, placed.label)
 
     lit = rng.uniform(-0.12, 0.12, 2).astype(np.float32)
     shade = 1 + lit[0] * placed.u + lit[1] * placed.v

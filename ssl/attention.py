@@ -49,7 +49,8 @@ def _block_diagonal(groups: Groups, device: torch.device) -> Any:
     from xformers.ops import fmha
 
     lengths = [length for batch, length in groups for _ in range(batch)]
-    return fmha.BlockDiagonalMask.from_seqlens(lengths, device=device)
+    with torch.inference_mode(False):  # the cached mask may serve training next
+        return fmha.BlockDiagonalMask.from_seqlens(lengths, device=device)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, groups: Groups, backend: Literal["xformers", "sdpa"]) -> Tensor:

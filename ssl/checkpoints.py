@@ -38,6 +38,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     link.unlink(missing_ok=True)
     link.symlink_to(path.name)
     os.replace(link, folder / "last.pt")
+    for unfinished in folder.glob(".step-*.pt.*"):  # of a process that was killed while it wrote
+        unfinished.unlink()
     by_step = sorted(folder.glob("step-*.pt"), key=lambda p: int(p.stem.removeprefix("step-")))
     for old in by_step[:-keep]:
         old.unlink()
@@ -55,7 +57,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({reason}); it is damaged or of another kind"
         ) from None

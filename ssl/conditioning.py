@@ -21,6 +21,7 @@ from skipless.ssl.checkpoints import write_text
 from skipless.ssl.crops import center_crop, normalize
 from skipless.ssl.initialization import PRESETS, skipless_init_
 from skipless.ssl.provenance import provenance
+from skipless.ssl.summarize import dataset_name
 from skipless.ssl.vit import SIZES, VisionTransformer
 
 # What is compared: residual or not, and the skipless initialization's arguments (None: ViT's default one).
@@ -48,7 +49,9 @@ def mean_share(tokens: Tensor) -> Tensor:
 
 
 def effective_rank(tokens: Tensor) -> Tensor:
-    """exp(entropy of the squared singular values, normalised to sum 1) of an image's centred tokens (EUSIPCO 2007).
+    """exp(entropy of the squared singular values, normalised to sum 1) of an image's centred tokens.
+
+    After Roy and Vetterli (EUSIPCO 2007), who take the singular values themselves: squared, they are shares of energy.
 
     When the mean share is close to 1, what is left after centring is noise, and its rank is that of noise: high, and
     meaningless. Read the two together.
@@ -129,7 +132,7 @@ def main() -> None:
             results.append({"architecture": SIZES[size] | {"patch": 16}, "statistics": statistics})
         result = {
             "task": "token statistics at initialization",
-            "dataset": arguments.images.resolve().parent.name,
+            "dataset": dataset_name(arguments.images),
             "images": len(images),
             "image_size": arguments.size,
             "seed": arguments.seed,
@@ -138,8 +141,8 @@ def main() -> None:
         }
         if arguments.out:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            write_text(arguments.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-            write_text(arguments.out.with_suffix(".md"), text)
+            write_text(Path(f"{arguments.out}.json"), json.dumps(result, indent=1) + "\n")
+            write_text(Path(f"{arguments.out}.md"), text)
         print(text, end="")
     except (ValueError, OSError) as error:
         print("error:", error, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""DINO's multi-crop augmentation on uint8 images (Caron et al., arXiv 2104.14294, appendix; Caron et al., arXiv 2006.09882).
+"""DINO's multi-crop augmentation on uint8 images (Caron et al., arXiv 2104.14294, appendix, and arXiv 2006.09882).
 
     views = multicrop(image, Crops(), np.random.default_rng(0))  # 2 global and 8 local crops, uint8 [S, S, 3]
 
@@ -6,11 +6,12 @@ To see what the network sees:
 
     python ssl/crops.py --image photo.jpg --out sheet.png --crops.global_size 224 --seed 0
 
-The order of the operations is DINO's: crop and resize, flip, colour jitter, grey, blur, solarize. Resizing is PyTorch's
-antialiased bicubic on uint8, within 2 grey levels of Pillow's, which DINO used: OpenCV's cubic does not antialias (4 to 9
-grey levels off on average when it shrinks by 1.5 to 3) and its area filter is blurrier and slower. Colours and blur are
-OpenCV's, rounded where torchvision truncates: 1 grey level from torchvision's, 2 for hue. DINO's own blur was Pillow's
-approximation by three box filters of the same standard deviation.
+The order of the operations is DINO's: crop and resize, flip, colour jitter, grey, blur, solarize. Resizing is
+PyTorch's antialiased bicubic on uint8, within 2 grey levels of Pillow's, which DINO used: OpenCV's cubic does not
+antialias (4 to 9 grey levels off on average where it shrinks by 1.5 to 3) and its area filter is blurrier and slower.
+Colours and blur are OpenCV's, rounded where torchvision truncates: within 2 grey levels of it. Hue goes through 8 bits,
+1 level off on average and 12 at most in the purest colours; Pillow's hue, DINO's, is up to 18 off. DINO's own blur was
+Pillow's approximation by three box filters of the same standard deviation.
 """
 
 import math
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -43,16 +44,15 @@ class Crops:
     """
 
     global_size: int = 224
-    """Side of the two global crops in pixels; a multiple of the patch size. Images with a short side of 128 pixels carry
-    no more than 96 to 128; halving it makes training about four times as fast."""
+    """Side of the two global crops in pixels; a multiple of the patch size. More than the short side of the images
+    gains nothing; half the side makes training about four times as fast."""
     global_scale: tuple[float, float] = (0.4, 1.0)
-    """Range of a global crop's area, as a share of the image's. With fewer local crops, or none, lower the first number
-    (0.25, even 0.14 without local crops)."""
+    """Range of a global crop's area, as a share of the image's. Without local crops lower the first number, to 0.14."""
     local_size: int = 96
     """Side of the local crops in pixels; a multiple of the patch size, usually 3/7 to 1/2 of `global_size`."""
     local_count: int = 8
-    """Local crops per image, seen by the student alone. 0 trains on the global crops only, 4 halves the cost of the
-    default at a small loss."""
+    """Local crops per image, seen by the student alone. At the default sizes one costs a fifth of a global crop; 0
+    trains on the two global crops alone."""
     local_scale: tuple[float, float] = (0.05, 0.4)
     """Range of a local crop's area, as a share of the image's; its end is usually the start of `global_scale`."""
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
@@ -98,15 +98,16 @@ class Crops:
 def multicrop(image: np.ndarray, crops: Crops, rng: np.random.Generator) -> list[np.ndarray]:
     """Random views of one image: [global 1, global 2, local 1, ...], each uint8 [S, S, 3] of its own size S.
 
-    `image`: uint8 [H, W, 3] RGB of any size, left as it is. Draws from `rng` alone: the same state gives the same views.
-    Raises ValueError for another dtype or shape.
+    `image`: uint8 [H, W, 3] RGB of any size, left as it is. Draws from `rng` alone: the same state gives the same
+    views. Raises ValueError for another dtype or shape.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise ValueError(f"the image is {image.dtype} {list(image.shape)}: crops are cut from uint8 [H, W, 3]")
     views = []
+    rows, columns = image.shape[:2]
     for number in range(2 + crops.local_count):
         size, scale = (crops.global_size, crops.global_scale) if number < 2 else (crops.local_size, crops.local_scale)
-        top, left, height, width = crop_box(*image.shape[:2], scale, rng)
+        top, left, height, width = crop_box(rows, columns, scale, rng)
         view = resample(image[top : top + height, left : left + width], size, size)
         if rng.random() < 0.5:
             view = cv2.flip(view, 1)
@@ -125,9 +126,9 @@ def multicrop(image: np.ndarray, crops: Crops, rng: np.random.Generator) -> list
 def crop_box(
     height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random crop, by the law of torchvision's RandomResizedCrop (Szegedy et al., arXiv
-    1409.4842, section 6): area uniform in `scale`, logarithm of the ratio uniform, ten tries, then the largest central crop
-    of a ratio within bounds."""
+    """Top, left, height and width of a random crop, by the law of torchvision's RandomResizedCrop (Szegedy et al.,
+    arXiv 1409.4842, section 6): area uniform in `scale`, logarithm of the ratio uniform, ten tries, then the largest
+    central crop of a ratio within bounds."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
@@ -139,16 +140,16 @@ def crop_box(
 
 
 def resample(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize uint8 [H, W, 3] by bicubic interpolation, antialiased when it shrinks (Pillow's BICUBIC, within 2 levels)."""
+    """Resize uint8 [H, W, 3] by bicubic interpolation, antialiased when it shrinks: Pillow's, within 2 grey levels."""
     if image.shape[:2] == (height, width):
         return np.array(image)
-    pixels = torch.from_numpy(np.require(image, requirements="CW")).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 
 def center_crop(image: np.ndarray, size: int, resize: int) -> np.ndarray:
-    """The usual transform of evaluation: short side resized to `resize` pixels (bicubic), central square of `size` pixels.
+    """The usual transform of evaluation: short side resized to `resize` pixels (bicubic), central square of `size`.
 
     uint8 [H, W, 3] -> uint8 [size, size, 3], as torchvision's Resize and CenterCrop on a Pillow image.
     Raises ValueError where `size` exceeds `resize`.
@@ -207,8 +208,11 @@ def adjust_saturation(view: np.ndarray, factor: float) -> np.ndarray:
 def adjust_hue(view: np.ndarray, turns: float) -> np.ndarray:
     """Shift the hue by a part of the colour circle, in [-0.5, 0.5]. In steps of 1/256, as Pillow's HSV: OpenCV's other
     8-bit HSV has 180."""
+    steps = round(turns * 256) % 256
+    if steps == 0:
+        return view
     hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(round(turns * 256) % 256)  # wraps
+    hsv[..., 0] += np.uint8(steps)  # wraps
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
@@ -227,7 +231,8 @@ def solarize(view: np.ndarray) -> np.ndarray:
     return _map_levels(view, np.where(LEVELS < 128, LEVELS, 255 - LEVELS))
 
 
-class Sample(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Sample:
     """What CropDataset gives for one key."""
 
     views: list[np.ndarray]
@@ -241,9 +246,9 @@ class Sample(NamedTuple):
 class CropDataset(Dataset[Sample]):
     """Multi-crop views of an image source, for a DataLoader whose sampler yields keys (epoch, index).
 
-    The views depend on (seed, epoch, index) alone, whatever the number of workers and the order of the keys. In place of
-    an unreadable image comes the next readable one, with the same random numbers. Raises ValueError when 100 images in a
-    row, or all of a smaller source, cannot be read.
+    The views depend on (seed, epoch, index) alone, whatever the number of workers and the order of the keys. In place
+    of an unreadable image comes the next readable one, with the same random numbers. Raises ValueError when 100 images
+    in a row, or all of a smaller source, cannot be read.
 
         loader = DataLoader(CropDataset(images, Crops(), seed=0), batch_size=64, sampler=keys, collate_fn=collate)
     """
@@ -283,8 +288,8 @@ class CropDataset(Dataset[Sample]):
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     """Samples of a batch, view by view.
 
-    Returns {"global": uint8 [2, B, G, G, 3], "local": uint8 [L, B, S, S, 3] or None without local crops, "index": int64 [B],
-    "unreadable": list of `path: reason`}.
+    Returns {"global": uint8 [2, B, G, G, 3], "local": uint8 [L, B, S, S, 3] or None without local crops,
+    "index": int64 [B], "unreadable": list of `path: reason`}.
     """
     columns = list(zip(*(sample.views for sample in samples), strict=True))
     return {
@@ -316,7 +321,7 @@ def sheet(image: np.ndarray, crops: Crops, seed: int) -> np.ndarray:
     """
     gap = 4
     size = max(crops.global_size, crops.local_size if crops.local_count else 0)
-    lines = (size + gap) // (crops.local_size + gap)
+    lines = max(1, (size + gap) // (crops.local_size + gap))
     columns = math.ceil(crops.local_count / lines)
     thumbnail = resample(image, crops.global_size, max(1, round(crops.global_size * image.shape[1] / image.shape[0])))
     width = thumbnail.shape[1] + 2 * crops.global_size + columns * crops.local_size + (4 + columns) * gap

@@ -76,9 +76,7 @@ def make_teacher(student: DINOModel) -> DINOModel:
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, for all parameters in a few kernels."""
-    pairs = zip(teacher.parameters(), student.parameters(), strict=True)
-    targets, sources = zip(*((t, s) for t, s in pairs), strict=True)
-    torch._foreach_lerp_(targets, sources, 1 - momentum)
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
 class DINOOutput(NamedTuple):
@@ -176,12 +174,12 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
     Returns:
         [N, K] in float32; rows sum to 1, and the more iterations, the closer columns come to equal sums.
     """
-    scaled = logits.float() / temperature
-    q = (scaled - all_reduce_max(scaled.max())).exp()  # a common factor cancels
+    log_q = logits.float() / temperature  # in the log domain, where nothing underflows
     for _ in range(iterations):
-        q /= all_reduce_sum(q.sum(dim=0)).clamp_min(1e-30)
-        q /= q.sum(dim=1, keepdim=True).clamp_min(1e-30)
-    return q
+        top = all_reduce_max(log_q.amax(dim=0))
+        log_q = log_q - top - all_reduce_sum((log_q - top).exp().sum(dim=0)).log()
+        log_q = log_q.log_softmax(dim=1)
+    return log_q.exp()
 
 
 def diagnose_collapse(
@@ -194,11 +192,6 @@ def diagnose_collapse(
         prototypes: K.
     """
     ceiling = math.log(prototypes)
-    if not all(map(math.isfinite, (loss, teacher_entropy, kl))):
-        return (
-            "the loss is not finite: lower the learning rate (--optimizer.lr) or clip gradients harder "
-            "(--clip_grad); in bf16, check that no image is constant"
-        )
     if usage_entropy < 0.05 * ceiling:
         return (
             f"all images get the same prototype (usage entropy {usage_entropy:.3f} of at most {ceiling:.2f}): the "

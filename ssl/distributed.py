@@ -5,6 +5,7 @@ group: NCCL on CUDA, gloo on CPU. Without, every function here does what it shou
 """
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ def start(device: str = "auto") -> torch.device:
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device is {device!r}, but torch finds no CUDA here; use --device cpu or auto")
+        if chosen.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+            raise ValueError(f"device is {device!r}, which would put all processes on one GPU; use --device cuda")
         if chosen.index is None:
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(chosen)
@@ -46,6 +49,12 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave_signals_to_main(_worker: int) -> None:
+    """For loader workers: a scheduler signals every process of a job, and it is the main one that saves and ends."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def rank() -> int:

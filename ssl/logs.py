@@ -1,6 +1,5 @@
 """What a run says: metrics.jsonl, TensorBoard, W&B, and one progress line."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from skipless.ssl.checkpoints import write_text
 
 
 class RunLog:
@@ -23,17 +24,16 @@ class RunLog:
         if not active:
             return
         path = folder / "metrics.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _step(line) <= start]
-            path.write_text("".join(line + "\n" for line in lines))
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if start and _step(line) <= start]
+        write_text(path, "".join(line + "\n" for line in kept))
+        self.recorded = {(_step(line), name) for line in kept for name in json.loads(line)}
         self.file = open(path, "a", buffering=1)  # noqa: SIM115
         self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=start + 1 if start else None)
         if wandb:
-            if importlib.util.find_spec("wandb") is None:
-                raise ValueError("wandb is true, but the package is not installed; pip install wandb, or leave it out")
             import wandb as package
 
-            self.wandb = package.init(project="skipless", name=folder.name, dir=folder, config=settings, resume="allow")
+            self.wandb = package.init(project="skipless", id=folder.name, dir=folder, config=settings, resume="allow")
         self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05, mininterval=0.5)
 
     def advance(self) -> None:
@@ -56,6 +56,10 @@ class RunLog:
             self.tensorboard.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(flat, step=step)
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether the run that is resumed recorded a value of this name at this step."""
+        return self.active and (step, name) in self.recorded
 
     def progress(self, text: str) -> None:
         """The text at the end of the progress line."""

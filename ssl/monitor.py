@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from skipless.datasets.images import ImageSource, UnreadableImage, open_images
 from skipless.ssl.conditioning import effective_rank, mean_share
 from skipless.ssl.crops import center_crop, normalize
 from skipless.ssl.dino import Pool
-from skipless.ssl.distributed import gather_objects, rank, world_size
+from skipless.ssl.distributed import gather_objects, leave_signals_to_main, rank, world_size
 from skipless.ssl.vit import VisionTransformer
 
 
@@ -60,13 +59,16 @@ class LabelledImages(Dataset):
 
 
 def labelled_sets(
-    images: ImageSource, settings: MonitorSettings, size: int
+    images: ImageSource, settings: MonitorSettings, default_size: int
 ) -> tuple[LabelledImages, LabelledImages, str] | None:
     """Neighbours and queries for the monitor and a sentence that says what they are; None without labels.
 
     Raises:
         ValueError: `settings.path` is given, but its class folders are not those of the training images.
     """
+    size = settings.size or default_size
+    if not settings.every_epochs:
+        return None
     if images.labels is None:
         if settings.path:
             raise ValueError(
@@ -74,17 +76,12 @@ def labelled_sets(
                 "give class folders as data.path, or leave monitor.path out"
             )
         return None
-    path = Path(settings.path) if settings.path else images.root.parent / "val"
-    if settings.path or (images.root.name == "train" and path.is_dir()):
-        queries = open_images(path)
-        if queries.labels is None or not set(queries.classes) <= set(images.classes):
-            raise ValueError(
-                f"{path} does not have the class folders of {images.root}; give --monitor.path a folder that does"
-            )
+    queries = _labelled_val(images, settings.path)
+    if queries is not None and queries.labels is not None:
         number = {name: position for position, name in enumerate(images.classes)}
         query_labels = np.array([number[name] for name in queries.classes])[queries.labels]
         bank_rows, query_rows = np.arange(len(images)), np.arange(len(queries))
-        said = f"images of {path}, neighbours from {images.root}"
+        said = f"images of {queries.root}, neighbours from {images.root}"
     else:
         queries, query_labels = images, images.labels
         tenth = np.arange(len(images)) % 10 == 0
@@ -93,6 +90,22 @@ def labelled_sets(
     bank_rows, query_rows = (_spread(rows, settings.max_images) for rows in (bank_rows, query_rows))
     bank = LabelledImages(images, bank_rows, images.labels[bank_rows], size)
     return bank, LabelledImages(queries, query_rows, query_labels[query_rows], size), said
+
+
+def _labelled_val(images: ImageSource, path: str | None) -> ImageSource | None:
+    """Images in class folders of the same names: in `path`, or, if there are any, in `val` beside a folder `train`."""
+    beside = images.root.parent / "val"
+    if not path and not (images.root.name == "train" and beside.is_dir()):
+        return None
+    try:
+        found = open_images(path or beside)
+        if found.labels is None or not set(found.classes) <= set(images.classes):
+            raise ValueError(f"monitor.path is {path}, which does not have the class folders of {images.root}")
+        return found
+    except (ValueError, FileNotFoundError):
+        if path:
+            raise
+        return None  # nobody asked for it
 
 
 def _spread(rows: np.ndarray, most: int) -> np.ndarray:
@@ -125,6 +138,15 @@ def measure_blocks(
     ]
 
 
+def describe_blocks(blocks: list[dict[str, float]], k: int) -> str:
+    """One line on what `measure_blocks` found."""
+    last, best = blocks[-1], max(range(len(blocks)), key=lambda i: blocks[i]["knn"])
+    return (
+        f"{k}-NN {100 * last['knn']:.1f} % (last block), best {100 * blocks[best]['knn']:.1f} % (block {best + 1}); "
+        f"last block's mean share {last['mean_share']:.2f}, effective rank {last['effective_rank']:.1f}"
+    )
+
+
 def knn_accuracy(
     bank: np.ndarray,
     bank_labels: np.ndarray,
@@ -153,7 +175,9 @@ def _describe(
     """Features [depth, N, D], labels [N] and (mean share, effective rank) [N, depth, 2] of all images."""
     device = backbone.pos_embed.device
     mine = torch.utils.data.Subset(images, range(rank(), len(images), world_size()))
-    loader = DataLoader(mine, batch_size=64, num_workers=workers, collate_fn=_readable)
+    loader = DataLoader(
+        mine, batch_size=64, num_workers=workers, collate_fn=_readable, worker_init_fn=leave_signals_to_main
+    )
     features, labels, numbers = [], [], []
     for views, batch_labels in loader:
         if not len(batch_labels):
@@ -171,6 +195,8 @@ def _describe(
         if statistics:
             numbers.append(torch.stack(stats, dim=1).numpy())
     parts = gather_objects((features, labels, numbers))
+    if not any(part[1] for part in parts):
+        raise ValueError(f"none of the monitor's images in {images.images.root} can be read")
     joined: Sequence[list] = [[batch for part in parts for batch in part[i]] for i in range(3)]
     return (
         np.concatenate(joined[0], axis=1),

@@ -1,6 +1,5 @@
-"""Optimizers, parameter groups and schedules of DINO's recipe."""
+"""Optimizers and parameter groups of DINO's recipe."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,25 +82,3 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, 
     for group in optimizer.param_groups:
         group["lr"] = 0.0 if group["last_layer"] and freeze_last_layer else lr
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
-
-
-def cosine(step: int, total: int, start: float, end: float, warmup: int = 0) -> float:
-    """DINO's schedule: linear from 0 to `start` over `warmup` steps, its end included, then half a cosine to `end`.
-
-    Args:
-        step: from 0 to total - 1.
-
-    Example:
-        >>> [round(cosine(s, 7, start=1.0, end=0.0, warmup=3), 3) for s in range(7)]
-        [0.0, 0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
-    """
-    if step < warmup:
-        return start * step / (warmup - 1) if warmup > 1 else 0.0
-    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def ramp(epoch: int, start: float, end: float, epochs: int) -> float:
-    """Linear from `start` at epoch 0 to `end` at epoch `epochs - 1`, then constant: DINO's teacher temperature."""
-    if epoch >= epochs - 1 or epochs <= 1:
-        return end
-    return start + (end - start) * epoch / (epochs - 1)

@@ -32,6 +32,8 @@ def summarize(runs: list[Path]) -> list[dict[str, Any]]:
         measured = [entry for entry in entries if "monitor/knn" in entry]
         if not measured:
             raise ValueError(f"{run} was not monitored: its images had no class folders, or the monitor was off")
+        if measured[-1]["step"] != about["step"]:
+            raise ValueError(f"{run} was last measured at step {measured[-1]['step']}, not at its end, {about['step']}")
         curve = [
             {"epoch": m["epoch"], "knn": m["monitor/knn"][-1], "best_knn": max(m["monitor/knn"])} for m in measured
         ]
@@ -40,11 +42,14 @@ def summarize(runs: list[Path]) -> list[dict[str, Any]]:
             for when, entry in (("untrained", measured[0]), ("trained", measured[-1]))
         }
         settings = about.pop("settings")
+        path = Path(settings["data"]["path"]).resolve()
+        # Names, not places: a result must read the same on every machine.
+        settings["data"]["path"], settings["out"] = "/".join(path.parts[-2:]), run.name
         results.append(
             {
                 "task": "pretraining",
                 "protocol": f"knn-monitor/{settings['monitor']['k']}-nn-{about['pool']}",
-                "dataset": Path(settings["data"]["path"]).parent.name,
+                "dataset": dataset_name(path),
                 "metric": "top-1",
                 "value": states["trained"]["knn"][-1],
                 "name": run.name,
@@ -57,6 +62,12 @@ def summarize(runs: list[Path]) -> list[dict[str, Any]]:
     return results
 
 
+def dataset_name(path: Path) -> str:
+    """A folder's name, or its parent's where it is only a split."""
+    path = path.resolve()
+    return path.parent.name if path.name in ("train", "val", "test") else path.stem
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """The results as Markdown: a line for each run, then every block of each."""
     lines = [
@@ -67,7 +78,8 @@ def table(results: list[dict[str, Any]]) -> str:
         before, after = (result["details"][when]["knn"] for when in ("untrained", "trained"))
         best = max(range(len(after)), key=after.__getitem__)
         lines.append(
-            f"| {result['name']} | {100 * before[-1]:.1f} | {100 * after[-1]:.1f} ({100 * (after[-1] - before[-1]):+.1f}) "
+            f"| {result['name']} | {100 * before[-1]:.1f} "
+            f"| {100 * after[-1]:.1f} ({100 * (after[-1] - before[-1]):+.1f}) "
             f"| {100 * after[best]:.1f} (block {best + 1}) | {result['details']['final_loss']:.3f} "
             f"| {result['seconds'] / 60:.1f} |"
         )
@@ -80,12 +92,8 @@ def table(results: list[dict[str, Any]]) -> str:
             before, after = (result["details"][when][name] for when in ("untrained", "trained"))
             cells = [f"{factor * b:.{digits}f} -> {factor * a:.{digits}f}" for b, a in zip(before, after, strict=True)]
             lines.append(f"| {result['name']} | {title} | " + " | ".join(cells) + " |")
-    first = results[0]
-    lines += [
-        "",
-        f"Protocol {first['protocol']}; {first['hardware']}, {first['processes']} process(es); seed(s) "
-        f"{', '.join(sorted({str(result['seed']) for result in results}))}; commit {first['commit']}.",
-    ]
+    facts = ("protocol", "hardware", "processes", "seed", "commit")
+    lines += ["", "; ".join(f"{fact}: {', '.join(sorted({str(r[fact]) for r in results}))}" for fact in facts) + "."]
     return "\n".join(lines) + "\n"
 
 
@@ -100,8 +108,8 @@ def main() -> None:
         text = table(results)
         if arguments.out:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            write_text(arguments.out.with_suffix(".json"), json.dumps(results, indent=1) + "\n")
-            write_text(arguments.out.with_suffix(".md"), text)
+            write_text(Path(f"{arguments.out}.json"), json.dumps(results, indent=1) + "\n")
+            write_text(Path(f"{arguments.out}.md"), text)
         print(text, end="")
     except (ValueError, OSError) as error:
         print("error:", error, file=sys.stderr)

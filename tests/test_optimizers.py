@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from skipless.ssl.dino import DINOHead, DINOModel
-from skipless.ssl.optimizers import OptimizerSettings, cosine, make_optimizer, parameter_groups, ramp, set_rates
+from skipless.ssl.optimizers import OptimizerSettings, make_optimizer, parameter_groups, set_rates
+from skipless.ssl.schedules import cosine, ramp
 from skipless.ssl.vit import VisionTransformer
 
 
@@ -33,6 +34,7 @@ def test_teacher_temperature_by_hand() -> None:
     assert ramp(29, 0.04, 0.07, 30) == pytest.approx(0.07)
     assert ramp(200, 0.04, 0.07, 30) == pytest.approx(0.07)
     assert ramp(0, 0.04, 0.05, 0) == pytest.approx(0.05)
+    assert ramp(0, 0.04, 0.07, 1) == pytest.approx(0.04)  # linspace over one epoch is its start
 
 
 def test_groups_decay_matrices_only_and_hold_every_parameter_once() -> None:

@@ -1,0 +1,219 @@
+"""Every setting of a pretraining run, what it means, and which of them contradict each other."""
+
+import dataclasses
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from skipless.datasets.images import ImageSource
+from skipless.ssl import distributed
+from skipless.ssl.attention import Backend, choose_backend
+from skipless.ssl.crops import Crops
+from skipless.ssl.dino import Pool
+from skipless.ssl.initialization import MlpInit
+from skipless.ssl.monitor import MonitorSettings
+from skipless.ssl.optimizers import OptimizerSettings
+
+
+@dataclass
+class DataSettings:
+    """Where the images are."""
+
+    path: str
+    """Folder of images (searched in all its subfolders; no labels needed) or a zip archive of images. Folders right
+    below it are taken as classes by the monitor, never by training."""
+    workers: int | None = None
+    """Processes per training process that load and crop images; by default all cores shared out on a GPU machine, none
+    on a CPU, where training needs the cores itself."""
+    max_unreadable: float = 0.01
+    """Share of unreadable images above which the run stops and names them; below, they are skipped and listed in
+    unreadable.txt."""
+
+
+@dataclass
+class ModelSettings:
+    """The backbone. `size` gives dim, depth and heads; each can be set on its own too."""
+
+    size: Literal["tiny", "small", "base", "large", "huge", "giant"] = "small"
+    """ViT-Ti, S, B, L, H or g."""
+    dim: int | None = None
+    """Width of a token; by default that of `size`."""
+    depth: int | None = None
+    """Number of blocks; by default that of `size`."""
+    heads: int | None = None
+    """Attention heads; by default those of `size`. 64 channels a head are usual, 32 do for narrow models."""
+    patch: int = 16
+    """Side of a patch in pixels. Half the patch: four times the tokens, finer features, four times the time."""
+    residual: bool = False
+    """With skip connections (true) or without (false)."""
+    init: Literal["default", "paper-dino", "paper-supervised", "small"] | None = None
+    """Initialization; by default `small` without skip connections and `default` (ViT's usual one) with them. `small` is
+    for narrow models and small budgets, `paper-dino` is arXiv 2510.00345's for ViT-S on ImageNet."""
+    alpha: float | None = None
+    """Noise in the query-key product, instead of the initialization's own."""
+    beta: float | None = None
+    """Identity in the query-key product, instead of the initialization's own: larger is more diagonal attention."""
+    c: float | None = None
+    """Scale of the value and output matrices, instead of the initialization's own."""
+    mlp: MlpInit | None = None
+    """suo or mirrored MLP layers, instead of the initialization's own."""
+    pool: Pool = "mean"
+    """What the DINO head reads: `mean` of the patch tokens, or the class token `cls` (DINO's). Without skip connections
+    use mean: near-identity attention starves a class token, and the loss would stay at ln K."""
+    registers: int = 0
+    """Register tokens; 4 in DINOv2."""
+    layer_scale: float | None = None
+    """Initial scale of each branch (DINOv2: 1e-5). Residual models only."""
+    drop_path: float = 0.0
+    """Stochastic depth; DINO uses 0.1. Residual models only."""
+    attention: Backend = "auto"
+    """auto takes xformers on CUDA where it is installed, torch's SDPA elsewhere."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+
+@dataclass
+class DINOSettings:
+    """Head, teacher and loss."""
+
+    prototypes: int = 65536
+    """Outputs of the head, K. 65,536 for ImageNet; 1,024 to 4,096 for some thousand images."""
+    hidden: int = 2048
+    """Width of the head's hidden layers."""
+    bottleneck: int = 256
+    """Width of the head before the prototypes."""
+    norm_last_layer: bool = True
+    """Prototypes of length 1: stable. false is what DINO used for ViT-S."""
+    freeze_last_layer_epochs: float = 1.0
+    """Epochs at the start in which the last layer of the head has learning rate 0 (DINO drops its gradient: the
+    same, but that the optimizer's moments start later)."""
+    momentum: float = 0.996
+    """Momentum of the teacher at the start; it rises to 1 by half a cosine. Lower it (0.99) for short runs."""
+    student_temperature: float = 0.1
+    """Temperature of the student's softmax."""
+    teacher_temperature: float = 0.04
+    """Temperature of the teacher's softmax after its warm-up. Long runs raise it to 0.07."""
+    warmup_teacher_temperature: float = 0.04
+    """Temperature of the teacher's softmax in the first epoch."""
+    warmup_teacher_temperature_epochs: int = 0
+    """Epochs over which the teacher's temperature changes linearly."""
+    balancing: Literal["centre", "sinkhorn"] = "centre"
+    """How collapse is avoided: centring (DINO) or Sinkhorn-Knopp (DINOv2)."""
+    centre_momentum: float = 0.9
+    """Momentum of the centre."""
+
+
+@dataclass
+class Settings:
+    """Everything a run depends on."""
+
+    data: DataSettings
+    out: str
+    """Folder of the run: settings, metrics, checkpoints, and the backbone at the end."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    crops: Crops = field(default_factory=Crops)
+    dino: DINOSettings = field(default_factory=DINOSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    monitor: MonitorSettings = field(default_factory=MonitorSettings)
+    epochs: int = 100
+    """Passes over the images."""
+    batch_size: int = 256
+    """Images per optimizer step, over all processes and micro-batches. The learning rate scales with it."""
+    accumulate: int = 1
+    """Micro-batches per step: the same result with a fraction of the memory. Teacher and centre move once a step."""
+    clip_grad: float = 3.0
+    """Gradients whose norm over all parameters is larger are scaled down to it; 0 turns this off. (DINO clips each
+    parameter's gradient by itself, which is weaker.)"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is bf16 on GPUs that have it (Ampere and later), fp32 elsewhere. Parameters are float32 in both."""
+    seed: int = 0
+    """Of initialization, order of the images and crops."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    resume: bool = False
+    """Continue from the last checkpoint in `out`, where there is one: bit by bit on a CPU."""
+    save_every_epochs: int = 1
+    """Epochs between two checkpoints; one is also written at the end and on SIGTERM or SIGUSR1."""
+    keep: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    log_every: int = 10
+    """Steps between two lines of metrics. Between them the host does not wait for the GPU (but for soap, whose
+    eigenbases do)."""
+    wandb: bool = False
+    """Log to Weights & Biases too (pip install wandb)."""
+
+
+def check(settings: Settings, images: ImageSource, device: torch.device) -> None:
+    """Contradictions that can be found before anything is built or written."""
+    processes, patch = distributed.world_size(), settings.model.patch
+    for name in ("epochs", "batch_size", "accumulate", "save_every_epochs", "keep", "log_every"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least 1")
+    for name in ("prototypes", "hidden", "bottleneck"):
+        if getattr(settings.dino, name) < 1:
+            raise ValueError(f"dino.{name} is {getattr(settings.dino, name)}; it must be at least 1")
+    for name in ("student_temperature", "teacher_temperature", "warmup_teacher_temperature"):
+        if getattr(settings.dino, name) <= 0:
+            raise ValueError(f"dino.{name} is {getattr(settings.dino, name)}; it must be positive")
+    for name in ("momentum", "centre_momentum"):
+        if not 0 <= getattr(settings.dino, name) <= 1:
+            raise ValueError(f"dino.{name} is {getattr(settings.dino, name)}; it must be in [0, 1]")
+    if settings.clip_grad < 0:
+        raise ValueError(f"clip_grad is {settings.clip_grad:g}; it must be positive, or 0 for no clipping")
+    if settings.optimizer.warmup_epochs >= settings.epochs:
+        raise ValueError(
+            f"optimizer.warmup_epochs is {settings.optimizer.warmup_epochs:g} in a run of {settings.epochs} epochs; "
+            "the learning rate would never reach its peak: lower it, or raise epochs"
+        )
+    changed = [name for name in ("alpha", "beta", "c", "mlp") if getattr(settings.model, name) is not None]
+    if changed and initialization_of(settings.model) == "default":
+        raise ValueError(f"model.{changed[0]} belongs to the skipless initializations; choose one with model.init")
+    choose_backend(device, settings.model.attention)
+    if settings.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb is true, but the package is not installed; pip install wandb, or leave it out")
+    if patch < 1:
+        raise ValueError(f"model.patch is {patch}; it must be at least 1")
+    for name in ("global_size", "local_size"):
+        size = getattr(settings.crops, name)
+        if size % patch and (name == "global_size" or settings.crops.local_count):
+            near = sorted({max(patch, size // patch * patch), (size // patch + 1) * patch})
+            raise ValueError(
+                f"crops.{name} is {size}, which is no multiple of model.patch {patch}; use "
+                + " or ".join(map(str, near))
+            )
+    if settings.batch_size % (processes * settings.accumulate):
+        raise ValueError(
+            f"batch_size {settings.batch_size} cannot be shared out over {processes} processes x {settings.accumulate} "
+            "micro-batches (accumulate); choose a multiple of their product"
+        )
+    if len(images) < settings.batch_size:
+        raise ValueError(
+            f"data.path {images.root} has {len(images)} images, fewer than one batch; lower batch_size "
+            f"({settings.batch_size})"
+        )
+    out = Path(settings.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out is {out}, which is a file; give a folder")
+    if (out / "settings.yaml").exists() and not settings.resume:
+        raise ValueError(f"{out} already holds a run; add --resume to continue it, or give another --out")
+
+
+def initialization_of(model: ModelSettings) -> str:
+    return model.init or ("default" if model.residual else "small")
+
+
+def plain(settings: Settings) -> dict[str, Any]:
+    """Settings as plain dicts, lists and values."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of settings as one dict with dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
