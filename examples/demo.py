@@ -76,10 +76,9 @@ def print_table(run: Path, k: int) -> None:
     before, after = measured[0], measured[-1]
     print(f"\n{k}-NN accuracy on 600 held-out scenes of 10 classes (chance: 10 %)\n")
     print(f"{'':22}{'untrained':>10}{'trained':>10}")
-    last, best = before["monitor/knn"][-1], after["monitor/knn"][-1]
-    print(f"{'last block':22}{100 * last:9.1f}%{100 * best:9.1f}%")
-    last, best = max(before["monitor/knn"]), max(after["monitor/knn"])
-    print(f"{'best block':22}{100 * last:9.1f}%{100 * best:9.1f}%\n")
+    for name, choose in (("last block", lambda knn: knn[-1]), ("best block", max)):
+        print(f"{name:22}{100 * choose(before['monitor/knn']):9.1f}%{100 * choose(after['monitor/knn']):9.1f}%")
+    print()
 
 
 @torch.inference_mode()

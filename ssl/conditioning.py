@@ -7,7 +7,6 @@ and .md.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ import torch
 from torch import Tensor
 
 from skipless.datasets.images import open_images
-from skipless.ssl.checkpoints import write_text
 from skipless.ssl.crops import center_crop, normalize
 from skipless.ssl.initialization import PRESETS, skipless_init_
-from skipless.ssl.provenance import provenance
+from skipless.ssl.provenance import provenance, write_result
 from skipless.ssl.summarize import dataset_name
 from skipless.ssl.vit import SIZES, VisionTransformer
 
@@ -140,9 +138,7 @@ def main() -> None:
             **provenance("cpu"),
         }
         if arguments.out:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            write_text(Path(f"{arguments.out}.json"), json.dumps(result, indent=1) + "\n")
-            write_text(Path(f"{arguments.out}.md"), text)
+            write_result(arguments.out, result, text)
         print(text, end="")
     except (ValueError, OSError) as error:
         print("error:", error, file=sys.stderr)

@@ -1,12 +1,15 @@
 """Where a number comes from: hardware, versions and commit."""
 
 import importlib.metadata
+import json
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from skipless.ssl.checkpoints import write_text
 
 
 def provenance(device: torch.device | str) -> dict[str, Any]:
@@ -24,6 +27,13 @@ def provenance(device: torch.device | str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {"hardware": _hardware(torch.device(device)), "versions": versions, "commit": _commit()}
+
+
+def write_result(out: Path, result: Any, text: str) -> None:
+    """Write a result for machines, `out`.json, and for people, `out`.md."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(Path(f"{out}.json"), json.dumps(result, indent=1) + "\n")
+    write_text(Path(f"{out}.md"), text)
 
 
 def _hardware(device: torch.device) -> str:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from skipless.ssl.checkpoints import write_text
+from skipless.ssl.provenance import write_result
 
 NAMES = {"knn": "k-NN top-1, %", "mean_share": "mean share", "effective_rank": "effective rank"}
 
@@ -107,9 +107,7 @@ def main() -> None:
         results = summarize(arguments.runs)
         text = table(results)
         if arguments.out:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            write_text(Path(f"{arguments.out}.json"), json.dumps(results, indent=1) + "\n")
-            write_text(Path(f"{arguments.out}.md"), text)
+            write_result(arguments.out, results, text)
         print(text, end="")
     except (ValueError, OSError) as error:
         print("error:", error, file=sys.stderr)

@@ -334,7 +334,7 @@ def test_help_explains_every_setting() -> None:
     options = re.split(r"\n  (?=--)", text)
     for name in names:
         option = next((o for o in options if o.startswith(f"--{name} ") or o.startswith(f"--{name}\n")), "")
-        explanation = re.sub(r"\(.*?(type|default|required).*", "", option, flags=re.S).split(maxsplit=2)[-1]
+        explanation = re.sub(r"\((required|type|default).*", "", option, flags=re.S).split(maxsplit=2)[-1]
         assert len(explanation.split()) >= 4, f"--{name} is not explained"
 
 
