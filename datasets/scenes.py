@@ -275,6 +275,7 @@ def main() -> None:
             workers: Number of processes; by default one for each available core. Does not change the files.
         """
         write_scenes(out, train, val, size, seed, workers)
+        print(f"next: python ssl/pretrain.py --config configs/demo.yaml --data.path {out / 'train'} --out runs/scenes")
 
     try:
         auto_cli(scenes)

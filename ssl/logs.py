@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,12 @@ class RunLog:
             import wandb as package
 
             self.wandb = package.init(project="skipless", id=folder.name, dir=folder, config=settings, resume="allow")
-        self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05, mininterval=0.5)
+        # A bar on a terminal; in a file or a pipe a line now and then, see `progress`.
+        self.bar = tqdm(
+            total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05, mininterval=0.5, disable=None
+        )
+        self.start, self.total = start, total
+        self.began = self.last_line = time.monotonic()
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
@@ -61,10 +67,16 @@ class RunLog:
         """Whether the run that is resumed recorded a value of this name at this step."""
         return self.active and (step, name) in self.recorded
 
-    def progress(self, text: str) -> None:
-        """The text at the end of the progress line."""
-        if self.active:
-            self.bar.set_postfix_str(text)
+    def progress(self, step: int, text: str) -> None:
+        """The text at the end of the progress line; without a terminal, a line with it every half minute."""
+        if not self.active:
+            return
+        self.bar.set_postfix_str(text)
+        now = time.monotonic()
+        if self.bar.disable and now - self.last_line > 30:
+            self.last_line = now
+            minutes = (now - self.began) / (step - self.start) * (self.total - step) / 60
+            self.say(f"step {step:,} of {self.total:,}, {minutes:.0f} min left; {text}")
 
     def say(self, text: str) -> None:
         """A line for people, above the progress bar."""

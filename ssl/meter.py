@@ -84,8 +84,9 @@ class Meter:
             )
         self.log.metrics(step, step / self.steps_per_epoch, values)
         self.log.progress(
+            step,
             f"loss {values['loss']:.3f} (ln K {ceiling:.2f}), {speed:.0f} images/s, {values['memory_gb']:.1f} GB"
-            + (f", {100 * values['model_flops_utilisation']:.0f} % of peak FLOPs" if peak else "")
+            + (f", {100 * values['model_flops_utilisation']:.0f} % of peak FLOPs" if peak else ""),
         )
         self.suspicions = self.suspicions + 1 if sentence and step > rates.warmup else 0
         if sentence and self.suspicions == self.PATIENCE:

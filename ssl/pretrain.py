@@ -270,7 +270,7 @@ def _resume(
             "images, or another --out"
         )
     old, new = flat(state["settings"]), flat(plain(settings))
-    may_change = ("out", "resume", "device", "wandb", "keep", "log_every", "save_every_epochs", "accumulate")
+    may_change = ("out", "device", "wandb", "keep", "log_every", "save_every_epochs", "accumulate")
     differing = [
         f"{name} is {old.get(name)!r} there and {value!r} here"
         for name, value in new.items()
@@ -300,14 +300,16 @@ def _introduce(
     total: int,
 ) -> None:
     """What is about to happen, in a few lines."""
-    millions = sum(p.numel() for p in student.backbone.parameters()) / 1e6
+    parameters = sum(p.numel() for p in student.backbone.parameters())
+    millions = f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters:,}"
+    processes = distributed.world_size()
     kind = "residual" if settings.model.residual else "skipless"
     log.say(
-        f"{len(images):,} images of {images.root}; {kind} ViT, {millions:.1f} M parameters; {total:,} steps of "
+        f"{len(images):,} images of {images.root}; {kind} ViT, {millions} parameters; {total:,} steps of "
         f"{settings.batch_size} images" + (f", from step {start:,}" if start else "")
     )
     why = choose_backend(device, settings.model.attention)[1]
-    log.say(f"{distributed.world_size()} process(es) on {device}; attention: {why}")
+    log.say(f"{processes} process{'es' if processes > 1 else ''} on {device}; attention: {why}")
     if settings.monitor.every_epochs:
         log.say(
             f"k-NN monitor: {monitored}" if monitored else "k-NN monitor: off, since the images have no class folders"

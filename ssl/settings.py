@@ -169,6 +169,11 @@ def check(settings: Settings, images: ImageSource, device: torch.device) -> None
             f"optimizer.warmup_epochs is {settings.optimizer.warmup_epochs:g} in a run of {settings.epochs} epochs; "
             "the learning rate would never reach its peak: lower it, or raise epochs"
         )
+    if settings.dino.freeze_last_layer_epochs >= settings.epochs:
+        raise ValueError(
+            f"dino.freeze_last_layer_epochs is {settings.dino.freeze_last_layer_epochs:g} in a run of "
+            f"{settings.epochs} epochs; the last layer would never learn: lower it, or raise epochs"
+        )
     changed = [name for name in ("alpha", "beta", "c", "mlp") if getattr(settings.model, name) is not None]
     if changed and initialization_of(settings.model) == "default":
         raise ValueError(f"model.{changed[0]} belongs to the skipless initializations; choose one with model.init")
@@ -198,7 +203,9 @@ def check(settings: Settings, images: ImageSource, device: torch.device) -> None
     out = Path(settings.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out is {out}, which is a file; give a folder")
-    if (out / "settings.yaml").exists() and not settings.resume:
+    if out.exists() and images.root.is_dir() and out.samefile(images.root):
+        raise ValueError(f"out is the folder of the images, {out}; give the run a folder of its own")
+    if any((out / name).exists() for name in ("checkpoints/last.pt", "backbone.json")) and not settings.resume:
         raise ValueError(f"{out} already holds a run; add --resume to continue it, or give another --out")
 
 
@@ -207,8 +214,10 @@ def initialization_of(model: ModelSettings) -> str:
 
 
 def plain(settings: Settings) -> dict[str, Any]:
-    """Settings as plain dicts, lists and values."""
-    return json.loads(json.dumps(dataclasses.asdict(settings)))
+    """Settings as plain dicts, lists and values; without `resume`, which is no property of a run."""
+    tree = json.loads(json.dumps(dataclasses.asdict(settings)))
+    del tree["resume"]
+    return tree
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -224,6 +224,8 @@ def test_unreadable_images_are_listed_and_too_many_stop_the_run(photos: Path, tm
         (["--model.attention=xformers"], ["xformers", "CUDA"]),
         (["--config={empty}/none.yaml"], ["none.yaml"]),
         (["--epochs=0"], ["epochs is 0"]),
+        (["--dino.freeze_last_layer_epochs=4"], ["dino.freeze_last_layer_epochs is 4", "4 epochs"]),
+        (["--out={photos}"], ["{photos}", "folder of its own"]),
         (["--clip_grad=-1"], ["clip_grad is -1", "0 for no clipping"]),
         (["--optimizer.warmup_epochs=4"], ["optimizer.warmup_epochs is 4", "4 epochs"]),
         (["--model.init=default", "--model.beta=2"], ["model.beta", "model.init"]),
@@ -237,7 +239,7 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(
 ) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    places = {"empty": empty, "reference": reference}
+    places = {"empty": empty, "reference": reference, "photos": photos}
     before = {path: path.stat().st_mtime_ns for path in reference.rglob("*")}
     result = run("--data.path", photos, "--out", tmp_path / "out", *SMALL, *(a.format(**places) for a in arguments))
     assert result.returncode == 2
