@@ -336,8 +336,8 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def _keep_freed_memory() -> None:
-    """Stop glibc from handing large blocks back to the kernel: fetching them anew for every tensor of every step costs
-    a fifth of the step in page faults. Elsewhere than on glibc this does nothing."""
+    """Stop glibc from handing large blocks back to the kernel: to fetch them anew for every tensor of every step costs
+    page faults that take a good part of the step. Elsewhere than on glibc this does nothing."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold, gigabyte = -1, -3, 1 << 30
         # Older glibc refuses a threshold above 32 MB; to set only the other one would make things worse.
