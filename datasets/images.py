@@ -177,8 +177,6 @@ def _decode_jpeg(data: bytes, min_side: int) -> np.ndarray | None:
         body, position = position + 4, position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
         if position > len(data):
             return None
-        if position > len(data):
-            return None
         if marker == 0xDA:
             break
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and position - body >= 6:  # start of frame

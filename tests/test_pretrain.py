@@ -170,6 +170,16 @@ def test_signal_to_the_whole_job_saves_and_ends_cleanly(
     np.testing.assert_allclose(losses(out), losses(reference), atol=1e-6)
 
 
+def test_collapse_is_called_so_while_it_trains(photos: Path, reference: Path, tmp_path: Path) -> None:
+    """A teacher this hot is uniform: the loss cannot leave ln K, and the run says so once, with a remedy."""
+    hot = ["--dino.teacher_temperature=50"]
+    result = run("--data.path", photos, "--out", tmp_path / "run", *SMALL, *hot)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("WARNING at step") == 1
+    assert "the teacher is uniform and the loss sits at ln K = 3.47" in result.stderr
+    assert "--dino.teacher_temperature" in result.stderr
+
+
 def test_monitor_measures_every_block_before_and_after(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = run(
