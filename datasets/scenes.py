@@ -43,24 +43,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from skipless.datasets.drawing import CLASSES, MIN_SIZE, Scene, render_scene
+from skipless.datasets.voc import voc_palette
 
 # Raised with every change of the drawing, so that a folder made by an older one is never mistaken for a new one.
 VERSION = 2
 SPLITS = ("train", "val")
 
 _SCENES_PER_TASK = 16
-
-
-def _voc_palette() -> list[int]:
-    """VOC's colour map (devkit, VOClabelcolormap.m): 256 RGB triples, the bits of the index dealt out to R, G and B."""
-    palette = []
-    for index in range(256):
-        for channel in range(3):
-            palette.append(sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)))
-    return palette
-
-
-_PALETTE = _voc_palette()
+_PALETTE = voc_palette().ravel().tolist()
 
 
 def _save_mask(mask: npt.NDArray[np.uint8], path: Path) -> None:
