@@ -1,0 +1,284 @@
+"""TokenCut step by step against dense SciPy, the memory of a long loop, and on a GPU the speed of the whole.
+
+    python benchmarks/discovery.py --ckpt dino.pth --images VOC2007/JPEGImages --out results/discovery_speed
+
+1. Seconds an image for features, graph, solver and components at about 600, 1,200 and 3,000 patches, and for the dense
+   generalised eigenproblem of the published code on the same graph. Interleaved: every image goes through every step
+   and every size in turn; medians. Beside them, how often mask and box are those of the dense solution.
+2. Resident memory of a loop (features, LOST and TokenCut) over images at their original size, every 50 images.
+3. With --device cuda also images per second of the whole of TokenCut, features included: a ViT-S/16 of random weights,
+   batches of 512 x 384 pixels (500 x 375, padded). The image's mean is subtracted from its keys, since those of random
+   weights are all alike and would make a complete graph, which costs nothing to solve.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import runpy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skipless.datasets.images import ImageSource, open_images
+from skipless.eval import localization
+from skipless.eval.backbones import Backbone, load_backbone, pad_to_patch
+from skipless.eval.localization import lost, second_eigenvectors, tokencut
+from skipless.ssl.provenance import provenance, write_result
+from skipless.ssl.vit import vit_small
+
+ROOT = Path(__file__).resolve().parent.parent
+TAU = 0.2
+STEPS = ("features", "graph", "solver", "components", "dense SciPy solver")
+
+reference = SimpleNamespace(**runpy.run_path(str(ROOT / "tests" / "discovery_reference.py")))
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """What `work` returns, and the seconds it took, the device's included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - began
+
+
+def resized(picture: np.ndarray, patches: int, patch: int) -> np.ndarray:
+    """The picture with about as many patches, its proportions kept."""
+    height, width = picture.shape[:2]
+    scale = patch * (patches / (height * width)) ** 0.5
+    size = (max(patch, round(width * scale)), max(patch, round(height * scale)))
+    return cv2.resize(picture, size, interpolation=cv2.INTER_CUBIC)
+
+
+def keys_of(backbone: Backbone, picture: np.ndarray) -> Tensor:
+    """Keys [1, h, w, D] of the last block, without their bias."""
+    images = pad_to_patch(backbone.normalize(picture[None]), backbone.patch)
+    return backbone.features(images, kind="keys_without_bias")[0].patches
+
+
+def one_image(backbone: Backbone, picture: np.ndarray, device: torch.device) -> dict[str, Any]:
+    """TokenCut in its steps, and the dense solution of the same graph."""
+    seconds: dict[str, float] = {}
+    keys, seconds["features"] = timed(lambda: keys_of(backbone, picture), device)
+    shape = tuple(keys.shape[1:3])
+    directions = keys.flatten(1, 2).double()
+    similar, seconds["graph"] = timed(lambda: localization._similar(F.normalize(directions, dim=-1), TAU), device)
+    weights = np.where(similar[0].cpu().numpy() > 0, 1.0, localization.EPS)
+    (found,), seconds["solver"] = timed(lambda: second_eigenvectors(similar), device)
+    x = found[0]
+
+    def components() -> tuple[np.ndarray, tuple[int, int, int, int]]:
+        seed = int(np.argmax(np.abs(x)))
+        side = x > x.mean()
+        mask = localization._component((side if side[seed] else ~side).reshape(shape), seed)
+        return mask, localization._box(mask)
+
+    _, seconds["components"] = timed(components, device)
+    (vector, eigengap), seconds["dense SciPy solver"] = timed(lambda: reference.dense_solve(weights), device)
+    expected = reference.tokencut_of(vector, eigengap, shape)
+    (whole,) = tokencut(keys, TAU)
+    return {
+        "patches": shape[0] * shape[1],
+        "seconds": seconds,
+        "same mask": bool((whole.mask == expected.mask).all()),
+        "same box": whole.box == expected.box,
+        "fallback": whole.fallback,
+        "edges": whole.edges,
+        "eigengap": eigengap,
+    }
+
+
+def compare(
+    backbone: Backbone, images: ImageSource, sizes: list[int], repeats: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """One row for each number of patches; images spread over the folder, one a repeat."""
+    measured: dict[int, list[dict[str, Any]]] = {size: [] for size in sizes}
+    for repeat in range(repeats + 1):
+        picture = images.read(repeat * len(images) // (repeats + 1))
+        for size in sizes:
+            result = one_image(backbone, resized(picture, size, backbone.patch), device)
+            if repeat:  # the first round warms up
+                measured[size].append(result)
+    rows = []
+    for results in measured.values():
+        medians = {step: statistics.median(r["seconds"][step] for r in results) for step in STEPS}
+        spread = {
+            step: [min(r["seconds"][step] for r in results), max(r["seconds"][step] for r in results)] for step in STEPS
+        }
+        ratios = [r["seconds"]["dense SciPy solver"] / r["seconds"]["solver"] for r in results]
+        rows.append(
+            {
+                "patches": statistics.median(r["patches"] for r in results),
+                "images": len(results),
+                "seconds": medians,
+                "spread": spread,
+                "speedup of the solver": medians["dense SciPy solver"] / medians["solver"],
+                "spread of the speedup": [min(ratios), max(ratios)],
+                "same masks": statistics.mean(r["same mask"] for r in results),
+                "same boxes": statistics.mean(r["same box"] for r in results),
+                "fallbacks": sum(r["fallback"] for r in results),
+                "share of edges": statistics.median(r["edges"] for r in results),
+                "smallest eigengap": min(r["eigengap"] for r in results),
+            }
+        )
+    return rows
+
+
+def resident_mb() -> float:
+    """Resident memory of this process; its peak so far where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+def memory_of_a_loop(backbone: Backbone, images: ImageSource, count: int, device: torch.device) -> dict[str, Any]:
+    """Resident megabytes after every 50 images, and on a GPU those allocated there."""
+    done, resident, allocated = [], [], []
+    began = time.perf_counter()
+    for i in range(count):
+        keys = keys_of(backbone, images.read(i % len(images)))
+        lost(keys)
+        tokencut(keys, TAU)
+        if (i + 1) % 50 == 0 or i + 1 == count:
+            done.append(i + 1)
+            resident.append(resident_mb())
+            if device.type == "cuda":
+                allocated.append(torch.cuda.memory_allocated(device) / 2**20)
+    return {
+        "images": done,
+        "resident_mb": resident,
+        "allocated_on_gpu_mb": allocated,
+        "seconds_per_image": (time.perf_counter() - began) / count,
+    }
+
+
+@torch.inference_mode()
+def whole_on_gpu(device: torch.device, batch: int, repeats: int) -> dict[str, Any]:
+    """Images per second from uint8 pixels to masks and boxes."""
+    torch.manual_seed(0)
+    backbone = Backbone(vit_small().eval(), "random weights", "skipless", "").to(device)
+    # Blocks of colour, so that patches differ as they do in photographs.
+    coarse = torch.rand(batch, 3, 6, 8)
+    pictures = (F.interpolate(coarse, (375, 500), mode="nearest").permute(0, 2, 3, 1) * 255).byte()
+
+    def work() -> tuple[float, float]:
+        images = pad_to_patch(backbone.normalize(pictures), backbone.patch)
+        (found,) = backbone.features(images, kind="keys")
+        keys = found.patches - found.patches.mean((1, 2), keepdim=True)
+        objects = tokencut(keys, TAU)
+        return statistics.mean(o.edges for o in objects), statistics.mean(o.degenerate for o in objects)
+
+    seconds = []
+    for repeat in range(repeats + 1):
+        (edges, degenerate), elapsed = timed(work, device)
+        if repeat:
+            seconds.append(elapsed)
+    return {
+        "batch": batch,
+        "images_per_second": batch / statistics.median(seconds),
+        "spread": [batch / max(seconds), batch / min(seconds)],
+        "share of edges": edges,
+        "degenerate": degenerate,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people, in Markdown."""
+    lines = [
+        "# TokenCut: seconds an image",
+        "",
+        f"{result['hardware']}; {result['settings']['threads']} threads of PyTorch; {result['checkpoint']}, device "
+        f"{result['settings']['device']}. Medians of {result['settings']['repeats']} images, interleaved.",
+        "",
+        "| patches | " + " | ".join(STEPS) + " | solver faster by | same masks | same boxes | fallbacks |",
+        "|" + "---|" * (len(STEPS) + 5),
+    ]
+    for row in result["steps"]:
+        seconds = " | ".join(f"{row['seconds'][step]:.4f}" for step in STEPS)
+        low, high = row["spread of the speedup"]
+        lines.append(
+            f"| {row['patches']:.0f} | {seconds} | {row['speedup of the solver']:.0f}x ({low:.0f} to {high:.0f}) | "
+            f"{row['same masks']:.0%} | {row['same boxes']:.0%} | {row['fallbacks']} |"
+        )
+    memory = result["memory"]
+    if memory is not None:
+        pairs = ", ".join(
+            f"{mb:.0f} MB after {n}" for n, mb in zip(memory["images"], memory["resident_mb"], strict=True)
+        )
+        lines += ["", f"Resident memory of a loop over images at their original size (LOST and TokenCut): {pairs}."]
+    whole = result["whole_on_gpu"]
+    if whole is not None:
+        lines += [
+            "",
+            f"Whole of TokenCut, features by a ViT-S/16 included, 512 x 384 pixels, batches of {whole['batch']}: "
+            f"{whole['images_per_second']:.0f} images a second.",
+        ]
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Command line: see the docstring of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, help="Trained backbone, as in the evaluations.")
+    parser.add_argument("--images", type=Path, required=True, help="Folder of photographs.")
+    parser.add_argument("--out", type=Path, default=Path("results/discovery_speed"), help="Result, .json and .md.")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda.")
+    parser.add_argument("--patches", type=int, nargs="+", default=[600, 1200, 3000], help="Sizes of graphs.")
+    parser.add_argument("--repeats", type=int, default=7, help="Images for each size, at least 1.")
+    parser.add_argument("--memory-images", type=int, default=300, help="Length of the loop; 0 leaves it out.")
+    parser.add_argument("--batch", type=int, default=32, help="Batch of the whole on a GPU.")
+    arguments = parser.parse_args()
+    try:
+        if arguments.repeats < 1:
+            raise ValueError(f"--repeats is {arguments.repeats}: choose 1 or more.")
+        if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError("--device is cuda, and torch finds no CUDA here: choose cpu.")
+        device = torch.device(arguments.device)
+        images = open_images(arguments.images)
+        backbone = load_backbone(arguments.ckpt).to(device)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    began = time.perf_counter()
+    result: dict[str, Any] = {
+        "task": "discovery speed",
+        "checkpoint": f"{Path(arguments.ckpt).name} ({backbone.architecture})",
+        "settings": {
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "tau": TAU,
+            "patches": arguments.patches,
+            "repeats": arguments.repeats,
+            "memory_images": arguments.memory_images,
+            "batch": arguments.batch,
+        },
+        **provenance(device),
+        "whole_on_gpu": whole_on_gpu(device, arguments.batch, arguments.repeats) if device.type == "cuda" else None,
+    }
+    with torch.inference_mode():
+        # First, while nothing that a dense solver needed is still held by the allocator.
+        loop = arguments.memory_images
+        result["memory"] = memory_of_a_loop(backbone, images, loop, device) if loop else None
+        result["steps"] = compare(backbone, images, arguments.patches, arguments.repeats, device)
+    result["seconds"] = time.perf_counter() - began
+    write_result(arguments.out, result, table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
