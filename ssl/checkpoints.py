@@ -67,9 +67,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def export_backbone(folder: Path, backbone: VisionTransformer, about: dict[str, Any]) -> None:
-    """Write backbone.safetensors (float32) and backbone.json (`architecture` and `about`) into a run's folder."""
+    """Write backbone.safetensors (float32) and backbone.json (`architecture` and `about`) into a run's folder.
+
+    The architecture is in the safetensors' metadata too: tensors do not tell heads, nor whether there are skips.
+    """
     tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in backbone.state_dict().items()}
-    write_atomically(folder / "backbone.safetensors", lambda beside: save_file(tensors, beside))
+    metadata = {"architecture": json.dumps(backbone.architecture)}
+    write_atomically(folder / "backbone.safetensors", lambda beside: save_file(tensors, beside, metadata))
     write_text(folder / "backbone.json", json.dumps({"architecture": backbone.architecture, **about}, indent=1) + "\n")
 
 

@@ -86,6 +86,13 @@ def all_reduce_max(x: Tensor) -> Tensor:
     return x
 
 
+def broadcast(x: Tensor) -> Tensor:
+    """The first process's `x`, on all of them; in place where there are several."""
+    if world_size() > 1:
+        dist.broadcast(x, src=0)
+    return x
+
+
 def gather_objects(value: Any) -> Sequence[Any]:
     """`value` of every process, in the order of ranks, on every process."""
     if world_size() == 1:

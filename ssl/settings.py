@@ -213,10 +213,10 @@ def initialization_of(model: ModelSettings) -> str:
     return model.init or ("default" if model.residual else "small")
 
 
-def plain(settings: Settings) -> dict[str, Any]:
-    """Settings as plain dicts, lists and values; without `resume`, which is no property of a run."""
+def plain(settings: Any) -> dict[str, Any]:
+    """A dataclass of settings as plain dicts, lists and values; without `resume`, which is no property of a run."""
     tree = json.loads(json.dumps(dataclasses.asdict(settings)))
-    del tree["resume"]
+    tree.pop("resume", None)
     return tree
 
 

@@ -1,0 +1,425 @@
+"""Any Vision Transformer behind one interface: ours, DINO's, DINOv2's, timm's.
+
+    backbone = load_backbone("runs/photos")          # a run's folder, or a .pt, .pth or .safetensors file, or timm:NAME
+    images = pad_to_patch(backbone.normalize(pictures), backbone.patch)
+    (last,) = backbone.features(images)              # patches [B, h, w, D] and cls [B, D]
+    (keys,) = backbone.features(images, blocks=(-1,), kind="keys")
+
+The architecture is read from the tensors: width, depth, patch, registers, layer scale, native grid. What tensors cannot
+tell comes from the family they belong to:
+
+    family                     told by                                   positions at other sizes than the native one
+    skipless (ours)            the architecture stored with the file     as stored
+    DINOv2 with registers      register tokens                           bicubic, antialiased, to the exact size
+    DINOv2                     layer scale, a position for CLS           bicubic, with DINO's scale factor (h + 0.1) / n
+    timm                       a classifier, no position for CLS, or     bicubic, antialiased, to the exact size
+                               timm:NAME without "dino" in it
+    DINO                       none of these                             bicubic, with DINO's scale factor (h + 0.1) / n
+
+Nothing is unpickled but tensors and plain values.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import pickle
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from skipless.ssl.crops import MEAN, STD
+from skipless.ssl.initialization import PRESETS, skipless_init_
+from skipless.ssl.vit import BlockFeatures, Kind, VisionTransformer
+
+Weights = Literal["teacher", "student"]
+FeatureKind = Literal["tokens", "keys", "keys_without_bias", "queries", "values"]
+
+# Heads of the usual widths; every head of the smaller ones has 64 channels. Tensors do not tell the number of heads.
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
+
+# Position handling, see VisionTransformer: (position_offset, position_antialias).
+POSITIONS = {"DINO": (0.1, False), "DINOv2": (0.1, False), "DINOv2 with registers": (0.0, True), "timm": (0.0, True)}
+
+# Tensors that belong to a training objective or a classifier, not to the backbone.
+NOT_BACKBONE = ("head.", "head_dist.", "mask_token", "dino_head.", "ibot_head.")
+
+TIMM_TOLERANCE = 1e-3  # of the difference to timm's own features, relative to their standard deviation
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A frozen Vision Transformer with what belongs to it."""
+
+    model: VisionTransformer
+    path: str
+    """Where it came from, as given."""
+    family: str
+    """"skipless", "DINO", "DINOv2", "DINOv2 with registers" or "timm"."""
+    sha256: str
+    """Of the checkpoint's file (of the weights, for timm:NAME and untrained ones)."""
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+    """Of RGB in [0, 1], which the network expects to be normalised by."""
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch in pixels."""
+        return self.model.patch
+
+    @property
+    def dim(self) -> int:
+        """Channels of a token."""
+        return self.model.dim
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return self.model.depth
+
+    @property
+    def architecture(self) -> str:
+        """A name for tables, as in "ViT-S/14, 12 blocks, 384 wide, 4 registers, residual"."""
+        model = self.model
+        letter = {192: "ViT-Ti", 384: "ViT-S", 768: "ViT-B", 1024: "ViT-L", 1280: "ViT-H", 1408: "ViT-g"}
+        registers = f", {model.registers} registers" if model.registers else ""
+        kind = "residual" if model.architecture["residual"] else "skipless"
+        return f"{letter.get(self.dim, 'ViT')}/{self.patch}, {self.depth} blocks, {self.dim} wide{registers}, {kind}"
+
+    def fingerprint(self) -> str:
+        """sha256 of the architecture, the weights as loaded and the normalisation: what features depend on."""
+        return _fingerprint(self.model, [self.mean, self.std])
+
+    def to(self, device: torch.device | str) -> "Backbone":
+        """The same backbone with its weights on a device."""
+        return replace(self, model=self.model.to(device))
+
+    def normalize(self, images: np.ndarray | Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] RGB -> float32 [B, 3, H, W] on the model's device."""
+        x = torch.as_tensor(images).to(self.model.pos_embed.device).permute(0, 3, 1, 2).float() / 255
+        mean, std = (torch.tensor(value, device=x.device)[:, None, None] for value in (self.mean, self.std))
+        return (x - mean) / std
+
+    @torch.no_grad()
+    def features(
+        self, images: Tensor, blocks: Sequence[int] = (-1,), kind: FeatureKind = "tokens", norm: bool = True
+    ) -> list[BlockFeatures]:
+        """Patch grids and CLS of any blocks, in one pass, without gradients.
+
+        Args:
+            images: normalised [B, 3, H, W]; height and width multiples of the patch (see `pad_to_patch`).
+            blocks: which blocks, from 0; negative ones count from the end.
+            kind: "tokens", the block's output; or the "keys", "queries" or "values" of its attention, heads
+                concatenated; or "keys_without_bias": a bias added to all keys leaves attention as it is (softmax), so
+                training leaves it arbitrary, and in some checkpoints it dwarfs the rest of the keys.
+            norm: apply the final norm to tokens.
+
+        Returns:
+            One `BlockFeatures(patches [B, h, w, D], cls [B, D])` for each of `blocks`.
+
+        Raises:
+            ValueError: an unknown kind or block, or a size that is no multiple of the patch.
+        """
+        known: Kind = "keys" if kind == "keys_without_bias" else kind
+        found = self.model.features(images, blocks, known, norm)
+        if kind != "keys_without_bias":
+            return found
+        biases = [self.model.blocks[block % self.depth].attn.qkv.bias.chunk(3)[1] for block in blocks]  # type: ignore[union-attr, operator]
+        return [BlockFeatures(f.patches - b, f.cls - b) for f, b in zip(found, biases, strict=True)]
+
+
+def pad_to_patch(images: Tensor, patch: int, centred: bool = False) -> Tensor:
+    """Zeros around normalised images [B, 3, H, W], up to the next multiple of the patch.
+
+    At the right and at the bottom (LOST, TokenCut), or `centred` with the odd pixel at the right and the bottom
+    (DINOv2's segmentation).
+    """
+    rows, columns = -images.shape[2] % patch, -images.shape[3] % patch
+    top, left = (rows // 2, columns // 2) if centred else (0, 0)
+    return F.pad(images, (left, columns - left, top, rows - top))
+
+
+def load_backbone(ckpt: str | Path, weights: Weights = "teacher") -> Backbone:
+    """A backbone in evaluation mode, on the CPU, in float32.
+
+    Args:
+        ckpt: the folder of a pretraining run; a .pt, .pth or .safetensors file of ours, of DINO or DINOv2 (bare or a
+            training checkpoint, prefixes `module.` and `backbone.` or not, blocks in chunks or not) or of timm; or
+            `timm:NAME`, which lets timm fetch pretrained weights.
+        weights: which half of a training checkpoint that holds both.
+
+    Raises:
+        ValueError: the file is damaged, would run code, or is no ViT of these families; it names the tensors.
+        FileNotFoundError: there is no such file or folder.
+
+    Example:
+        >>> load_backbone("dino_deitsmall16_pretrain.pth").architecture  # doctest: +SKIP
+        'ViT-S/16, 12 blocks, 384 wide, residual'
+    """
+    if str(ckpt).startswith("timm:"):
+        return _load_timm(str(ckpt))
+    path = Path(ckpt).expanduser()
+    if path.is_dir():
+        if not (path / "backbone.safetensors").exists():
+            checkpoints = path / "checkpoints" / "last.pt"
+            advice = f"give {checkpoints} for its last checkpoint" if checkpoints.exists() else "is it a run's folder?"
+            raise FileNotFoundError(f"{path} has no backbone.safetensors, which a finished run leaves: {advice}")
+        if weights != "teacher":
+            raise ValueError(f"{path} exports its teacher; give {path / 'checkpoints' / 'last.pt'} for its {weights}")
+        path = path / "backbone.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; give a file, the folder of a run, or timm:NAME")
+    if path.suffix not in (".pt", ".pth", ".safetensors"):
+        raise ValueError(f"{path}: a checkpoint ends in .pt, .pth or .safetensors")
+    tensors, architecture = _read(path, weights)
+    tensors = _rename(tensors)
+    _check_names(path, tensors)
+    family = "skipless" if architecture else _family(tensors)
+    model = _build(path, tensors, architecture or _read_architecture(path, tensors, family))
+    mean, std = _normalization(path)
+    return Backbone(model, str(ckpt), family, _file_sha256(path), mean, std)
+
+
+def untrained(backbone: Backbone, seed: int = 0) -> Backbone:
+    """The same architecture with fresh random weights: the floor that a checkpoint's figures stand on.
+
+    Weights as DINO's before training; skipless models get the `small` initialization, that of ssl/pretrain.py.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = VisionTransformer(**backbone.model.architecture, attention="sdpa")
+    if not backbone.model.architecture["residual"]:
+        skipless_init_(model, **PRESETS["small"], seed=seed)
+    model = model.eval().requires_grad_(False).to(backbone.model.pos_embed.device)
+    return replace(
+        backbone, model=model, path=f"untrained twin of {backbone.path}", sha256=_fingerprint(model, "untrained")
+    )
+
+
+def _read(path: Path, weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors by name, and the architecture where the file (or its .json neighbour) says it: then it is ours."""
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                stored = (file.metadata() or {}).get("architecture", "")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch or export it again") from None
+        if stored.startswith("{"):
+            return tensors, json.loads(stored)
+        beside = path.with_suffix(".json")
+        try:
+            about = json.loads(beside.read_text()) if beside.exists() else None
+        except ValueError as error:
+            raise ValueError(f"{beside} is damaged ({error}); export the backbone again") from None
+        return tensors, _ours(about)
+    try:
+        # DINO's checkpoints hold their command line as a Namespace, a bag of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = (
+            f"Python objects beside tensors ({found[1]})" if found else "something else than tensors and plain values"
+        )
+        raise ValueError(
+            f"{path} holds {what}, and loading it could run code: "
+            "if you trust it, open it yourself and save its state_dict as .safetensors"
+        ) from None
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged or no file of torch.save ({reason}); fetch or export it again") from None
+    return _choose(path, content, weights), _ours(content)
+
+
+def _ours(about: Any) -> dict[str, Any] | None:
+    """The architecture that our files state; other projects' state none, or no more than a name."""
+    architecture = about.get("architecture") if isinstance(about, dict) else None
+    return architecture if isinstance(architecture, dict) else None
+
+
+def _choose(path: Path, content: Any, weights: Weights) -> dict[str, Tensor]:
+    """The state dict in a file: at its top, or where training scripts put it."""
+    if isinstance(content, dict):
+        both = [key for key in ("teacher", "student") if isinstance(content.get(key), dict)]
+        if both and weights not in both:
+            raise ValueError(f"{path} holds no {weights}, only a {both[0]}; ask for that")
+        for key in (weights, "state_dict", "model"):
+            if isinstance(content.get(key), dict):
+                content = content[key]
+                break
+        tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        if tensors:
+            return tensors
+    raise ValueError(f"{path} holds no tensors: looked at its top and under teacher, student, state_dict and model")
+
+
+def _rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DINO's and timm's common names: without prefixes of wrappers, chunks of blocks, heads and classifiers."""
+    for prefix in ("module.", "_orig_mod."):
+        tensors = {name.removeprefix(prefix): t for name, t in tensors.items()}
+    if any(name.startswith("backbone.") for name in tensors):
+        # Beside a backbone lie heads, which are not wanted.
+        tensors = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
+    tensors = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): t for name, t in tensors.items()}
+    if "reg_token" in tensors:  # timm's name
+        tensors["register_tokens"] = tensors.pop("reg_token")
+    return tensors
+
+
+def _has_cls_position(tensors: dict[str, Tensor]) -> bool:
+    return math.isqrt(tensors["pos_embed"].shape[1]) ** 2 != tensors["pos_embed"].shape[1]
+
+
+def _family(tensors: dict[str, Tensor]) -> str:
+    if "register_tokens" in tensors:
+        return "DINOv2 with registers"
+    if "pos_embed" in tensors and not _has_cls_position(tensors):
+        return "timm"
+    if "blocks.0.ls1.gamma" in tensors:
+        return "DINOv2"
+    return "timm" if "head.weight" in tensors else "DINO"
+
+
+def _check_names(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """What everything below relies on."""
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight")
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise ValueError(
+            f"{path} is not a ViT under DINO's, DINOv2's or timm's names: it lacks {_some(missing)}, "
+            f"and has {_some(list(tensors))}"
+        )
+    if any(".mlp.w12." in name for name in tensors):
+        raise ValueError(f"{path} has SwiGLU MLPs (mlp.w12, as DINOv2's ViT-g), which are not supported; use a ViT-L")
+    if "blocks.0.mlp.fc1.weight" not in tensors:
+        raise ValueError(f"{path} has no blocks.0.mlp.fc1.weight: its blocks are not those of a plain ViT")
+    embed = tensors["patch_embed.proj.weight"]
+    if embed.ndim != 4 or embed.shape[1] != 3 or embed.shape[2] != embed.shape[3]:
+        raise ValueError(f"{path}: patch_embed.proj.weight is {list(embed.shape)}, not [D, 3, patch, patch]")
+    for name in ("cls_token", "pos_embed", "register_tokens"):
+        if name in tensors and tensors[name].ndim != 3:
+            raise ValueError(f"{path}: {name} is {list(tensors[name].shape)}, not [1, tokens, D]")
+
+
+def _read_architecture(
+    path: str | Path, tensors: dict[str, Tensor], family: str, heads: int | None = None
+) -> dict[str, Any]:
+    """Arguments of VisionTransformer, from shapes."""
+    dim = tensors["cls_token"].shape[-1]
+    patch = tensors["patch_embed.proj.weight"].shape[-1]
+    if heads is None and dim not in HEADS:
+        raise ValueError(
+            f"{path} is {dim} wide, and the number of attention heads cannot be read from tensors; for a backbone of "
+            "this project keep backbone.json beside it, or give the run's folder"
+        )
+    side = math.isqrt(tensors["pos_embed"].shape[1])
+    offset, antialias = POSITIONS[family]
+    blocks = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
+    return {
+        "dim": dim,
+        "depth": 1 + max(blocks),
+        "heads": heads or HEADS[dim],
+        "patch": patch,
+        "registers": tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0,
+        "layer_scale": 1.0 if "blocks.0.ls1.gamma" in tensors else None,
+        "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        "image_size": side * patch,
+        "position_offset": offset,
+        "position_antialias": antialias,
+    }
+
+
+def _build(path: str | Path, tensors: dict[str, Tensor], architecture: dict[str, Any]) -> VisionTransformer:
+    """The model with its weights; an error that names what is out of place."""
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(NOT_BACKBONE)}
+    if "pos_embed" in tensors and not _has_cls_position(tensors):
+        # CLS has no position of its own: the token holds it.
+        tensors["pos_embed"] = F.pad(tensors["pos_embed"], (0, 0, 1, 0))
+    # Batches of one size need no packing, and torch's attention runs everywhere in float32.
+    try:
+        model = VisionTransformer(**architecture, attention="sdpa")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} has an architecture that this version cannot build: {error}") from None
+    expected = model.state_dict()
+    complaints = []
+    if missing := sorted(set(expected) - set(tensors)):
+        complaints.append(f"it lacks {_some(missing)}")
+    if unexpected := sorted(set(tensors) - set(expected)):
+        complaints.append(f"it has {_some(unexpected)}, which a plain ViT has not")
+    shapes = {name: (list(tensors[name].shape), list(expected[name].shape)) for name in set(tensors) & set(expected)}
+    if other := [
+        f"{name} is {found} and not {wanted}" for name, (found, wanted) in sorted(shapes.items()) if found != wanted
+    ]:
+        complaints.append(_some(other))
+    if complaints:
+        raise ValueError(f"{path} cannot be loaded as a ViT: {'; '.join(complaints)}")
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{path} has NaN or infinite weights, in {_some(broken)}")
+    return model.eval().requires_grad_(False)
+
+
+def _load_timm(name: str) -> Backbone:
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(f"{name} needs the package timm: pip install timm") from None
+    try:
+        reference: Any = timm.create_model(name.removeprefix("timm:"), pretrained=True, num_classes=0).eval()
+    except Exception as error:  # unknown name, no network, no such weights: each library below has its own class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name}: timm cannot make this model with pretrained weights ({reason})") from None
+    tensors = _rename(reference.state_dict())
+    _check_names(name, tensors)
+    family = _family(tensors) if "dino" in name else "timm"
+    heads = next((m.num_heads for m in reference.modules() if hasattr(m, "num_heads")), None)
+    model = _build(name, tensors, _read_architecture(name, tensors, family, heads))
+    # An activation or a norm's epsilon leaves no trace in the tensors, so the outcome is compared.
+    size = model.architecture["image_size"]
+    probe = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        theirs, ours = reference.forward_features(probe), model([probe])[0]
+    # Written so that NaN fails.
+    if theirs.shape != ours.shape or not (theirs - ours).abs().max() <= TIMM_TOLERANCE * theirs.std():
+        raise ValueError(f"{name} computes other features than a plain ViT with its weights; it is not supported")
+    cfg = reference.pretrained_cfg
+    return Backbone(model, name, family, _fingerprint(model, "timm"), tuple(cfg["mean"]), tuple(cfg["std"]))
+
+
+def _normalization(path: Path) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """ImageNet's, which DINO, DINOv2 and this project use, unless a config.json beside it, as timm's have, differs."""
+    config = path.with_name("config.json")
+    try:
+        about = json.loads(config.read_text())["pretrained_cfg"]
+        mean, std = (tuple(float(x) for x in about[key]) for key in ("mean", "std"))
+        return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return MEAN, STD
+
+
+def _some(names: list[str], count: int = 4) -> str:
+    more = len(names) - count
+    return ", ".join(names[:count]) + (f" and {more} more" if more > 0 else "")
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fingerprint(model: VisionTransformer, more: Any) -> str:
+    digest = hashlib.sha256(json.dumps([model.architecture, more], sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,72 @@
+"""What the command lines of the evaluations share: settings from flags and files, and errors as one sentence."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from skipless.ssl import distributed
+
+T = TypeVar("T")
+
+
+def parse_settings(
+    settings: type[T],
+    prog: str,
+    description: str | None,
+    switches: dict[str, str],
+    arguments: Sequence[str] | None = None,
+    recipe: Callable[[Any], Path] | None = None,
+) -> T:
+    """A dataclass of settings from the command line and the files it names with --config; later ones win.
+
+    Args:
+        settings: the dataclass; help comes from its fields' docstrings.
+        prog, description: for --help.
+        switches: boolean fields that are flags without a value, and their help.
+        arguments: of the command line; by default the program's. In flag names - and _ are the same.
+        recipe: from what was parsed, the file of settings that comes before the user's own.
+
+    Raises:
+        jsonargparse.ArgumentError: an unknown flag or a value of the wrong type.
+    """
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+    class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Keeps the lines of the description."""
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, formatter_class=HelpFormatter)
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it win.")
+    parser.add_class_arguments(settings, skip=set(switches))
+    for name, explanation in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=explanation)
+    words = [_underscores(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    parsed = parser.parse_args(words)
+    if recipe is not None:
+        parsed = parser.parse_args([f"--config={recipe(parsed)}", *words])
+    values = parser.instantiate(parsed).as_dict()
+    values.pop("config", None)
+    return settings(**values)
+
+
+def run(command: Callable[[], object]) -> None:
+    """Run a command: a sentence and exit code 2 for whatever the user can mend, 130 when it is interrupted."""
+    from jsonargparse import ArgumentError
+
+    try:
+        command()
+    except (ValueError, OSError, ArgumentError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues where its files allow it", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        distributed.stop()
+
+
+def _underscores(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return (name[:2] + name[2:].replace("-", "_") if name.startswith("--") else name) + equals + value

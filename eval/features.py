@@ -1,0 +1,257 @@
+"""Features of a whole data set, extracted once and kept on disk.
+
+    features = extract(backbone, val.images, val.read_image, size=448, blocks=(10, 11), cache=Path("cache"))
+    features.read([0, 5], blocks=(11,))  # float16 [2, h, w, D]
+
+A cache folder is named after everything that features depend on: the weights, the data (paths, sizes and times of the
+files), the size of the images and the kind of features. Change one, and another folder is used. Inside, each block has
+its own folder of shards, each written whole or not at all: an interrupted extraction goes on where it stopped, several
+processes share the shards, and a later run that asks for further blocks extracts those alone.
+
+    CACHE/3f9c2a7d51e04b86/about.json
+                           block-12/00000.npy    float16 [images of the shard, 1 + h * w, D], CLS first
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from skipless.eval.backbones import Backbone, FeatureKind
+from skipless.ssl.checkpoints import write_atomically, write_text
+from skipless.ssl.crops import resample
+from skipless.ssl.distributed import any_process, leave_signals_to_main, rank, world_size
+
+SHARD = 32  # images
+VERSION = 1  # raised with every change of what is stored
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Features on disk, memory-mapped: reading some images touches no others."""
+
+    folder: Path
+    images: int
+    blocks: tuple[int, ...]
+    """Those extracted, from 0."""
+    grid: tuple[int, int]
+    """Patches in a column and in a row: h, w."""
+    dim: int
+
+    def read(self, rows: Sequence[int] | np.ndarray, blocks: Sequence[int]) -> Tensor:
+        """Patch features of some images, float16 [len(rows), h, w, D * len(blocks)], blocks side by side."""
+        return self._gather(rows, blocks)[:, 1:].unflatten(1, self.grid)
+
+    def read_cls(self, rows: Sequence[int] | np.ndarray, blocks: Sequence[int]) -> Tensor:
+        """CLS features of some images, float16 [len(rows), D * len(blocks)], blocks side by side."""
+        return self._gather(rows, blocks)[:, 0]
+
+    def _gather(self, rows: Sequence[int] | np.ndarray, blocks: Sequence[int]) -> Tensor:
+        tokens = torch.empty(len(rows), 1 + self.grid[0] * self.grid[1], self.dim * len(blocks), dtype=torch.float16)
+        for column, block in enumerate(blocks):
+            if block not in self.blocks:
+                raise ValueError(f"block {block} was not extracted, only {', '.join(map(str, self.blocks))}")
+            place = slice(column * self.dim, (column + 1) * self.dim)
+            for position, row in enumerate(rows):
+                shard = _open_shard(_shard_path(self.folder, block, int(row) // SHARD))
+                tokens[position, :, place] = torch.from_numpy(np.array(shard[int(row) % SHARD]))
+        return tokens
+
+
+def extract(
+    backbone: Backbone,
+    paths: Sequence[Path],
+    read: Callable[[int], np.ndarray],
+    size: int,
+    blocks: Sequence[int],
+    cache: Path,
+    kind: FeatureKind = "tokens",
+    batch_size: int = 16,
+    workers: int = 0,
+    title: str = "features",
+) -> Features:
+    """Features of images resized to squares, from the cache as far as they are there.
+
+    Under torchrun the shards are dealt out to the processes, which must see the same cache folder.
+
+    Args:
+        backbone: on the device to use.
+        paths: the files; where they lie, their sizes and their times tell the data set from others.
+        read: image i of them as uint8 [H, W, 3]: its plain content, since the cache is not named after `read`.
+        size: side in pixels to which images are resized, whatever their proportions (bicubic, antialiased); a multiple
+            of the patch.
+        blocks: which blocks, from 0; negative ones count from the end.
+        cache: folder of caches.
+        kind: see `Backbone.features`; tokens are normed.
+        batch_size: images in one forward pass.
+        workers: processes that read images.
+        title: of the progress bar.
+
+    Raises:
+        ValueError: an unreadable image, features that are not finite or beyond half precision, a size that is no
+            multiple of the patch, or a disk too small.
+    """
+    if size % backbone.patch or size < backbone.patch:
+        raise ValueError(
+            f"size {size} is no multiple of the patch, {backbone.patch} pixels; use {_nearest(size, backbone.patch)}"
+        )
+    numbers = tuple(sorted({_number(block, backbone.depth) for block in blocks}))
+    grid = (size // backbone.patch, size // backbone.patch)
+    about = {
+        "version": VERSION,
+        "checkpoint": backbone.fingerprint(),
+        "data": data_sha256(paths),
+        "size": size,
+        "resize": "square, bicubic, antialiased",
+        "kind": kind,
+        "images": len(paths),
+        "shard": SHARD,
+    }
+    folder = cache / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    features = Features(folder, len(paths), numbers, grid, backbone.dim)
+
+    shards = [range(first, min(first + SHARD, len(paths))) for first in range(0, len(paths), SHARD)]
+    missing = {
+        index: [block for block in numbers if not _shard_path(folder, block, index).exists()]
+        for index in range(len(shards))
+    }
+    todo = [index for index in missing if missing[index]]
+    need = sum(len(missing[i]) * len(shards[i]) for i in todo) * (1 + grid[0] * grid[1]) * backbone.dim * 2
+    _make_room(cache, need)
+    # Every process must have looked before one of them writes.
+    any_process(False)
+    if todo:
+        for block in numbers:
+            (folder / f"block-{block + 1:02d}").mkdir(parents=True, exist_ok=True)
+        if rank() == 0:
+            write_text(folder / "about.json", json.dumps({**about, "path": backbone.path}, indent=1) + "\n")
+        mine = todo[rank() :: world_size()]
+        loader = DataLoader(
+            _Squares(read, size),
+            batch_sampler=[list(shards[index]) for index in mine],
+            num_workers=workers,
+            collate_fn=list,
+            worker_init_fn=leave_signals_to_main,
+        )
+        done = sum(len(shards[index]) for index in missing if not missing[index])
+        total = done + sum(len(shards[index]) for index in mine)
+        with tqdm(total=total, initial=done, desc=title, unit="image", disable=rank() > 0) as progress:
+            for index, pictures in zip(mine, loader, strict=True):
+                for row, picture in zip(shards[index], pictures, strict=True):
+                    if isinstance(picture, str):
+                        path = str(paths[row])
+                        raise ValueError(picture if path in picture else f"{path}: {picture}")
+                _write_shard(features, backbone, index, missing[index], pictures, paths, kind, batch_size, progress)
+    any_process(False)  # wait for the others
+    for index in todo:
+        if not all(_shard_path(folder, block, index).exists() for block in missing[index]):
+            raise ValueError(f"{folder} lacks what another process wrote: all must see the same cache folder")
+    return features
+
+
+def default_cache() -> Path:
+    """~/.cache/skipless/features. Safe to delete at any time."""
+    return Path.home() / ".cache" / "skipless" / "features"
+
+
+class _Squares(Dataset):
+    """Images resized to squares, uint8 [S, S, 3]; for an unreadable one, the sentence that says so: an exception would
+    reach the main process without its type."""
+
+    def __init__(self, read: Callable[[int], np.ndarray], size: int):
+        self.read, self.size = read, size
+
+    def __getitem__(self, index: int) -> np.ndarray | str:
+        try:
+            return resample(self.read(index), self.size, self.size)
+        except (ValueError, OSError) as error:
+            return str(error)
+
+
+def _write_shard(
+    features: Features,
+    backbone: Backbone,
+    index: int,
+    blocks: list[int],
+    pictures: list[np.ndarray],
+    paths: Sequence[Path],
+    kind: FeatureKind,
+    batch_size: int,
+    progress: Any,
+) -> None:
+    tokens = {
+        block: np.empty((len(pictures), 1 + features.grid[0] * features.grid[1], features.dim), np.float16)
+        for block in blocks
+    }
+    for first in range(0, len(pictures), batch_size):
+        batch = pictures[first : first + batch_size]
+        found = backbone.features(backbone.normalize(np.stack(batch)), blocks, kind)
+        for block, (patches, cls) in zip(blocks, found, strict=True):
+            x = torch.cat([cls[:, None], patches.flatten(1, 2)], dim=1)
+            half = x.half()
+            if not half.isfinite().all():
+                worst = int((~half.isfinite()).flatten(1).any(1).nonzero()[0])
+                what = "are beyond half precision" if x.isfinite().all() else "are NaN or infinite"
+                raise ValueError(
+                    f"{paths[index * SHARD + first + worst]}: features of block {block + 1} of {backbone.path} {what}; "
+                    "check the checkpoint, or take another block"
+                )
+            tokens[block][first : first + len(batch)] = half.cpu().numpy()
+        progress.update(len(batch))
+    for block, array in tokens.items():
+        write_atomically(_shard_path(features.folder, block, index), lambda beside, array=array: _save(beside, array))  # type: ignore[misc]
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:  # given a name, np.save would add an ending
+        np.save(file, array)
+
+
+def _shard_path(folder: Path, block: int, index: int) -> Path:
+    return folder / f"block-{block + 1:02d}" / f"{index:05d}.npy"
+
+
+# Each open shard holds a file descriptor, of which a process often may have no more than 1,024, on macOS 256.
+@lru_cache(maxsize=128)
+def _open_shard(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r")
+
+
+def _number(block: int, depth: int) -> int:
+    if not -depth <= block < depth:
+        raise ValueError(f"block {block} does not exist: this model has blocks 0 to {depth - 1}")
+    return block % depth
+
+
+def _nearest(size: int, patch: int) -> str:
+    lower = size // patch * patch
+    return f"{lower} or {lower + patch}" if lower > 0 else str(patch)
+
+
+def data_sha256(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        status = path.stat()
+        digest.update(os.fsencode(os.path.abspath(path)) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _make_room(cache: Path, need: int) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache).free
+    if need > free:
+        raise ValueError(
+            f"{cache}: the features need {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; name another folder by "
+            "--cache, or take fewer blocks or smaller images"
+        )

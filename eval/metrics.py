@@ -1,0 +1,90 @@
+"""What predictions are worth: mIoU of label maps, CorLoc of boxes."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class SegmentationScores(NamedTuple):
+    """Of a whole data set, in [0, 1]."""
+
+    miou: float
+    """Mean of `iou` over the classes that occur in the truth or in the prediction."""
+    iou: list[float]
+    """Of each class; NaN for one that occurs in neither."""
+    pixel_accuracy: float
+
+
+def confusion_matrix(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
+    """Pixels by true class (rows) and predicted class (columns).
+
+    Args:
+        truth: integers of any shape. Values outside of 0..classes - 1, such as VOID, are left out.
+        prediction: integers in 0..classes - 1, of the same shape.
+
+    Returns:
+        int64 [classes, classes] on the device of `truth`. Matrices of images add up to that of the data set.
+
+    Raises:
+        ValueError: shapes that differ, or a prediction that is no class.
+    """
+    if truth.shape != prediction.shape:
+        raise ValueError(f"truth is {list(truth.shape)} and prediction {list(prediction.shape)}; sizes must be equal")
+    if prediction.numel() and not 0 <= int(prediction.min()) <= int(prediction.max()) < classes:
+        raise ValueError(f"predictions are {int(prediction.min())} to {int(prediction.max())}, with {classes} classes")
+    counted = (truth >= 0) & (truth < classes)
+    pairs = truth[counted].long() * classes + prediction[counted].long()
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+def segmentation_scores(confusion: Tensor) -> SegmentationScores:
+    """mIoU, IoU of each class and pixel accuracy from a confusion matrix [C, C] that was summed over a data set.
+
+    A class that occurs in neither truth nor prediction has no IoU and is left out of the mean, as in mmsegmentation;
+    one that is predicted and never true counts as 0.
+
+    Raises:
+        ValueError: no pixel was counted.
+    """
+    confusion = confusion.double().cpu()
+    if confusion.sum() == 0:
+        raise ValueError("no pixel has a label to compare with: every mask is void")
+    hits = confusion.diag()
+    iou = hits / (confusion.sum(0) + confusion.sum(1) - hits)
+    return SegmentationScores(float(iou.nanmean()), iou.tolist(), float(hits.sum() / confusion.sum()))
+
+
+def box_iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """IoU of a box [4] with others [n, 4], each x0, y0, x1, y1 in half-open pixels. Returns float64 [n]."""
+    corner = np.maximum(box[:2], others[:, :2])
+    sides = (np.minimum(box[2:], others[:, 2:]) - corner).clip(min=0)
+    intersection = sides[:, 0] * sides[:, 1]
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    areas = (others[:, 2] - others[:, 0]) * (others[:, 3] - others[:, 1])
+    return intersection / np.maximum(area + areas - intersection, 1e-12)
+
+
+def corloc(boxes: np.ndarray, truth: list[np.ndarray]) -> np.ndarray:
+    """Whether the one box of each image meets an object: IoU of at least 0.5 with any true box (LOST, section 4.1).
+
+    Args:
+        boxes: [N, 4].
+        truth: N arrays [n, 4]; an image without a true box is left out.
+
+    Returns:
+        bool [images with a true box]. Their mean is CorLoc.
+    """
+    pairs = [(box, of_image) for box, of_image in zip(boxes, truth, strict=True) if len(of_image)]
+    return np.array([box_iou(box, of_image).max() >= 0.5 for box, of_image in pairs], bool)
+
+
+def bootstrap_interval(hits: np.ndarray, seed: int = 0, resamples: int = 10000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of hits, bool [N].
+
+    The mean of N images drawn with replacement is a binomial share, which is drawn directly.
+    """
+    shares = np.random.default_rng(seed).binomial(len(hits), hits.mean(), resamples) / len(hits)
+    low, high = np.percentile(shares, [2.5, 97.5])
+    return float(low), float(high)
