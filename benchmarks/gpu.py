@@ -1,11 +1,15 @@
 """Everything that only a GPU can show, in one command: correctness against float64 first, then speed, then a whole run.
 
-    python benchmarks/cuda.py --out results/cuda.json
+    python benchmarks/gpu.py --out results/gpu.json
 
 1. Attention through xformers and through SDPA, in bf16, against float64, forward and backward, residual and skipless.
 2. Images per second, model FLOPs utilisation and memory of a ViT-S/16 training step (2 x 224 + 8 x 96 pixels,
    K = 65,536), data on the device; backends interleaved, medians of seven.
 3. `ssl/pretrain.py` on synthetic scenes in bf16: trains, is monitored, is interrupted and resumed.
+4. Segmentation (quick) and object discovery (LOST, TokenCut) with the trained backbone, on the GPU and on the CPU: the
+   figures must agree; segmentation by mmseg with a short schedule, on the GPU.
+
+The speed of TokenCut on a GPU is measured by benchmarks/discovery.py --device cuda.
 """
 
 import argparse
@@ -160,10 +164,41 @@ def whole_run(folder: Path) -> dict[str, Any]:
     }
 
 
+def evaluations(folder: Path) -> dict[str, Any]:
+    """Figure and seconds of evaluations of the run in `folder`, by name."""
+    short = ["--training.optimizer.iterations=300", "--training.optimizer.warmup=10", "--workers=8"]
+    commands: dict[str, list[str]] = {}
+    for device in ("cuda", "cpu"):
+        quick = ["segmentation.py", "--protocol=quick", "--quick.size=128", f"--cache={folder / 'cache' / device}"]
+        commands[f"segmentation quick, {device}"] = [*quick, f"--device={device}"]
+        for method in ("lost", "tokencut"):
+            commands[f"{method}, {device}"] = ["discovery.py", f"--method={method}", f"--device={device}"]
+    commands["segmentation mmseg, 300 steps, cuda"] = ["segmentation.py", *short, "--device=cuda"]
+    found = {}
+    for name, (script, *flags) in commands.items():
+        out = folder / name.replace(" ", "-").replace(",", "")
+        data = ["--data.name=scenes", f"--data.root={folder / 'scenes'}"]
+        command = [
+            sys.executable,
+            str(ROOT / "eval" / script),
+            f"--ckpt={folder / 'run'}",
+            *data,
+            f"--out={out}",
+            *flags,
+        ]
+        status = subprocess.run(command).returncode
+        if status:
+            found[name] = {"exit_code": status}
+            continue
+        result = json.loads((out / script.replace(".py", ".json")).read_text())
+        found[name] = {key: result[key] for key in ("protocol", "metric", "value", "seconds")}
+    return found
+
+
 def main() -> None:
     """Command line: see the docstring of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/cuda.json"), help="Result file.")
+    parser.add_argument("--out", type=Path, default=Path("results/gpu.json"), help="Result file.")
     parser.add_argument("--batch", type=int, default=64, help="Images per training step (default: 64).")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -185,7 +220,10 @@ def main() -> None:
     write_text(arguments.out, json.dumps(result, indent=1) + "\n")
     with tempfile.TemporaryDirectory() as folder:
         result["whole_run"] = whole_run(Path(folder))
-    print(json.dumps(result["whole_run"], indent=1))
+        print(json.dumps(result["whole_run"], indent=1), flush=True)
+        write_text(arguments.out, json.dumps(result, indent=1) + "\n")
+        result["evaluations"] = evaluations(Path(folder))
+    print(json.dumps(result["evaluations"], indent=1))
     write_text(arguments.out, json.dumps(result, indent=1) + "\n")
 
 

@@ -76,7 +76,7 @@ def test_no_init_file_makes_a_regular_package_of_a_top_level_folder(folder: str)
     assert not (ROOT / folder / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", [*FOLDERS, "benchmarks", "examples"])
 def test_no_file_or_folder_is_named_like_another_module(folder: str) -> None:
     # `python ssl/pretrain.py` puts ssl/ first on the path: ssl/logging.py would replace the standard library's.
     names = {path.stem for path in (ROOT / folder).glob("*.py")}
