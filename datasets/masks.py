@@ -73,13 +73,27 @@ class SegmentationSet:
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """`read_image` and `read_mask`. Raises UnreadableImage, also where the two differ in size."""
         image, mask = self.read_image(index), self.read_mask(index)
-        if image.shape[:2] != mask.shape:
+        self._require_size(index, mask, image.shape[0], image.shape[1])
+        return image, mask
+
+    def read_matched_mask(self, index: int) -> np.ndarray:
+        """`read_mask`, its size compared with what the image's header says: faster than reading both."""
+        mask = self.read_mask(index)
+        try:
+            with Image.open(self.images[index], formats=PILLOW_FORMATS) as header:
+                width, height = header.size
+        except Exception as error:  # Pillow raises what its parsers raise
+            raise UnreadableImage(self.images[index], f"damaged image ({error or type(error).__name__})") from error
+        self._require_size(index, mask, height, width)
+        return mask
+
+    def _require_size(self, index: int, mask: np.ndarray, height: int, width: int) -> None:
+        if mask.shape != (height, width):
             raise UnreadableImage(
                 self.masks[index],
                 f"the mask has {mask.shape[1]} x {mask.shape[0]} pixels and its image {self.images[index]} "
-                f"{image.shape[1]} x {image.shape[0]}; both must be the originals, neither resized nor turned",
+                f"{width} x {height}; both must be the originals, neither resized nor turned",
             )
-        return image, mask
 
 
 def label_table(first: int, count: int, void: Sequence[int] = ()) -> np.ndarray:

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from skipless.datasets.images import UnreadableImage
 from skipless.eval.backbones import Backbone, FeatureKind
 from skipless.ssl.checkpoints import write_atomically, write_text
 from skipless.ssl.crops import resample
@@ -138,7 +139,7 @@ def extract(
             write_text(folder / "about.json", json.dumps({**about, "path": backbone.path}, indent=1) + "\n")
         mine = todo[rank() :: world_size()]
         loader = DataLoader(
-            _Squares(read, size),
+            _Squares(paths, read, size),
             batch_sampler=[list(shards[index]) for index in mine],
             num_workers=workers,
             collate_fn=list,
@@ -148,10 +149,9 @@ def extract(
         total = done + sum(len(shards[index]) for index in mine)
         with tqdm(total=total, initial=done, desc=title, unit="image", disable=rank() > 0) as progress:
             for index, pictures in zip(mine, loader, strict=True):
-                for row, picture in zip(shards[index], pictures, strict=True):
+                for picture in pictures:
                     if isinstance(picture, str):
-                        path = str(paths[row])
-                        raise ValueError(picture if path in picture else f"{path}: {picture}")
+                        raise ValueError(picture)
                 _write_shard(features, backbone, index, missing[index], pictures, paths, kind, batch_size, progress)
     any_process(False)  # wait for the others
     for index in todo:
@@ -169,14 +169,14 @@ class _Squares(Dataset):
     """Images resized to squares, uint8 [S, S, 3]; for an unreadable one, the sentence that says so: an exception would
     reach the main process without its type."""
 
-    def __init__(self, read: Callable[[int], np.ndarray], size: int):
-        self.read, self.size = read, size
+    def __init__(self, paths: Sequence[Path], read: Callable[[int], np.ndarray], size: int):
+        self.paths, self.read, self.size = paths, read, size
 
     def __getitem__(self, index: int) -> np.ndarray | str:
         try:
             return resample(self.read(index), self.size, self.size)
         except (ValueError, OSError) as error:
-            return str(error)
+            return str(error) if isinstance(error, UnreadableImage) else f"{self.paths[index]}: {error}"
 
 
 def _write_shard(

@@ -1,0 +1,337 @@
+"""Linear segmentation: how well one linear layer tells the class of every patch from frozen features.
+
+In minutes on a CPU, for comparing checkpoints:
+
+    python eval/segmentation.py --protocol quick --ckpt runs/photos --data.name voc12 --data.root VOCdevkit --out voc
+
+As published, on a GPU (or on several: torchrun --nproc-per-node 8 eval/segmentation.py ...):
+
+    python eval/segmentation.py --ckpt dinov2_vits14_pretrain.pth --data.name voc12 --data.root VOCdevkit --out voc
+
+mIoU after every block of the network:
+
+    python eval/segmentation.py --protocol quick --every-block --ckpt runs/photos --data.name scenes --data.root scenes
+
+Protocols differ by several points on the same weights, so the figure's id names its own: voc12-linear/mmseg (DINOv2's),
+voc12-linear/dinov3, voc12-linear/neco (Leopart, NeCo, Franca), voc12-linear/quick. Their settings are the recipes in
+configs/segmentation/; a figure made with other settings says "(changed)". An interrupted run is continued by the same
+command. In flag names - and _ are the same.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+
+from skipless.datasets.ade20k import ade20k
+from skipless.datasets.coco import coco_stuff
+from skipless.datasets.masks import VOID, SegmentationSet
+from skipless.datasets.official_counts import COUNTS, describe_split
+from skipless.datasets.voc import scenes_segmentation, voc_segmentation
+from skipless.eval.backbones import Backbone, Weights, load_backbone, untrained
+from skipless.eval.command_line import parse_settings, run
+from skipless.eval.features import default_cache
+from skipless.eval.metrics import SegmentationScores, segmentation_scores
+from skipless.eval.segmentation_quick import QuickSettings, quick
+from skipless.eval.segmentation_training import TrainingSettings, train_and_evaluate
+from skipless.ssl import distributed
+from skipless.ssl.provenance import provenance, write_result
+from skipless.ssl.settings import flat, plain
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import Patch
+
+RECIPES = Path(__file__).resolve().parent.parent / "configs" / "segmentation"
+PICTURES = 12
+
+DATA: dict[str, Callable[..., SegmentationSet]] = {
+    "voc12": voc_segmentation,
+    "coco-stuff-27": partial(coco_stuff, classes=27),
+    "coco-stuff-171": partial(coco_stuff, classes=171),
+    "ade20k": ade20k,
+    "scenes": scenes_segmentation,
+}
+
+
+@dataclass
+class DataSettings:
+    """What is segmented."""
+
+    name: Literal["voc12", "coco-stuff-27", "coco-stuff-171", "ade20k", "scenes"]
+    """Data set: PASCAL VOC 2012 (21 classes), COCO-Stuff (27 coarse or 171 classes), ADE20K (150), or the scenes that
+    datasets/scenes.py writes."""
+    root: str
+    """Its folder, laid out as its authors ship it: VOCdevkit, COCO's, ADEChallengeData2016, or the scenes' folder."""
+    split: str = "val"
+    """Split whose mIoU is measured."""
+    train_split: str | None = None
+    """Split that heads are trained on. By default train; for neco on voc12 trainaug."""
+
+
+@dataclass
+class Settings:
+    """Linear segmentation."""
+
+    ckpt: str
+    """Backbone: the folder of a run; a .pt, .pth or .safetensors of ours, DINO, DINOv2 or timm; or timm:NAME."""
+    data: DataSettings
+    protocol: Literal["mmseg", "dinov3", "neco", "quick"] = "mmseg"
+    """Which recipe of configs/segmentation/ to follow. Figures of different protocols are not comparable."""
+    weights: Weights = "teacher"
+    """Which half of a training checkpoint that holds a teacher and a student."""
+    untrained: bool = False
+    """Measure the checkpoint's architecture with random weights instead."""
+    blocks: str = "last"
+    """Blocks whose patch features are concatenated: last, last4, or numbers from 1, as in 3,6,9,12."""
+    every_block: bool = False
+    """One head a block, and mIoU block by block."""
+    out: str | None = None
+    """Folder for segmentation.json, segmentation.md, pictures.png and head.pt; by default nothing is written."""
+    cache: str | None = None
+    """quick: folder for features; by default ~/.cache/skipless/features. Safe to delete."""
+    seed: int = 0
+    """Of the heads, the order of images and their augmentation."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    batch_size: int = 16
+    """quick: images in one forward pass of the backbone. Changes speed and memory alone."""
+    workers: int = 0
+    """Processes that read images; 0 reads them in the main one. On a GPU, give the number of cores."""
+    quick: QuickSettings = field(default_factory=QuickSettings)
+    """Settings of the protocol quick."""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    """Settings of the other protocols."""
+
+
+def evaluate(settings: Settings) -> dict[str, Any]:
+    """Measure linear segmentation as `settings` say, write what `settings.out` asks for, and return the result.
+
+    Raises:
+        ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used.
+    """
+    device = distributed.start(settings.device)
+    began = time.perf_counter()
+    if settings.workers < 0 or settings.batch_size < 1 or settings.seed < 0:
+        raise ValueError("workers must be 0 or more, seed too, and batch-size 1 or more")
+    backbone = load_backbone(settings.ckpt, settings.weights)
+    if settings.untrained:
+        backbone = untrained(backbone, settings.seed)
+    backbone = backbone.to(device)
+    choices = choose_blocks(settings.blocks, settings.every_block, backbone)
+    data = settings.data
+    train = DATA[data.name](data.root, data.train_split or _default_train_split(settings))
+    val = DATA[data.name](data.root, data.split)
+    changed = changed_settings(settings)
+    protocol = f"{data.name}-linear/{settings.protocol}" + (" (changed)" if changed else "")
+    out = Path(settings.out) if settings.out else None
+    first = distributed.rank() == 0
+    if first:
+        print(f"{protocol}: {backbone.architecture} ({backbone.path}) on {device}", flush=True)
+        print(
+            f"{len(train):,} {train.split} and {len(val):,} {val.split} images, {len(val.classes)} classes", flush=True
+        )
+        if device.type == "cpu" and settings.protocol != "quick":
+            print("a head on augmented images takes long on a CPU; --protocol quick takes minutes", flush=True)
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+
+    shown = np.linspace(0, len(val) - 1, min(PICTURES, len(val))).round().astype(int).tolist()
+    if settings.protocol == "quick":
+        cache = Path(settings.cache).expanduser() if settings.cache else default_cache()
+        outcome = quick(
+            backbone, train, val, choices, settings.quick, cache, settings.seed, settings.batch_size, settings.workers,
+            shown,
+        )  # fmt: skip
+    else:
+        outcome = train_and_evaluate(
+            backbone, train, val, choices, settings.training, settings.seed, settings.workers, shown, out
+        )
+    scores = [segmentation_scores(confusion) for confusion in outcome.confusions]
+    main = scores[-1]
+    details: dict[str, Any] = {
+        "blocks": [block + 1 for block in choices[-1]],
+        "pixel_accuracy": main.pixel_accuracy,
+        "iou": {name: None if math.isnan(x) else x for name, x in zip(val.classes, main.iou, strict=True)},
+        **outcome.details,
+    }
+    if settings.every_block:
+        details["every_block"] = [
+            {"block": choice[0] + 1, "miou": s.miou, "pixel_accuracy": s.pixel_accuracy}
+            for choice, s in zip(choices, scores, strict=True)
+        ]
+    result = {
+        "task": "segmentation",
+        "protocol": protocol,
+        "dataset": data.name,
+        "split": val.split,
+        "images": len(val),
+        "official_images": COUNTS.get((data.name, val.split)),
+        "metric": "mIoU",
+        "value": main.miou,
+        "details": {**details, "changed_settings": changed},
+        "checkpoint": {
+            "path": backbone.path,
+            "sha256": backbone.sha256,
+            "architecture": backbone.architecture,
+            "family": backbone.family,
+            "mean": backbone.mean,
+            "std": backbone.std,
+        },
+        "settings": plain(settings),
+        "seed": settings.seed,
+        "seconds": round(time.perf_counter() - began, 1),
+        "processes": distributed.world_size(),
+        **provenance(device),
+    }
+    if first:
+        text = report(result, main)
+        if out:
+            write_result(out / "segmentation", result, text)
+            draw(val, outcome.predictions, out / "pictures.png")
+        print("\n" + text, end="")
+        if out:
+            print(f"\nwritten: {out / 'segmentation.json'}, segmentation.md, pictures.png")
+    return result
+
+
+def choose_blocks(blocks: str, every_block: bool, backbone: Backbone) -> list[tuple[int, ...]]:
+    """Blocks (from 0) of each head; the last of them is the one that is reported and shown.
+
+    Raises:
+        ValueError: a block that the model does not have, or a list that is none.
+    """
+    depth = backbone.depth
+    if every_block:
+        if blocks != "last":
+            raise ValueError(f"every-block measures each block by itself; leave out blocks {blocks!r}")
+        return [(block,) for block in range(depth)]
+    if blocks in ("last", "last4"):
+        return [tuple(range(depth - (1 if blocks == "last" else min(4, depth)), depth))]
+    try:
+        numbers = [int(word) for word in blocks.split(",")]
+    except ValueError:
+        raise ValueError(f"blocks is {blocks!r}; choose last, last4, or numbers from 1 as in 3,6,9,12") from None
+    for number in numbers:
+        if not 1 <= number <= depth:
+            raise ValueError(f"block {number} does not exist: {backbone.path} has blocks 1 to {depth}")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"blocks is {blocks!r}, which names a block twice")
+    return [tuple(number - 1 for number in numbers)]
+
+
+def changed_settings(settings: Settings) -> dict[str, list[Any]]:
+    """Settings of the protocol that differ from its recipe: {name: [recipe's, used]}.
+
+    Raises:
+        ValueError: a changed setting of a part that the protocol does not use.
+    """
+    recipe = parse([f"--protocol={settings.protocol}", "--ckpt=x", "--data.name=scenes", "--data.root=x"])
+    used = "quick." if settings.protocol == "quick" else "training."
+    theirs, ours = flat(plain(recipe)), flat(plain(settings))
+    changed = {
+        name: [theirs[name], value]
+        for name, value in ours.items()
+        if name.startswith(("quick.", "training.")) and theirs[name] != value
+    }
+    for name in changed:
+        if not name.startswith(used):
+            raise ValueError(f"{name} has no effect on the protocol {settings.protocol}; leave it out")
+    default = _default_train_split(settings)
+    if settings.data.train_split not in (None, default):
+        changed["data.train_split"] = [default, settings.data.train_split]
+    return changed
+
+
+def _default_train_split(settings: Settings) -> str:
+    return "trainaug" if (settings.protocol, settings.data.name) == ("neco", "voc12") else "train"
+
+
+def report(result: dict[str, Any], scores: SegmentationScores) -> str:
+    """The result in Markdown: what was measured, mIoU, blocks, classes."""
+    details, checkpoint = result["details"], result["checkpoint"]
+    lines = [
+        f"**{result['protocol']}** {100 * scores.miou:.1f} mIoU, {100 * scores.pixel_accuracy:.1f} % of pixels",
+        "",
+        f"{checkpoint['architecture']} ({checkpoint['path']}), blocks {', '.join(map(str, details['blocks']))}; "
+        f"{describe_split(result['dataset'], result['split'], result['images'])}; trained on "
+        f"{details['train_images']:,}; seed {result['seed']}; {result['seconds'] / 60:.1f} minutes on "
+        f"{result['hardware']}.",
+        "",
+    ]
+    if result["details"]["changed_settings"]:
+        pairs = [f"{name} {used} (recipe: {theirs})" for name, (theirs, used) in details["changed_settings"].items()]
+        lines += ["Changed from the recipe, so not comparable with its figures: " + "; ".join(pairs) + ".", ""]
+    if "every_block" in details:
+        lines += ["| block | mIoU | pixels |", "|---:|---:|---:|"]
+        for entry in details["every_block"]:
+            lines.append(f"| {entry['block']} | {100 * entry['miou']:.1f} | {100 * entry['pixel_accuracy']:.1f} |")
+        lines.append("")
+    columns = 4
+    cells = [f"{name} | {'' if iou is None else f'{100 * iou:.1f}'}" for name, iou in details["iou"].items()]
+    lines += ["| " + " | ".join(["class | IoU"] * columns) + " |", "|" + "---|---:|" * columns]
+    rows = -(-len(cells) // columns)
+    for row in range(rows):
+        lines.append("| " + " | ".join([*cells[row::rows], *[" | "] * columns][:columns]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(images: SegmentationSet, predictions: dict[int, np.ndarray], path: Path) -> None:
+    """A sheet of images, truths and predictions in the data set's colours; void is white."""
+    colours = np.full((256, 3), 255, np.uint8)
+    colours[: len(images.classes)] = images.colours
+    columns = min(4, len(predictions))
+    rows = -(-len(predictions) // columns)
+    figure, axes = plt.subplots(3 * rows, columns, figsize=(3 * columns, 6.6 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    seen: set[int] = set()
+    for place, (index, prediction) in enumerate(sorted(predictions.items())):
+        image, mask = images.read(index)
+        seen |= set(np.unique(mask)) | set(np.unique(prediction))
+        row, column = 3 * (place // columns), place % columns
+        extent = (0, image.shape[1], image.shape[0], 0)
+        for offset, picture in enumerate((image, colours[mask], colours[prediction])):
+            axis = axes[row + offset, column]
+            axis.imshow(picture, interpolation="nearest", extent=extent)
+            if column == 0:
+                axis.set_title(("image", "truth", "prediction")[offset], loc="left", fontsize=9, pad=2)
+        axes[row, column].set_title(images.names[index], loc="right", fontsize=9, pad=2)
+    known = sorted(seen - {VOID})[:40]
+    handles = [Patch(color=colours[label] / 255, label=images.classes[label]) for label in known]
+    figure.legend(handles=handles, loc="lower center", ncols=min(8, max(1, len(handles))), fontsize=9, frameon=False)
+    bottom = (0.3 + 0.25 * -(-len(handles) // 8)) / (6.6 * rows)
+    figure.tight_layout(pad=0.4, rect=(0, bottom, 1, 1))
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def parse(arguments: list[str] | None = None) -> Settings:
+    """Settings from the command line, over those of the protocol's recipe."""
+    switches = {
+        "untrained": "Measure the checkpoint's architecture with random weights: the floor its figure stands on.",
+        "every_block": "Train a head on each block by itself, and report mIoU block by block.",
+    }
+    return parse_settings(
+        Settings,
+        "eval/segmentation.py",
+        __doc__,
+        switches,
+        arguments,
+        lambda parsed: RECIPES / f"{parsed.protocol}.yaml",
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    run(lambda: evaluate(parse(arguments)))
+
+
+if __name__ == "__main__":
+    main()
