@@ -6,7 +6,9 @@
    generalised eigenproblem of the published code on the same graph. Interleaved: every image goes through every step
    and every size in turn; medians. Beside them, how often mask and box are those of the dense solution.
 2. Resident memory of a loop (features, LOST and TokenCut) over images at their original size, every 50 images.
-3. With --device cuda also images per second of the whole of TokenCut, features included: a ViT-S/16 of random weights,
+3. Masks and boxes of LOST and TokenCut against plain loops and dense SciPy (tests/discovery_reference.py), for the same
+   images; where they differ, the image with its eigengap.
+4. With --device cuda also images per second of the whole of TokenCut, features included: a ViT-S/16 of random weights,
    batches of 512 x 384 pixels (500 x 375, padded). The image's mean is subtracted from its keys, since those of random
    weights are all alike and would make a complete graph, which costs nothing to solve.
 """
@@ -29,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from skipless.datasets.images import ImageSource, open_images
 from skipless.eval import localization
@@ -167,6 +170,25 @@ def memory_of_a_loop(backbone: Backbone, images: ImageSource, count: int, device
     }
 
 
+def agreement(backbone: Backbone, images: ImageSource, count: int) -> dict[str, Any]:
+    """How often LOST and TokenCut give the masks and boxes of the references, at the images' original size."""
+    equal = {"lost masks": 0, "lost boxes": 0, "tokencut masks": 0, "tokencut boxes": 0}
+    exceptions, smallest = [], float("inf")
+    for i in tqdm(range(count), desc="agreement", unit="image"):
+        keys = keys_of(backbone, images.read(i))
+        exact = keys[0].double().cpu().numpy()
+        cut = reference.tokencut(exact, TAU)
+        smallest = min(smallest, cut.eigengap)
+        pairs = {"lost": (lost(keys)[0], reference.lost(exact)), "tokencut": (tokencut(keys, TAU)[0], cut)}
+        for method, (found, expected) in pairs.items():
+            same_mask, same_box = bool((found.mask == expected.mask).all()), found.box == expected.box
+            equal[f"{method} masks"] += same_mask
+            equal[f"{method} boxes"] += same_box
+            if not (same_mask and same_box):
+                exceptions.append({"image": images.names[i], "method": method, "eigengap": cut.eigengap})
+    return {"images": count, "equal": equal, "exceptions": exceptions, "smallest_eigengap": smallest}
+
+
 @torch.inference_mode()
 def whole_on_gpu(device: torch.device, batch: int, repeats: int) -> dict[str, Any]:
     """Images per second from uint8 pixels to masks and boxes."""
@@ -221,6 +243,17 @@ def table(result: dict[str, Any]) -> str:
             f"{mb:.0f} MB after {n}" for n, mb in zip(memory["images"], memory["resident_mb"], strict=True)
         )
         lines += ["", f"Resident memory of a loop over images at their original size (LOST and TokenCut): {pairs}."]
+    agreed = result["agreement"]
+    if agreed is not None:
+        counts = ", ".join(f"{name} {number}" for name, number in agreed["equal"].items())
+        lines += [
+            "",
+            f"Equal to plain loops and dense SciPy, of {agreed['images']} images at their original size: {counts}; "
+            f"smallest eigengap {agreed['smallest_eigengap']:.3g}.",
+        ]
+        lines += [
+            f"- {e['method']} differs on {e['image']}, eigengap {e['eigengap']:.3g}" for e in agreed["exceptions"]
+        ]
     whole = result["whole_on_gpu"]
     if whole is not None:
         lines += [
@@ -241,6 +274,9 @@ def main() -> None:
     parser.add_argument("--patches", type=int, nargs="+", default=[600, 1200, 3000], help="Sizes of graphs.")
     parser.add_argument("--repeats", type=int, default=7, help="Images for each size, at least 1.")
     parser.add_argument("--memory-images", type=int, default=300, help="Length of the loop; 0 leaves it out.")
+    parser.add_argument(
+        "--agreement-images", type=int, default=300, help="Compared to the references; 0 leaves it out."
+    )
     parser.add_argument("--batch", type=int, default=32, help="Batch of the whole on a GPU.")
     arguments = parser.parse_args()
     try:
@@ -265,6 +301,7 @@ def main() -> None:
             "patches": arguments.patches,
             "repeats": arguments.repeats,
             "memory_images": arguments.memory_images,
+            "agreement_images": arguments.agreement_images,
             "batch": arguments.batch,
         },
         **provenance(device),
@@ -274,6 +311,8 @@ def main() -> None:
         # First, while nothing that a dense solver needed is still held by the allocator.
         loop = arguments.memory_images
         result["memory"] = memory_of_a_loop(backbone, images, loop, device) if loop else None
+        compared = min(arguments.agreement_images, len(images))
+        result["agreement"] = agreement(backbone, images, compared) if compared else None
         result["steps"] = compare(backbone, images, arguments.patches, arguments.repeats, device)
     result["seconds"] = time.perf_counter() - began
     write_result(arguments.out, result, table(result))

@@ -16,7 +16,10 @@ COUNTS = {
     ("ade20k", "train"): 20210,
     ("ade20k", "val"): 2000,
 }
-"""Images by data set and split, from the authors' own descriptions."""
+"""Images by data set and split, from the authors' own descriptions; of VOC 2012 the lists for segmentation."""
+
+BOX_COUNTS = COUNTS | {("voc12", "train"): 5717, ("voc12", "val"): 5823, ("voc12", "trainval"): 11540}
+"""The same with VOC 2012's lists for boxes."""
 
 
 def describe_split(name: str, split: str, images: int, official: int | None = None) -> str:

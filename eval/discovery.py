@@ -1,0 +1,669 @@
+"""Object discovery without labels: LOST, TokenCut or MaskCut on the features of any ViT, scored by CorLoc or AP.
+
+    python eval/discovery.py --method tokencut --ckpt dino_vits16.pth --data.name voc07 --data.root VOCdevkit
+    python eval/discovery.py --method maskcut --ckpt runs/photos --data.name coco --data.root coco --out found
+    python eval/discovery.py --method lost --every-block --ckpt runs/photos --data.name voc12 --data.root VOCdevkit
+    python eval/discovery.py --method tokencut --ckpt runs/photos --data.name folder --data.root my_photos --out found
+
+Images keep their size, as published, and are padded with zeros at the right and the bottom to a multiple of the patch
+(MaskCut: squares of 480 pixels). LOST and TokenCut find one object an image; CorLoc is the share of images in which its
+box has an IoU of at least 0.5 with any true one; images without a true box are left out of it. MaskCut finds up to
+three; they are scored by COCO's AP without classes, in which every image counts.
+
+With --out: discovery.json and discovery.md, detections.json (boxes and masks in COCO's result format) and pictures.png.
+An interrupted run with --out is continued by the same command. torchrun shares the images out. In flag names - and _
+are the same.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from skipless.datasets.boxes import BoxSet, folder_boxes
+from skipless.datasets.coco import coco20k, coco_boxes
+from skipless.datasets.official_counts import BOX_COUNTS, describe_split
+from skipless.datasets.voc import scenes_boxes, voc_boxes
+from skipless.eval.backbones import Backbone, FeatureKind, Weights, load_backbone, pad_to_patch, untrained
+from skipless.eval.command_line import parse_settings, run
+from skipless.eval.features import data_sha256
+from skipless.eval.localization import Localization, lost, maskcut, tokencut
+from skipless.eval.metrics import bootstrap_interval, corloc
+from skipless.ssl import distributed
+from skipless.ssl.checkpoints import write_text
+from skipless.ssl.crops import resample
+from skipless.ssl.provenance import provenance, write_result
+from skipless.ssl.settings import plain
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
+
+PICTURES = 12
+COMPLETE = 0.99  # share of similar pairs from which a graph counts as nearly complete
+
+
+@dataclass
+class DataSettings:
+    """Where objects are looked for."""
+
+    name: Literal["voc07", "voc12", "coco20k", "coco", "scenes", "folder"]
+    """Data set. coco is any instances file of COCO; folder is any folder of images, without a score."""
+    root: str
+    """Its folder, laid out as its authors ship it: VOCdevkit, COCO's, the scenes' or the images' folder."""
+    split: str | None = None
+    """Split: for VOC and scenes a list in ImageSets/Main, by default trainval (scenes: val); for coco the part of
+    annotations/instances_SPLIT.json, by default val2017."""
+    names: str | None = None
+    """coco20k: file with the names of its 19,817 images (datasets/coco_20k_filenames.txt in the release of LOST)."""
+
+
+@dataclass
+class Settings:
+    """Object discovery."""
+
+    ckpt: str
+    """Backbone: the folder of a run; a .pt, .pth or .safetensors of ours, DINO, DINOv2 or timm; or timm:NAME."""
+    data: DataSettings
+    method: Literal["lost", "tokencut", "maskcut"] = "tokencut"
+    """lost (arXiv 2109.14279), tokencut (arXiv 2202.11539) or maskcut (CutLER, arXiv 2301.11320)."""
+    features: FeatureKind = "keys"
+    """What patches are compared by. keys is the published way; where the trained bias of the keys makes all patches
+    alike (the run warns of it), keys_without_bias."""
+    block: str = "last"
+    """Block whose features are taken: last, or a number from 1."""
+    every_block: bool = False
+    """CorLoc of every block."""
+    no_hard: bool = False
+    """Drop difficult and truncated boxes."""
+    size: int | None = None
+    """Side in pixels of squares that images are resized to; by default the original size (maskcut: 480)."""
+    tau: float | None = None
+    """tokencut, maskcut: cosine above which two patches are tied; by default the published 0.2 and 0.15."""
+    weights: Weights = "teacher"
+    """Which half of a training checkpoint that holds a teacher and a student."""
+    untrained: bool = False
+    """Random weights instead."""
+    out: str | None = None
+    """Folder for discovery.json, discovery.md, detections.json and pictures.png; by default nothing is written."""
+    seed: int = 0
+    """Of the bootstrap (and of random weights)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    batch_size: int = 8
+    """Images of one padded size that go through the network together. Changes speed and memory alone."""
+    workers: int = 0
+    """Processes that read images; 0 reads them in the main one. On a GPU, give the number of cores."""
+
+
+def discover(settings: Settings) -> dict[str, Any]:
+    """Find objects as `settings` say, score them, write what `settings.out` asks for, and return the result.
+
+    Raises:
+        ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used.
+    """
+    device = distributed.start(settings.device)
+    began = time.perf_counter()
+    backbone = load_backbone(settings.ckpt, settings.weights)
+    if settings.untrained:
+        backbone = untrained(backbone, settings.seed)
+    backbone = backbone.to(device)
+    blocks = choose_blocks(settings, backbone)
+    size = check(settings, backbone)
+    images, annotations = open_data(settings.data)
+    official = BOX_COUNTS.get((images.name, images.split))
+    described = describe_split(images.name, images.split, len(images), official)
+    dropped = {}
+    if settings.no_hard:
+        images, boxes, without = images.without_hard()
+        dropped = {"dropped_boxes": boxes, "dropped_images": without}
+        described += f", less {without:,} without an easy box"
+    protocol = protocol_id(settings, blocks, size)
+    first = distributed.rank() == 0
+    if first:
+        print(f"{protocol}: {backbone.architecture} ({backbone.path}) on {device}", flush=True)
+        scored = sum(len(boxes) > 0 for boxes in images.boxes)
+        print(f"{described}; {scored:,} with boxes", flush=True)
+
+    out = Path(settings.out) if settings.out else None
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    shown = np.linspace(0, len(images) - 1, min(PICTURES, len(images))).round().astype(int).tolist()
+    found = find_all(backbone, images, blocks, settings, size, shown, out)
+    main = len(blocks) - 1
+    scores = [score(images, annotations, found, settings, block) for block in range(len(blocks))]
+    result = {
+        "task": "discovery",
+        "protocol": protocol,
+        "dataset": images.name,
+        "split": images.split,
+        "images": len(images),
+        "official_images": official,
+        **scores[main],
+        "checkpoint": {
+            "path": backbone.path,
+            "sha256": backbone.sha256,
+            "architecture": backbone.architecture,
+            "family": backbone.family,
+        },
+        "settings": plain(settings),
+        "seed": settings.seed,
+        "seconds": round(time.perf_counter() - began, 1),
+        "processes": distributed.world_size(),
+        **provenance(device),
+    }
+    result["details"] |= {
+        "data": described,
+        **dropped,
+        "block": blocks[main] + 1,
+        "image_size": size,
+        **graph_report(found, main),
+    }
+    if settings.every_block:
+        result["details"]["every_block"] = [
+            {"block": block + 1, "metric": of_block["metric"], "value": of_block["value"]}
+            for block, of_block in zip(blocks, scores, strict=True)
+        ]
+    if first:
+        text = report(result)
+        if out:
+            write_text(out / "detections.json", json.dumps(detections(images, found, main)) + "\n")
+            write_result(out / "discovery", result, text)
+            draw(images, found, main, shown, settings.method, out / "pictures.png")
+            for path in out.glob("found-*.jsonl"):
+                path.unlink()
+        print("\n" + text, end="")
+        if out:
+            print(f"\nwritten: {out / 'discovery.json'}, discovery.md, detections.json, pictures.png")
+    return result
+
+
+def open_data(data: DataSettings) -> tuple[BoxSet, Path | None]:
+    """Images with their boxes, and the annotation file for COCO's."""
+    if data.name != "coco20k" and data.names:
+        raise ValueError(f"data.names is for coco20k, and data.name is {data.name}; leave it out")
+    if data.name in ("coco20k", "folder") and data.split:
+        raise ValueError(f"data.split has no effect on {data.name}; leave it out")
+    if data.name == "scenes":
+        return scenes_boxes(data.root, data.split or "val"), None
+    if data.name in ("voc07", "voc12"):
+        return voc_boxes(data.root, data.split or "trainval", 2007 if data.name == "voc07" else 2012), None
+    if data.name == "folder":
+        return folder_boxes(data.root), None
+    root = Path(data.root).expanduser()
+    if data.name == "coco20k":
+        if not data.names:
+            raise ValueError("coco20k needs data.names, the list of its images (in the release of LOST)")
+        return coco20k(root, data.names), root / "annotations" / "instances_train2014.json"
+    split = data.split or "val2017"
+    annotations = root / "annotations" / f"instances_{split}.json"
+    folder = next((f for f in (root / split, root / "images" / split) if f.is_dir()), root / split)
+    return coco_boxes(annotations, folder), annotations
+
+
+def choose_blocks(settings: Settings, backbone: Backbone) -> list[int]:
+    """Blocks, from 0, to look at; the last of them is the one reported."""
+    if settings.every_block:
+        if settings.block != "last":
+            raise ValueError(f"every-block looks at each block; leave out block {settings.block!r}")
+        return list(range(backbone.depth))
+    if settings.block == "last":
+        return [backbone.depth - 1]
+    if not settings.block.isdecimal() or not 1 <= int(settings.block) <= backbone.depth:
+        raise ValueError(
+            f"block {settings.block} does not exist: {backbone.path} has blocks 1 to {backbone.depth} (or: last)"
+        )
+    return [int(settings.block) - 1]
+
+
+def check(settings: Settings, backbone: Backbone) -> int | None:
+    """The side of the squares that images are resized to, None for the original size."""
+    if settings.batch_size < 1 or settings.workers < 0:
+        raise ValueError("batch-size must be 1 or more, and workers 0 or more")
+    if settings.method == "lost" and settings.tau is not None:
+        raise ValueError("tau has no effect on lost, whose threshold is 0; leave it out")
+    if settings.no_hard and settings.data.name not in ("voc07", "voc12", "scenes"):
+        raise ValueError(
+            f"no-hard: {settings.data.name} does not tell which boxes are difficult or truncated; leave it out"
+        )
+    if settings.size is None and settings.method == "maskcut":
+        return max(480 // backbone.patch, 1) * backbone.patch
+    if settings.size is not None and (settings.size % backbone.patch or settings.size < backbone.patch):
+        raise ValueError(f"size is {settings.size}; it must be a multiple of the patch, {backbone.patch} pixels")
+    return settings.size
+
+
+def protocol_id(settings: Settings, blocks: list[int], size: int | None) -> str:
+    """As in `voc07-tokencut`, with every departure from the published way named behind it."""
+    parts = [f"{settings.data.name}-{settings.method}"]
+    if settings.features != "keys":
+        parts.append(settings.features)
+    if settings.block != "last":
+        parts.append(f"block-{blocks[-1] + 1}")
+    if settings.size is not None:
+        parts.append(f"{size}px")
+    if settings.tau is not None:
+        parts.append(f"tau-{settings.tau:g}")
+    if settings.no_hard:
+        parts.append("no-hard")
+    return "/".join(parts)
+
+
+def find_all(
+    backbone: Backbone,
+    images: BoxSet,
+    blocks: list[int],
+    settings: Settings,
+    size: int | None,
+    shown: list[int],
+    out: Path | None,
+) -> list[dict[str, Any]]:
+    """Objects of every image, from an interrupted run's files in `out` as far as they are there.
+
+    Returns:
+        For each image {"index", "size": [H, W], "blocks": for each block {"objects": [{"box", "rle"}, ...], "edges",
+        "degenerate", "fallback"}, "map": of the last block, for the images in `shown`}, on every process.
+    """
+    identity = {
+        "checkpoint": backbone.fingerprint(),
+        "data": [data_sha256(images.images), images.upright],
+        "settings": [settings.method, settings.features, blocks, size, settings.tau],
+    }
+    known: dict[int, dict[str, Any]] = {}
+    for path in sorted(out.glob("found-*.jsonl")) if out else []:
+        known |= _read_found(path, identity)
+    distributed.any_process(False)  # all have read before one writes
+    log = out / f"found-{distributed.rank()}.jsonl" if out else None
+    if log and log.exists():
+        os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
+    todo = [index for index in range(len(images)) if index not in known]
+    batches = _batches(images, todo, backbone.patch, size, settings.batch_size)[
+        distributed.rank() :: distributed.world_size()
+    ]
+    threshold: dict[str, Any] = {} if settings.tau is None else {"tau": settings.tau}
+    locate: Any = {
+        "lost": lost,
+        "tokencut": partial(tokencut, **threshold),
+        "maskcut": partial(maskcut, **threshold),
+    }[settings.method]
+    loader = DataLoader(
+        _Pictures(images, size),
+        batch_sampler=batches,
+        num_workers=settings.workers,
+        collate_fn=list,
+        worker_init_fn=distributed.leave_signals_to_main,
+    )
+    mine: list[dict[str, Any]] = []
+    share = sum(map(len, batches))
+    with tqdm(total=share, desc=settings.method, unit="image", disable=distributed.rank() > 0) as progress:
+        for batch, samples in zip(batches, loader, strict=True):
+            entries = []
+            for part in _by_size(batch, samples, backbone.patch):
+                entries += _find(backbone, images, part, blocks, settings.features, locate, shown)
+            if log:
+                _append_found(log, identity, entries)
+            mine += entries
+            progress.update(len(batch))
+    for part in distributed.gather_objects(mine):
+        known |= {entry["index"]: entry for entry in part}
+    return [known[index] for index in range(len(images))]
+
+
+def _by_size(batch: list[int], samples: list[Any], patch: int) -> list[list[tuple[int, Any]]]:
+    """The images of a batch with their indices, those of one padded size together. It is one list, unless a header told
+    another size than the picture has: an EXIF orientation does."""
+    groups: dict[tuple[int, int], list[tuple[int, Any]]] = defaultdict(list)
+    for index, sample in zip(batch, samples, strict=True):
+        if isinstance(sample, str):
+            raise ValueError(sample)
+        height, width = sample[0].shape[:2]
+        groups[-height // patch, -width // patch].append((index, sample))
+    return list(groups.values())
+
+
+def _find(
+    backbone: Backbone,
+    images: BoxSet,
+    part: list[tuple[int, Any]],
+    blocks: list[int],
+    kind: FeatureKind,
+    locate: Any,
+    shown: list[int],
+) -> list[dict[str, Any]]:
+    """Entries of images of one padded size."""
+    batch, samples = zip(*part, strict=True)
+    for index, (picture, _) in part:
+        _require_memory(images.images[index], picture.shape, backbone)
+    padded = [pad_to_patch(backbone.normalize(picture[None]), backbone.patch) for picture, _ in samples]
+    features = backbone.features(torch.cat(padded), blocks, kind)
+    entries: list[dict[str, Any]] = [
+        {"index": index, "size": list(original), "blocks": []}
+        for index, (_, original) in zip(batch, samples, strict=True)
+    ]
+    for block, found in zip(blocks, features, strict=True):
+        broken = (~found.patches.isfinite()).flatten(1).any(1)
+        if broken.any():
+            path = images.images[batch[int(broken.nonzero()[0])]]
+            raise ValueError(
+                f"{path}: {kind} of block {block + 1} of {backbone.path} are NaN or infinite; check the checkpoint"
+            )
+        for entry, (picture, _), result in zip(entries, samples, locate(found.patches), strict=True):
+            objects: list[Localization] = result if isinstance(result, list) else [result]
+            masks = [_pixels(o.mask, picture.shape[:2], entry["size"], backbone.patch) for o in objects]
+            entry["blocks"].append(
+                {
+                    "objects": [{"box": _box(mask), "rle": _rle(mask)} for mask in masks],
+                    "edges": round(objects[0].edges, 4),
+                    "degenerate": objects[0].degenerate,
+                    "fallback": any(o.fallback for o in objects),
+                }
+            )
+            if block == blocks[-1] and entry["index"] in shown:
+                entry["map"] = objects[0].map.round(4).tolist()
+    return entries
+
+
+def _require_memory(path: Path, shape: tuple[int, ...], backbone: Backbone) -> None:
+    """Raises ValueError where the graph of one image, N x N numbers of 8 bytes, would not fit: the system would kill
+    the run without a word."""
+    patches = math.ceil(shape[0] / backbone.patch) * math.ceil(shape[1] / backbone.patch)
+    device = backbone.model.pos_embed.device
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if 8 * patches**2 > memory:
+        raise ValueError(
+            f"{path}: {shape[1]} x {shape[0]} pixels are {patches:,} patches, whose graph takes "
+            f"{8 * patches**2 / 1e9:.0f} GB of memory; use --size, or smaller images"
+        )
+
+
+def _pixels(mask: np.ndarray, fed: tuple[int, int], original: list[int], patch: int) -> np.ndarray:
+    """A mask of patches in pixels of the original image: bool [H, W]. A pixel takes the patch its centre lies in."""
+    rows, columns = (((2 * np.arange(o) + 1) * f // (2 * o)) // patch for o, f in zip(original, fed, strict=True))
+    return mask[rows[:, None], columns]
+
+
+def _box(mask: np.ndarray) -> list[int]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):  # an object smaller than a pixel, after a large image was resized
+        return [0, 0, 0, 0]
+    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+
+
+def _rle(mask: np.ndarray) -> dict[str, Any]:
+    encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": list(mask.shape), "counts": encoded["counts"].decode()}
+
+
+def _read_found(path: Path, identity: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Entries of an interrupted run, but for a last line that was cut off."""
+    *lines, _ = path.read_bytes().split(b"\n")
+    if not lines:
+        return {}
+    try:
+        of, *entries = map(json.loads, lines)
+        found = {entry["index"]: entry for entry in entries}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: delete it, and the same command starts without it") from None
+    if of != identity:
+        raise ValueError(f"{path} is of a run with other settings, weights or data: delete it, or give another --out")
+    return found
+
+
+def _append_found(path: Path, identity: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    with open(path, "a") as file:
+        first = [] if file.tell() else [identity]
+        file.writelines(json.dumps(line) + "\n" for line in [*first, *entries])
+
+
+def _batches(images: BoxSet, todo: list[int], patch: int, size: int | None, batch_size: int) -> list[list[int]]:
+    """Images that have one size after padding, together; in the order of the first of each batch."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index in todo:
+        if size is None:
+            try:
+                with Image.open(images.images[index]) as header:
+                    width, height = header.size
+            except Exception:  # whatever is wrong with it, reading it will say so
+                width = height = 0
+            groups[-height // patch, -width // patch].append(index)
+        else:
+            groups[size, size].append(index)
+    batches = [
+        group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
+    ]
+    return sorted(batches)
+
+
+class _Pictures(Dataset):
+    """(uint8 [H, W, 3] as the network takes it, original (H, W)); for an unreadable one, the sentence that says so."""
+
+    def __init__(self, images: BoxSet, size: int | None):
+        self.images, self.size = images, size
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, tuple[int, int]] | str:
+        try:
+            picture = self.images.read_image(index)
+        except (ValueError, OSError) as error:
+            return str(error)
+        original = (picture.shape[0], picture.shape[1])
+        return (picture if self.size is None else resample(picture, self.size, self.size)), original
+
+
+def score(
+    images: BoxSet, annotations: Path | None, found: list[dict[str, Any]], settings: Settings, block: int
+) -> dict[str, Any]:
+    """{"metric", "value", "details"} of one of the blocks; value is None where no image has a box."""
+    if not any(len(boxes) for boxes in images.boxes):
+        return {"metric": None, "value": None, "details": {}}
+    if settings.method == "maskcut":
+        return coco_ap(images, annotations, detections(images, found, block))
+    boxes = np.array([entry["blocks"][block]["objects"][0]["box"] for entry in found], float)
+    hits = corloc(boxes, list(images.boxes))
+    interval = bootstrap_interval(hits, settings.seed)
+    return {
+        "metric": "CorLoc",
+        "value": float(hits.mean()),
+        "details": {"interval_95": interval, "scored_images": len(hits), "hits": int(hits.sum())},
+    }
+
+
+def detections(images: BoxSet, found: list[dict[str, Any]], block: int) -> list[dict[str, Any]]:
+    """COCO's result format, with one category, 1. Objects of earlier rounds have the higher score."""
+    return [
+        {
+            "image_id": images.ids[entry["index"]],
+            "category_id": 1,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "score": 1.0 / (1 + rank),
+            "segmentation": one["rle"],
+            "file_name": images.names[entry["index"]] + images.images[entry["index"]].suffix,
+        }
+        for entry in found
+        for rank, one in enumerate(entry["blocks"][block]["objects"])
+        for x0, y0, x1, y1 in [one["box"]]
+    ]
+
+
+def coco_ap(images: BoxSet, annotations: Path | None, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """COCO's AP without classes, by pycocotools: of boxes and, with an annotation file, of masks, too. Every image of
+    the set counts, those without boxes as well; what lies in a crowd is neither right nor wrong."""
+    details: dict[str, Any] = {"objects": len(results)}
+    kinds: list[Literal["bbox", "segm"]] = ["bbox"] if annotations is None else ["bbox", "segm"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        if annotations is not None:
+            truth = COCO(str(annotations))
+        else:
+            truth = COCO()
+            truth.dataset = _as_coco(images)
+            truth.createIndex()
+        for kind in kinds:
+            # With a segmentation, pycocotools would take areas from it, and boxes too.
+            given = [
+                {k: v for k, v in r.items() if k != ("segmentation" if kind == "bbox" else "bbox")} for r in results
+            ]
+            try:
+                evaluation = COCOeval(truth, truth.loadRes(given), kind)
+                evaluation.params.useCats = 0
+                # Without categories, pycocotools still leaves out what is of none of these: our 1, where it is no id.
+                evaluation.params.catIds = sorted({1, *(item["category_id"] for item in truth.dataset["annotations"])})
+                evaluation.params.imgIds = list(images.ids)
+                evaluation.evaluate()
+            except KeyError as error:
+                raise ValueError(f"{annotations} lacks {error} somewhere, which AP needs; complete it") from None
+            evaluation.accumulate()
+            evaluation.summarize()
+            name = "box" if kind == "bbox" else "mask"
+            details |= {
+                f"{name}_ap": float(evaluation.stats[0]),
+                f"{name}_ap50": float(evaluation.stats[1]),
+                f"{name}_ap75": float(evaluation.stats[2]),
+                f"{name}_ar100": float(evaluation.stats[8]),
+            }
+    main = "box" if annotations is None else "mask"
+    return {"metric": f"{main} AP, class-agnostic", "value": details[f"{main}_ap"], "details": details}
+
+
+def _as_coco(images: BoxSet) -> dict[str, Any]:
+    entries: list[dict[str, Any]] = []
+    for image, boxes in zip(images.ids, images.boxes, strict=True):
+        for x0, y0, x1, y1 in boxes.tolist():
+            box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
+            entries.append({"id": len(entries) + 1, "image_id": image, "category_id": 1, "iscrowd": 0, **box})
+    return {
+        "images": [{"id": image} for image in images.ids],
+        "annotations": entries,
+        "categories": [{"id": 1, "name": "object"}],
+    }
+
+
+def graph_report(found: list[dict[str, Any]], block: int) -> dict[str, Any]:
+    """What to know of the graphs before trusting the figure."""
+    graphs = [entry["blocks"][block] for entry in found]
+    return {
+        "mean_edge_share": float(np.mean([graph["edges"] for graph in graphs])),
+        "nearly_complete_graphs": sum(graph["edges"] > COMPLETE for graph in graphs),
+        "degenerate_images": sum(graph["degenerate"] for graph in graphs),
+        "dense_fallbacks": sum(graph["fallback"] for graph in graphs),
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result in Markdown."""
+    details, checkpoint = result["details"], result["checkpoint"]
+    if result["value"] is None:
+        headline = f"**{result['protocol']}** {result['images']:,} images searched; none has boxes to compare with"
+    else:
+        headline = f"**{result['protocol']}** {100 * result['value']:.1f} {result['metric']}"
+    if "interval_95" in details:
+        low, high = details["interval_95"]
+        headline += f" (95 % interval {100 * low:.1f} to {100 * high:.1f}; {details['scored_images']:,} images)"
+    lines = [
+        headline,
+        "",
+        f"{checkpoint['architecture']} ({checkpoint['path']}), block {details['block']}; {details['data']}; "
+        f"{result['seconds'] / 60:.1f} minutes on {result['hardware']}.",
+        "",
+    ]
+    if "box_ap" in details:
+        lines += ["| | AP | AP50 | AP75 | AR100 |", "|---|---:|---:|---:|---:|"]
+        for name in ("box", "mask"):
+            if f"{name}_ap" in details:
+                values = (100 * details[f"{name}_{key}"] for key in ("ap", "ap50", "ap75", "ar100"))
+                lines.append(f"| {name} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
+        lines += ["", f"{details['objects'] / result['images']:.2f} objects an image.", ""]
+    if "every_block" in details:
+        lines += [f"| block | {details['every_block'][0]['metric']} |", "|---:|---:|"]
+        lines += [
+            f"| {e['block']} | {100 * e['value']:.1f} |" for e in details["every_block"] if e["value"] is not None
+        ]
+        lines.append("")
+    if details["nearly_complete_graphs"] > 0.1 * result["images"]:
+        advice = " Try --features keys_without_bias." if result["settings"]["features"] == "keys" else ""
+        lines += [
+            f"Warning: in {details['nearly_complete_graphs']:,} of {result['images']:,} images nearly all patches "
+            f"count as similar, and what is found there means little.{advice}",
+            "",
+        ]
+    if details["degenerate_images"]:
+        lines += [f"In {details['degenerate_images']:,} images there was nothing to cut; the object is the image.", ""]
+    if details["dense_fallbacks"]:
+        lines += [f"{details['dense_fallbacks']:,} images needed the dense eigensolver.", ""]
+    return "\n".join(lines[:-1]) + "\n"
+
+
+def draw(images: BoxSet, found: list[dict[str, Any]], block: int, shown: list[int], method: str, path: Path) -> None:
+    """A sheet: image with true boxes (green) and found ones (red), the map the algorithm decides by, and the masks."""
+    columns = min(4, len(shown))
+    rows = -(-len(shown) // columns)
+    figure, axes = plt.subplots(3 * rows, columns, figsize=(3 * columns, 7.2 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for place, index in enumerate(shown):
+        image, entry = images.read_image(index), found[index]
+        height, width = image.shape[:2]
+        row, column = 3 * (place // columns), place % columns
+        objects = entry["blocks"][block]["objects"]
+        overlay = (0.35 * image).astype(np.uint8)
+        for number, one in enumerate(objects):
+            mask = coco_mask.decode({"size": one["rle"]["size"], "counts": one["rle"]["counts"].encode()}).astype(bool)
+            tint = np.array(plt.get_cmap("tab10")(number)[:3])
+            overlay[mask] = 0.6 * image[mask] + 0.4 * 255 * tint
+        grid = np.array(entry["map"])
+        extent = (0, width, height, 0)
+        axes[row, column].imshow(image)
+        axes[row + 1, column].imshow(grid, extent=extent, cmap="viridis")
+        axes[row + 2, column].imshow(overlay)
+        for boxes, colour in ((images.boxes[index], "lime"), ([one["box"] for one in objects], "red")):
+            for x0, y0, x1, y1 in boxes:
+                axes[row, column].add_patch(
+                    Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.5)
+                )
+        axes[row, column].set_title(images.images[index].name, loc="right", fontsize=8, pad=2)
+        if column == 0:
+            titles = ("true and found", "degree" if method == "lost" else "eigenvector", "mask")
+            for offset, title in enumerate(titles):
+                axes[row + offset, 0].set_title(title, loc="left", fontsize=8, pad=2)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def parse(arguments: list[str] | None = None) -> Settings:
+    """Settings from the command line."""
+    switches = {
+        "untrained": "Measure the checkpoint's architecture with random weights: the floor its figure stands on.",
+        "every_block": "CorLoc (or AP) of every block, in one pass over the images.",
+        "no_hard": "Drop difficult and truncated boxes, and the images left with none.",
+    }
+    return parse_settings(Settings, "eval/discovery.py", __doc__, switches, arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    run(lambda: discover(parse(arguments)))
+
+
+if __name__ == "__main__":
+    main()
