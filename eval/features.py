@@ -52,22 +52,23 @@ class Features:
 
     def read(self, rows: Sequence[int] | np.ndarray, blocks: Sequence[int]) -> Tensor:
         """Patch features of some images, float16 [len(rows), h, w, D * len(blocks)], blocks side by side."""
-        return self._gather(rows, blocks)[:, 1:].unflatten(1, self.grid)
+        return self._gather(rows, blocks, slice(1, None)).unflatten(1, self.grid)
 
     def read_cls(self, rows: Sequence[int] | np.ndarray, blocks: Sequence[int]) -> Tensor:
         """CLS features of some images, float16 [len(rows), D * len(blocks)], blocks side by side."""
-        return self._gather(rows, blocks)[:, 0]
+        return self._gather(rows, blocks, slice(0, 1))[:, 0]
 
-    def _gather(self, rows: Sequence[int] | np.ndarray, blocks: Sequence[int]) -> Tensor:
-        tokens = torch.empty(len(rows), 1 + self.grid[0] * self.grid[1], self.dim * len(blocks), dtype=torch.float16)
+    def _gather(self, rows: Sequence[int] | np.ndarray, blocks: Sequence[int], tokens: slice) -> Tensor:
+        count = len(range(1 + self.grid[0] * self.grid[1])[tokens])
+        gathered = np.empty((len(rows), count, self.dim * len(blocks)), np.float16)
         for column, block in enumerate(blocks):
             if block not in self.blocks:
                 raise ValueError(f"block {block} was not extracted, only {', '.join(map(str, self.blocks))}")
             place = slice(column * self.dim, (column + 1) * self.dim)
             for position, row in enumerate(rows):
                 shard = _open_shard(_shard_path(self.folder, block, int(row) // SHARD))
-                tokens[position, :, place] = torch.from_numpy(np.array(shard[int(row) % SHARD]))
-        return tokens
+                gathered[position, :, place] = shard[int(row) % SHARD, tokens]
+        return torch.from_numpy(gathered)
 
 
 def extract(

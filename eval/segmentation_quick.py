@@ -143,9 +143,10 @@ class Heads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[P, D] -> logits [P, heads, C]."""
-        x = (x.float() - self.mean) / self.std
-        weight, bias = torch.cat(list(self.weights), dim=1), torch.cat(list(self.biases))
-        return torch.addmm(bias, x, weight).unflatten(1, (-1, self.classes))
+        # Standardisation goes into the weights, which are few, and not over the features, which are many.
+        weight = torch.cat(list(self.weights), dim=1) / self.std[:, None]
+        bias = torch.cat(list(self.biases)) - self.mean @ weight
+        return torch.addmm(bias, x.float(), weight).unflatten(1, (-1, self.classes))
 
     def only(self, head: int) -> "Heads":
         """One of the heads, alone."""
@@ -210,7 +211,7 @@ def _train(
                 for choice, head in zip(choices, heads, strict=True):
                     x = features.read(rows[batch], choice).to(device).flatten(0, 2)
                     log_p = head(x).log_softmax(-1)  # [P, heads, C]
-                    loss = -torch.einsum("pc,pkc->", target, log_p) / target.sum().clamp(min=1e-6)
+                    loss = -(target * log_p.sum(1)).sum() / target.sum().clamp(min=1e-6)
                     loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
