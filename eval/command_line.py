@@ -1,6 +1,7 @@
-"""What the command lines of the evaluations share: settings from flags and files, and errors as one sentence."""
+"""What the commands of the evaluations share: settings from flags and files, errors as one sentence, row labels."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,9 +44,10 @@ def parse_settings(
     for name, explanation in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=explanation)
     words = [_underscores(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    if recipe is not None:  # which one, the words say; they are then read over it
+        quiet = [word for word in words if not word.startswith("--print_config")]
+        words = [f"--config={recipe(parser.parse_args(quiet))}", *words]
     parsed = parser.parse_args(words)
-    if recipe is not None:
-        parsed = parser.parse_args([f"--config={recipe(parsed)}", *words])
     values = parser.instantiate(parsed).as_dict()
     values.pop("config", None)
     return settings(**values)
@@ -57,14 +59,39 @@ def run(command: Callable[[], object]) -> None:
 
     try:
         command()
+    except BrokenPipeError:  # whoever read the output has read enough
+        sys.stderr.close()
+        sys.exit(141)
     except (ValueError, OSError, ArgumentError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the same command continues where its files allow it", file=sys.stderr)
+        print("interrupted: the same command goes on from what was saved in --cache or --out", file=sys.stderr)
         sys.exit(130)
     finally:
         distributed.stop()
+
+
+def keep_other_result(path: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError where `path` holds the result of a run with other settings, which would be lost."""
+    ignored = ("out", "cache", "device", "batch_size", "workers")
+    try:
+        old = json.loads(path.read_text())
+        theirs, ours = ({k: v for k, v in tree.items() if k not in ignored} for tree in (old["settings"], settings))
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{path} is no result of this command: give another --out") from None
+    if theirs != ours:
+        raise ValueError(
+            f"{path} holds another result ({old.get('protocol')} of {old.get('checkpoint', {}).get('path')}): give "
+            "another --out, or delete it"
+        )
+
+
+def label_row(axis: Any, text: str) -> None:
+    """Write the name of a row of pictures up its left side."""
+    axis.text(-0.03, 0.5, text, rotation=90, ha="right", va="center", fontsize=9, transform=axis.transAxes)
 
 
 def _underscores(word: str) -> str:

@@ -11,6 +11,7 @@ box has an IoU of at least 0.5 with any true one; images without a true box are 
 three; they are scored by COCO's AP without classes, in which every image counts.
 
 With --out: discovery.json and discovery.md, detections.json (boxes and masks in COCO's result format) and pictures.png.
+Unreadable images of a folder are left out and listed; in a set with labels they are an error.
 An interrupted run with --out is continued by the same command. torchrun shares the images out. In flag names - and _
 are the same.
 """
@@ -42,7 +43,7 @@ from skipless.datasets.coco import coco20k, coco_boxes
 from skipless.datasets.official_counts import BOX_COUNTS, describe_split
 from skipless.datasets.voc import scenes_boxes, voc_boxes
 from skipless.eval.backbones import Backbone, FeatureKind, Weights, load_backbone, pad_to_patch, untrained
-from skipless.eval.command_line import parse_settings, run
+from skipless.eval.command_line import keep_other_result, label_row, parse_settings, run
 from skipless.eval.features import data_sha256
 from skipless.eval.localization import Localization, lost, maskcut, tokencut
 from skipless.eval.metrics import bootstrap_interval, corloc
@@ -144,9 +145,14 @@ def discover(settings: Settings) -> dict[str, Any]:
 
     out = Path(settings.out) if settings.out else None
     if out:
+        keep_other_result(out / "discovery.json", plain(settings))
         out.mkdir(parents=True, exist_ok=True)
     shown = np.linspace(0, len(images) - 1, min(PICTURES, len(images))).round().astype(int).tolist()
-    found = find_all(backbone, images, blocks, settings, size, shown, out)
+    entries = find_all(backbone, images, blocks, settings, size, shown, out)
+    found = [entry for entry in entries if "unreadable" not in entry]
+    unreadable = [entry["unreadable"] for entry in entries if "unreadable" in entry]
+    if not found:
+        raise ValueError(f"{settings.data.root}: none of its {len(images):,} images can be read ({unreadable[0]})")
     main = len(blocks) - 1
     scores = [score(images, annotations, found, settings, block) for block in range(len(blocks))]
     result = {
@@ -175,6 +181,7 @@ def discover(settings: Settings) -> dict[str, Any]:
         "block": blocks[main] + 1,
         "image_size": size,
         **graph_report(found, main),
+        "unreadable": unreadable,
     }
     if settings.every_block:
         result["details"]["every_block"] = [
@@ -214,6 +221,9 @@ def open_data(data: DataSettings) -> tuple[BoxSet, Path | None]:
         return coco20k(root, data.names), root / "annotations" / "instances_train2014.json"
     split = data.split or "val2017"
     annotations = root / "annotations" / f"instances_{split}.json"
+    if not annotations.exists():
+        there = sorted(path.stem.removeprefix("instances_") for path in root.glob("annotations/instances_*.json"))
+        raise FileNotFoundError(f"{annotations}: no such file; splits that are there: {', '.join(there) or 'none'}")
     folder = next((f for f in (root / split, root / "images" / split) if f.is_dir()), root / split)
     return coco_boxes(annotations, folder), annotations
 
@@ -279,7 +289,8 @@ def find_all(
 
     Returns:
         For each image {"index", "size": [H, W], "blocks": for each block {"objects": [{"box", "rle"}, ...], "edges",
-        "degenerate", "fallback"}, "map": of the last block, for the images in `shown`}, on every process.
+        "degenerate", "fallback"}, "map": of the last block, for the images in `shown`}, or {"index", "unreadable": why}
+        for one of a folder that cannot be read; on every process.
     """
     identity = {
         "checkpoint": backbone.fingerprint(),
@@ -314,7 +325,13 @@ def find_all(
     share = sum(map(len, batches))
     with tqdm(total=share, desc=settings.method, unit="image", disable=distributed.rank() > 0) as progress:
         for batch, samples in zip(batches, loader, strict=True):
-            entries = []
+            entries: list[dict[str, Any]] = []
+            for index, sample in zip(batch, samples, strict=True):
+                if isinstance(sample, str):
+                    # A set with labels is scored as a whole; any folder of photographs has damaged ones.
+                    if images.name != "folder":
+                        raise ValueError(sample)
+                    entries.append({"index": index, "unreadable": sample})
             for part in _by_size(batch, samples, backbone.patch):
                 entries += _find(backbone, images, part, blocks, settings.features, locate, shown)
             if log:
@@ -327,12 +344,12 @@ def find_all(
 
 
 def _by_size(batch: list[int], samples: list[Any], patch: int) -> list[list[tuple[int, Any]]]:
-    """The images of a batch with their indices, those of one padded size together. It is one list, unless a header told
-    another size than the picture has: an EXIF orientation does."""
+    """The readable images of a batch with their indices, those of one padded size together. It is one list, unless a
+    header told another size than the picture has: an EXIF orientation does."""
     groups: dict[tuple[int, int], list[tuple[int, Any]]] = defaultdict(list)
     for index, sample in zip(batch, samples, strict=True):
         if isinstance(sample, str):
-            raise ValueError(sample)
+            continue
         height, width = sample[0].shape[:2]
         groups[-height // patch, -width // patch].append((index, sample))
     return list(groups.values())
@@ -482,10 +499,16 @@ def score(
     boxes = np.array([entry["blocks"][block]["objects"][0]["box"] for entry in found], float)
     hits = corloc(boxes, list(images.boxes))
     interval = bootstrap_interval(hits, settings.seed)
+    whole = np.array([[0, 0, entry["size"][1], entry["size"][0]] for entry in found], float)
     return {
         "metric": "CorLoc",
         "value": float(hits.mean()),
-        "details": {"interval_95": interval, "scored_images": len(hits), "hits": int(hits.sum())},
+        "details": {
+            "interval_95": interval,
+            "scored_images": len(hits),
+            "hits": int(hits.sum()),
+            "whole_image": float(corloc(whole, list(images.boxes)).mean()),
+        },
     }
 
 
@@ -586,6 +609,8 @@ def report(result: dict[str, Any]) -> str:
         f"{result['seconds'] / 60:.1f} minutes on {result['hardware']}.",
         "",
     ]
+    if "whole_image" in details:
+        lines += [f"For comparison: the whole image as the box scores {100 * details['whole_image']:.1f}.", ""]
     if "box_ap" in details:
         lines += ["| | AP | AP50 | AP75 | AR100 |", "|---|---:|---:|---:|---:|"]
         for name in ("box", "mask"):
@@ -608,44 +633,53 @@ def report(result: dict[str, Any]) -> str:
         ]
     if details["degenerate_images"]:
         lines += [f"In {details['degenerate_images']:,} images there was nothing to cut; the object is the image.", ""]
+    if details["unreadable"]:
+        lines += [f"{len(details['unreadable']):,} images could not be read and were left out:", ""]
+        lines += [*(f"- {sentence}" for sentence in details["unreadable"]), ""]
     if details["dense_fallbacks"]:
         lines += [f"{details['dense_fallbacks']:,} images needed the dense eigensolver.", ""]
     return "\n".join(lines[:-1]) + "\n"
 
 
 def draw(images: BoxSet, found: list[dict[str, Any]], block: int, shown: list[int], method: str, path: Path) -> None:
-    """A sheet: image with true boxes (green) and found ones (red), the map the algorithm decides by, and the masks."""
-    columns = min(4, len(shown))
-    rows = -(-len(shown) // columns)
+    """A sheet: image with true boxes (green) and found ones, the map the algorithm decides by, and the masks."""
+    entries = {entry["index"]: entry for entry in found}
+    drawn = [index for index in shown if index in entries] or [found[0]["index"]]
+    colours = [plt.get_cmap("Set1")(number)[:3] for number in (0, 1, 4, 3, 6)]  # none of them green
+    columns = min(4, len(drawn))
+    rows = -(-len(drawn) // columns)
     figure, axes = plt.subplots(3 * rows, columns, figsize=(3 * columns, 7.2 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for place, index in enumerate(shown):
-        image, entry = images.read_image(index), found[index]
+    maps = "degree" if method == "lost" else "eigenvector"
+    titles = (
+        "found (red)" if not any(map(len, images.boxes)) else "true (green), found (red)",
+        f"{maps} of the first" if method == "maskcut" else maps,
+        "masks" if method == "maskcut" else "mask",
+    )
+    for place, index in enumerate(drawn):
+        image, entry = images.read_image(index), entries[index]
         height, width = image.shape[:2]
         row, column = 3 * (place // columns), place % columns
-        objects = entry["blocks"][block]["objects"]
-        overlay = (0.35 * image).astype(np.uint8)
-        for number, one in enumerate(objects):
-            mask = coco_mask.decode({"size": one["rle"]["size"], "counts": one["rle"]["counts"].encode()}).astype(bool)
-            tint = np.array(plt.get_cmap("tab10")(number)[:3])
-            overlay[mask] = 0.6 * image[mask] + 0.4 * 255 * tint
-        grid = np.array(entry["map"])
-        extent = (0, width, height, 0)
         axes[row, column].imshow(image)
-        axes[row + 1, column].imshow(grid, extent=extent, cmap="viridis")
+        if "map" in entry:
+            axes[row + 1, column].imshow(np.array(entry["map"]), extent=(0, width, height, 0), cmap="viridis")
+        overlay = (0.35 * image).astype(np.uint8)
+        boxes: list[tuple[Any, Any]] = [(box, "lime") for box in images.boxes[index]]
+        for number, one in enumerate(entry["blocks"][block]["objects"]):
+            mask = coco_mask.decode({"size": one["rle"]["size"], "counts": one["rle"]["counts"].encode()}).astype(bool)
+            colour = colours[number % len(colours)]
+            overlay[mask] = 0.6 * image[mask] + 0.4 * 255 * np.array(colour)
+            boxes.append((one["box"], colour))
         axes[row + 2, column].imshow(overlay)
-        for boxes, colour in ((images.boxes[index], "lime"), ([one["box"] for one in objects], "red")):
-            for x0, y0, x1, y1 in boxes:
-                axes[row, column].add_patch(
-                    Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.5)
-                )
-        axes[row, column].set_title(images.images[index].name, loc="right", fontsize=8, pad=2)
+        for (x0, y0, x1, y1), edge in boxes:
+            frame = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=1.5)
+            axes[row, column].add_patch(frame)
+        axes[row, column].set_title(images.images[index].name, fontsize=8, pad=2)
         if column == 0:
-            titles = ("true and found", "degree" if method == "lost" else "eigenvector", "mask")
             for offset, title in enumerate(titles):
-                axes[row + offset, 0].set_title(title, loc="left", fontsize=8, pad=2)
-    figure.tight_layout(pad=0.4)
+                label_row(axes[row + offset, 0], title)
+    figure.tight_layout(pad=0.6, rect=(0.01, 0, 1, 1))
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -35,7 +35,7 @@ from skipless.datasets.masks import VOID, SegmentationSet
 from skipless.datasets.official_counts import COUNTS, describe_split
 from skipless.datasets.voc import scenes_segmentation, voc_segmentation
 from skipless.eval.backbones import Backbone, Weights, load_backbone, untrained
-from skipless.eval.command_line import parse_settings, run
+from skipless.eval.command_line import keep_other_result, label_row, parse_settings, run
 from skipless.eval.features import default_cache
 from skipless.eval.metrics import SegmentationScores, segmentation_scores
 from skipless.eval.segmentation_quick import QuickSettings, quick
@@ -89,11 +89,13 @@ class Settings:
     untrained: bool = False
     """Measure the checkpoint's architecture with random weights instead."""
     blocks: str = "last"
-    """Blocks whose patch features are concatenated: last, last4, or numbers from 1, as in 3,6,9,12."""
+    """Blocks whose patch features are concatenated: last, last4, or numbers from 1, as in 3,6,9,12. Named in the
+    figure's id where they are not the last."""
     every_block: bool = False
     """One head a block, and mIoU block by block."""
     out: str | None = None
-    """Folder for segmentation.json, segmentation.md, pictures.png and head.pt; by default nothing is written."""
+    """Folder for segmentation.json, segmentation.md and pictures.png (and, except for quick, head.pt); by default
+    nothing is written."""
     cache: str | None = None
     """quick: folder for features; by default ~/.cache/skipless/features. Safe to delete."""
     seed: int = 0
@@ -105,9 +107,9 @@ class Settings:
     workers: int = 0
     """Processes that read images; 0 reads them in the main one. On a GPU, give the number of cores."""
     quick: QuickSettings = field(default_factory=QuickSettings)
-    """Settings of the protocol quick."""
+    """Settings of the protocol quick, of its recipe."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
-    """Settings of the other protocols."""
+    """Settings of the other protocols. The defaults shown here are those of mmseg; another recipe brings its own."""
 
 
 def evaluate(settings: Settings) -> dict[str, Any]:
@@ -129,14 +131,23 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     train = DATA[data.name](data.root, data.train_split or _default_train_split(settings))
     val = DATA[data.name](data.root, data.split)
     changed = changed_settings(settings)
-    protocol = f"{data.name}-linear/{settings.protocol}" + (" (changed)" if changed else "")
+    protocol = f"{data.name}-linear/{settings.protocol}"
+    if not settings.every_block and settings.blocks != "last":
+        protocol += "/blocks-" + "-".join(str(block + 1) for block in choices[-1])
+    protocol += " (changed)" if changed else ""
+    recorded = plain(settings)
+    del recorded["training" if settings.protocol == "quick" else "quick"]  # which had no effect
     out = Path(settings.out) if settings.out else None
+    if out:
+        keep_other_result(out / "segmentation.json", recorded)
     first = distributed.rank() == 0
     if first:
         print(f"{protocol}: {backbone.architecture} ({backbone.path}) on {device}", flush=True)
         print(
             f"{len(train):,} {train.split} and {len(val):,} {val.split} images, {len(val.classes)} classes", flush=True
         )
+        if train.split == val.split:
+            print(f"warning: heads are trained on {train.split}, and measured on the same images", flush=True)
         if device.type == "cpu" and settings.protocol != "quick":
             print("a head on augmented images takes long on a CPU; --protocol quick takes minutes", flush=True)
         if out:
@@ -184,7 +195,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
             "mean": backbone.mean,
             "std": backbone.std,
         },
-        "settings": plain(settings),
+        "settings": recorded,
         "seed": settings.seed,
         "seconds": round(time.perf_counter() - began, 1),
         "processes": distributed.world_size(),
@@ -197,7 +208,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
             draw(val, outcome.predictions, out / "pictures.png")
         print("\n" + text, end="")
         if out:
-            print(f"\nwritten: {out / 'segmentation.json'}, segmentation.md, pictures.png")
+            more = "" if settings.protocol == "quick" else ", head.pt"
+            print(f"\nwritten: {out / 'segmentation.json'}, segmentation.md, pictures.png{more}")
     return result
 
 
@@ -256,12 +268,15 @@ def _default_train_split(settings: Settings) -> str:
 def report(result: dict[str, Any], scores: SegmentationScores) -> str:
     """The result in Markdown: what was measured, mIoU, blocks, classes."""
     details, checkpoint = result["details"], result["checkpoint"]
+    held_out = ""
+    if "held_out_images" in details:
+        held_out = f" ({details['held_out_images']:,} more chose the learning rate)"
     lines = [
         f"**{result['protocol']}** {100 * scores.miou:.1f} mIoU, {100 * scores.pixel_accuracy:.1f} % of pixels",
         "",
         f"{checkpoint['architecture']} ({checkpoint['path']}), blocks {', '.join(map(str, details['blocks']))}; "
         f"{describe_split(result['dataset'], result['split'], result['images'])}; trained on "
-        f"{details['train_images']:,}; seed {result['seed']}; {result['seconds'] / 60:.1f} minutes on "
+        f"{details['train_images']:,} images{held_out}; seed {result['seed']}; {result['seconds'] / 60:.1f} minutes on "
         f"{result['hardware']}.",
         "",
     ]
@@ -273,6 +288,9 @@ def report(result: dict[str, Any], scores: SegmentationScores) -> str:
         for entry in details["every_block"]:
             lines.append(f"| {entry['block']} | {100 * entry['miou']:.1f} | {100 * entry['pixel_accuracy']:.1f} |")
         lines.append("")
+    of_block = f" of block {details['blocks'][0]}" if "every_block" in details else ""
+    empty = "; empty where a class is neither in truth nor in prediction" if None in details["iou"].values() else ""
+    lines += [f"IoU by class{of_block}{empty}:", ""]
     columns = 4
     cells = [f"{name} | {'' if iou is None else f'{100 * iou:.1f}'}" for name, iou in details["iou"].items()]
     lines += ["| " + " | ".join(["class | IoU"] * columns) + " |", "|" + "---|---:|" * columns]
@@ -301,13 +319,14 @@ def draw(images: SegmentationSet, predictions: dict[int, np.ndarray], path: Path
             axis = axes[row + offset, column]
             axis.imshow(picture, interpolation="nearest", extent=extent)
             if column == 0:
-                axis.set_title(("image", "truth", "prediction")[offset], loc="left", fontsize=9, pad=2)
-        axes[row, column].set_title(images.names[index], loc="right", fontsize=9, pad=2)
+                label_row(axis, ("image", "truth", "prediction")[offset])
+        axes[row, column].set_title(images.names[index], fontsize=8, pad=2)
     known = sorted(seen - {VOID})[:40]
     handles = [Patch(color=colours[label] / 255, label=images.classes[label]) for label in known]
-    figure.legend(handles=handles, loc="lower center", ncols=min(8, max(1, len(handles))), fontsize=9, frameon=False)
-    bottom = (0.3 + 0.25 * -(-len(handles) // 8)) / (6.6 * rows)
-    figure.tight_layout(pad=0.4, rect=(0, bottom, 1, 1))
+    ncols = max(1, 2 * columns)
+    figure.legend(handles=handles, loc="lower center", ncols=ncols, fontsize=8, frameon=False)
+    bottom = (0.3 + 0.25 * -(-len(handles) // ncols)) / (6.6 * rows)
+    figure.tight_layout(pad=0.6, rect=(0.01, bottom, 1, 1))
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -418,9 +418,9 @@ def test_masks_of_resized_images_come_back_to_their_pixels(
         return [[Localization(np.ones((60, 60), bool), (0, 0, 60, 60), 0, np.zeros((60, 60)), 0.5, False)]]
 
     monkeypatch.setattr(discovery, "maskcut", whole)
-    result = measure(tmp_path / "in", ckpt, "--method=maskcut", "--out", out, name="folder")
+    result = measure(tmp_path / "in", ckpt, "--method=maskcut", "--out", tmp_path / "square", name="folder")
     assert (result["protocol"], result["details"]["image_size"]) == ("folder-maskcut", 480)
-    assert found_in(out)[0]["bbox"] == [0, 0, 10, 3]
+    assert found_in(tmp_path / "square")[0]["bbox"] == [0, 0, 10, 3]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -515,6 +515,45 @@ def test_scenes_and_folders(ckpt: Path, tmp_path: Path, undrawn: None, capsys: p
         assert (result["metric"], result["value"], result["split"]) == (None, None, "all")
         sizes = {item["file_name"]: item["segmentation"]["size"] for item in found_in(out)}
         assert sizes == {"x/1.jpg": [40, 64], "y/1.jpg": [64, 40], "y/2.jpg": [40, 64]}
+
+
+def test_damaged_images_of_a_folder_are_left_out_and_listed(
+    ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        picture(32, 24, 0).save(tmp_path / "in" / f"{name}.jpg")
+    (tmp_path / "in" / "b.jpg").write_bytes(b"no picture")
+    result = measure(tmp_path / "in", ckpt, "--out", tmp_path / "out", name="folder")
+    (sentence_on_b,) = result["details"]["unreadable"]
+    assert "b.jpg: the content is not that of a" in sentence_on_b
+    assert [item["file_name"] for item in found_in(tmp_path / "out")] == ["a.jpg", "c.jpg"]
+    assert "1 images could not be read" in capsys.readouterr().out
+    assert Image.open(tmp_path / "out" / "pictures.png").size[0] > 0
+    for name in ("a", "c"):
+        (tmp_path / "in" / f"{name}.jpg").write_bytes(b"no picture")
+    assert "none of its 3 images can be read" in sentence(capsys, command(tmp_path / "in", ckpt, name="folder"))
+
+
+def test_another_result_in_out_is_not_overwritten(
+    voc: Path, ckpt: Path, tmp_path: Path, undrawn: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure(voc, ckpt, "--out", tmp_path / "out")
+    before = (tmp_path / "out" / "discovery.json").read_bytes()
+    line = sentence(capsys, command(voc, ckpt, "--method=lost", "--out", tmp_path / "out"))
+    assert "holds another result (voc07-tokencut of " in line
+    assert (tmp_path / "out" / "discovery.json").read_bytes() == before
+    measure(voc, ckpt, "--batch-size=1", "--out", tmp_path / "out")  # the same experiment
+
+
+def test_the_whole_image_is_a_baseline(voc: Path, ckpt: Path) -> None:
+    """A box of more than half of the image's pixels is met by the whole image."""
+    hits = [
+        any(2 * len(pixels((x0, y0, x1, y1))) >= size[0] * size[1] for (x0, y0, x1, y1), _ in objects)
+        for size, objects in VOC.values()
+        if objects
+    ]
+    assert measure(voc, ckpt)["details"]["whole_image"] == pytest.approx(np.mean(hits))
 
 
 # Interrupted runs and several processes -------------------------------------------------------------------------------
@@ -756,7 +795,7 @@ def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--data.names=list.txt"], "data.names is for coco20k"),
         (["--data.split=test"], r"test\.txt: no such split"),
         (["--data.name=voc12"], "VOC2007.*VOC2012|no PASCAL VOC 2012"),
-        (["--data.name=coco"], r"instances_val2017\.json: no such annotation file"),
+        (["--data.name=coco"], r"instances_val2017\.json: no such file; splits that are there: none"),
         (["--data.name=coco20k"], "coco20k needs data.names"),
         (["--data.name=coco20k", "--data.split=val2014"], "data.split has no effect on coco20k"),
         (["--data.name=folder", "--data.split=val"], "data.split has no effect on folder"),

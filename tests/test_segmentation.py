@@ -260,6 +260,28 @@ def test_recipe_is_its_protocol_and_says_so(protocol: str) -> None:
     assert changed_settings(parse(["--config", str(recipe), *SOURCE])) == {}
 
 
+def test_printed_settings_are_those_of_the_protocol(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--protocol=neco", *SOURCE, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["protocol"] == "neco"
+    assert printed["training"]["optimizer"]["batch_size"] == 128
+    assert printed["training"]["optimizer"]["iterations"] is None
+
+
+def test_other_blocks_are_named_in_the_id_and_other_results_are_kept(
+    voc: Path, ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*QUICK, "--out", tmp_path / "out"]
+    result = measure(voc, ckpt, cache, *flags, "--blocks=1,2")
+    assert result["protocol"] == "voc12-linear/quick/blocks-1-2 (changed)"
+    assert "training" not in result["settings"]
+    before = (tmp_path / "out" / "segmentation.json").read_bytes()
+    line = sentence(capsys, command(voc, ckpt, cache, *flags))
+    assert "holds another result (voc12-linear/quick/blocks-1-2 (changed) of " in line
+    assert (tmp_path / "out" / "segmentation.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("protocol", "flag", "used"),
     [
