@@ -292,7 +292,10 @@ def test_a_failure_in_another_process_leaves_nothing(tmp_path: Path, monkeypatch
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "skipless.datasets.scenes", "--out", str(tmp_path / "scenes")]
     command += ["--train", "100000", "--size", "32", "--workers", "2"]
+    # A suite that was started in the background ignores Ctrl-C, and so would what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".scenes.*/VOCdevkit/VOC2012/JPEGImages/*.jpg")):
         assert process.poll() is None
