@@ -16,8 +16,6 @@ An interrupted run with --out is continued by the same command. torchrun shares 
 are the same.
 """
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -28,13 +26,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -43,22 +38,18 @@ from skipless.datasets.coco import coco20k, coco_boxes
 from skipless.datasets.official_counts import BOX_COUNTS, describe_split
 from skipless.datasets.voc import scenes_boxes, voc_boxes
 from skipless.eval.backbones import Backbone, FeatureKind, Weights, load_backbone, pad_to_patch, untrained
-from skipless.eval.command_line import keep_other_result, label_row, parse_settings, run
+from skipless.eval.command_line import keep_other_result, parse_settings, run
+from skipless.eval.discovery_report import draw, report
+from skipless.eval.discovery_scores import detections, graph_report, score
 from skipless.eval.features import data_sha256
 from skipless.eval.localization import Localization, lost, maskcut, tokencut
-from skipless.eval.metrics import bootstrap_interval, corloc
 from skipless.ssl import distributed
 from skipless.ssl.checkpoints import write_text
 from skipless.ssl.crops import resample
 from skipless.ssl.provenance import provenance, write_result
 from skipless.ssl.settings import plain
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.patches import Rectangle
-
 PICTURES = 12
-COMPLETE = 0.99  # share of similar pairs from which a graph counts as nearly complete
 
 
 @dataclass
@@ -154,7 +145,7 @@ def discover(settings: Settings) -> dict[str, Any]:
     if not found:
         raise ValueError(f"{settings.data.root}: none of its {len(images):,} images can be read ({unreadable[0]})")
     main = len(blocks) - 1
-    scores = [score(images, annotations, found, settings, block) for block in range(len(blocks))]
+    scores = [score(images, annotations, found, settings.method, settings.seed, block) for block in range(len(blocks))]
     result = {
         "task": "discovery",
         "protocol": protocol,
@@ -486,202 +477,6 @@ class _Pictures(Dataset):
             return str(error)
         original = (picture.shape[0], picture.shape[1])
         return (picture if self.size is None else resample(picture, self.size, self.size)), original
-
-
-def score(
-    images: BoxSet, annotations: Path | None, found: list[dict[str, Any]], settings: Settings, block: int
-) -> dict[str, Any]:
-    """{"metric", "value", "details"} of one of the blocks; value is None where no image has a box."""
-    if not any(len(boxes) for boxes in images.boxes):
-        return {"metric": None, "value": None, "details": {}}
-    if settings.method == "maskcut":
-        return coco_ap(images, annotations, detections(images, found, block))
-    boxes = np.array([entry["blocks"][block]["objects"][0]["box"] for entry in found], float)
-    hits = corloc(boxes, list(images.boxes))
-    interval = bootstrap_interval(hits, settings.seed)
-    whole = np.array([[0, 0, entry["size"][1], entry["size"][0]] for entry in found], float)
-    return {
-        "metric": "CorLoc",
-        "value": float(hits.mean()),
-        "details": {
-            "interval_95": interval,
-            "scored_images": len(hits),
-            "hits": int(hits.sum()),
-            "whole_image": float(corloc(whole, list(images.boxes)).mean()),
-        },
-    }
-
-
-def detections(images: BoxSet, found: list[dict[str, Any]], block: int) -> list[dict[str, Any]]:
-    """COCO's result format, with one category, 1. Objects of earlier rounds have the higher score."""
-    return [
-        {
-            "image_id": images.ids[entry["index"]],
-            "category_id": 1,
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "score": 1.0 / (1 + rank),
-            "segmentation": one["rle"],
-            "file_name": images.names[entry["index"]] + images.images[entry["index"]].suffix,
-        }
-        for entry in found
-        for rank, one in enumerate(entry["blocks"][block]["objects"])
-        for x0, y0, x1, y1 in [one["box"]]
-    ]
-
-
-def coco_ap(images: BoxSet, annotations: Path | None, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """COCO's AP without classes, by pycocotools: of boxes and, with an annotation file, of masks, too. Every image of
-    the set counts, those without boxes as well; what lies in a crowd is neither right nor wrong."""
-    details: dict[str, Any] = {"objects": len(results)}
-    kinds: list[Literal["bbox", "segm"]] = ["bbox"] if annotations is None else ["bbox", "segm"]
-    with contextlib.redirect_stdout(io.StringIO()):
-        if annotations is not None:
-            truth = COCO(str(annotations))
-        else:
-            truth = COCO()
-            truth.dataset = _as_coco(images)
-            truth.createIndex()
-        for kind in kinds:
-            # With a segmentation, pycocotools would take areas from it, and boxes too.
-            given = [
-                {k: v for k, v in r.items() if k != ("segmentation" if kind == "bbox" else "bbox")} for r in results
-            ]
-            try:
-                evaluation = COCOeval(truth, truth.loadRes(given), kind)
-                evaluation.params.useCats = 0
-                # Without categories, pycocotools still leaves out what is of none of these: our 1, where it is no id.
-                evaluation.params.catIds = sorted({1, *(item["category_id"] for item in truth.dataset["annotations"])})
-                evaluation.params.imgIds = list(images.ids)
-                evaluation.evaluate()
-            except KeyError as error:
-                raise ValueError(f"{annotations} lacks {error} somewhere, which AP needs; complete it") from None
-            evaluation.accumulate()
-            evaluation.summarize()
-            name = "box" if kind == "bbox" else "mask"
-            details |= {
-                f"{name}_ap": float(evaluation.stats[0]),
-                f"{name}_ap50": float(evaluation.stats[1]),
-                f"{name}_ap75": float(evaluation.stats[2]),
-                f"{name}_ar100": float(evaluation.stats[8]),
-            }
-    main = "box" if annotations is None else "mask"
-    return {"metric": f"{main} AP, class-agnostic", "value": details[f"{main}_ap"], "details": details}
-
-
-def _as_coco(images: BoxSet) -> dict[str, Any]:
-    entries: list[dict[str, Any]] = []
-    for image, boxes in zip(images.ids, images.boxes, strict=True):
-        for x0, y0, x1, y1 in boxes.tolist():
-            box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
-            entries.append({"id": len(entries) + 1, "image_id": image, "category_id": 1, "iscrowd": 0, **box})
-    return {
-        "images": [{"id": image} for image in images.ids],
-        "annotations": entries,
-        "categories": [{"id": 1, "name": "object"}],
-    }
-
-
-def graph_report(found: list[dict[str, Any]], block: int) -> dict[str, Any]:
-    """What to know of the graphs before trusting the figure."""
-    graphs = [entry["blocks"][block] for entry in found]
-    return {
-        "mean_edge_share": float(np.mean([graph["edges"] for graph in graphs])),
-        "nearly_complete_graphs": sum(graph["edges"] > COMPLETE for graph in graphs),
-        "degenerate_images": sum(graph["degenerate"] for graph in graphs),
-        "dense_fallbacks": sum(graph["fallback"] for graph in graphs),
-    }
-
-
-def report(result: dict[str, Any]) -> str:
-    """The result in Markdown."""
-    details, checkpoint = result["details"], result["checkpoint"]
-    if result["value"] is None:
-        headline = f"**{result['protocol']}** {result['images']:,} images searched; none has boxes to compare with"
-    else:
-        headline = f"**{result['protocol']}** {100 * result['value']:.1f} {result['metric']}"
-    if "interval_95" in details:
-        low, high = details["interval_95"]
-        headline += f" (95 % interval {100 * low:.1f} to {100 * high:.1f}; {details['scored_images']:,} images)"
-    lines = [
-        headline,
-        "",
-        f"{checkpoint['architecture']} ({checkpoint['path']}), block {details['block']}; {details['data']}; "
-        f"{result['seconds'] / 60:.1f} minutes on {result['hardware']}.",
-        "",
-    ]
-    if "whole_image" in details:
-        lines += [f"For comparison: the whole image as the box scores {100 * details['whole_image']:.1f}.", ""]
-    if "box_ap" in details:
-        lines += ["| | AP | AP50 | AP75 | AR100 |", "|---|---:|---:|---:|---:|"]
-        for name in ("box", "mask"):
-            if f"{name}_ap" in details:
-                values = (100 * details[f"{name}_{key}"] for key in ("ap", "ap50", "ap75", "ar100"))
-                lines.append(f"| {name} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
-        lines += ["", f"{details['objects'] / result['images']:.2f} objects an image.", ""]
-    if "every_block" in details:
-        lines += [f"| block | {details['every_block'][0]['metric']} |", "|---:|---:|"]
-        lines += [
-            f"| {e['block']} | {100 * e['value']:.1f} |" for e in details["every_block"] if e["value"] is not None
-        ]
-        lines.append("")
-    if details["nearly_complete_graphs"] > 0.1 * result["images"]:
-        advice = " Try --features keys_without_bias." if result["settings"]["features"] == "keys" else ""
-        lines += [
-            f"Warning: in {details['nearly_complete_graphs']:,} of {result['images']:,} images nearly all patches "
-            f"count as similar, and what is found there means little.{advice}",
-            "",
-        ]
-    if details["degenerate_images"]:
-        lines += [f"In {details['degenerate_images']:,} images there was nothing to cut; the object is the image.", ""]
-    if details["unreadable"]:
-        lines += [f"{len(details['unreadable']):,} images could not be read and were left out:", ""]
-        lines += [*(f"- {sentence}" for sentence in details["unreadable"]), ""]
-    if details["dense_fallbacks"]:
-        lines += [f"{details['dense_fallbacks']:,} images needed the dense eigensolver.", ""]
-    return "\n".join(lines[:-1]) + "\n"
-
-
-def draw(images: BoxSet, found: list[dict[str, Any]], block: int, shown: list[int], method: str, path: Path) -> None:
-    """A sheet: image with true boxes (green) and found ones, the map the algorithm decides by, and the masks."""
-    entries = {entry["index"]: entry for entry in found}
-    drawn = [index for index in shown if index in entries] or [found[0]["index"]]
-    colours = [plt.get_cmap("Set1")(number)[:3] for number in (0, 1, 4, 3, 6)]  # none of them green
-    columns = min(4, len(drawn))
-    rows = -(-len(drawn) // columns)
-    figure, axes = plt.subplots(3 * rows, columns, figsize=(3 * columns, 7.2 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    maps = "degree" if method == "lost" else "eigenvector"
-    titles = (
-        "found (red)" if not any(map(len, images.boxes)) else "true (green), found (red)",
-        f"{maps} of the first" if method == "maskcut" else maps,
-        "masks" if method == "maskcut" else "mask",
-    )
-    for place, index in enumerate(drawn):
-        image, entry = images.read_image(index), entries[index]
-        height, width = image.shape[:2]
-        row, column = 3 * (place // columns), place % columns
-        axes[row, column].imshow(image)
-        if "map" in entry:
-            axes[row + 1, column].imshow(np.array(entry["map"]), extent=(0, width, height, 0), cmap="viridis")
-        overlay = (0.35 * image).astype(np.uint8)
-        boxes: list[tuple[Any, Any]] = [(box, "lime") for box in images.boxes[index]]
-        for number, one in enumerate(entry["blocks"][block]["objects"]):
-            mask = coco_mask.decode({"size": one["rle"]["size"], "counts": one["rle"]["counts"].encode()}).astype(bool)
-            colour = colours[number % len(colours)]
-            overlay[mask] = 0.6 * image[mask] + 0.4 * 255 * np.array(colour)
-            boxes.append((one["box"], colour))
-        axes[row + 2, column].imshow(overlay)
-        for (x0, y0, x1, y1), edge in boxes:
-            frame = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=1.5)
-            axes[row, column].add_patch(frame)
-        axes[row, column].set_title(images.images[index].name, fontsize=8, pad=2)
-        if column == 0:
-            for offset, title in enumerate(titles):
-                label_row(axes[row + offset, 0], title)
-    figure.tight_layout(pad=0.6, rect=(0.01, 0, 1, 1))
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def parse(arguments: list[str] | None = None) -> Settings:

@@ -30,7 +30,8 @@ from skipless.datasets.scenes import write_scenes
 from skipless.datasets.voc import voc_boxes
 from skipless.eval import discovery
 from skipless.eval.backbones import Backbone, load_backbone
-from skipless.eval.discovery import coco_ap, detections, discover, main, parse
+from skipless.eval.discovery import discover, main, parse
+from skipless.eval.discovery_scores import coco_ap, detections
 from skipless.eval.localization import Localization, box_in_pixels, lost, tokencut
 from skipless.eval.metrics import bootstrap_interval, box_iou, corloc
 from skipless.ssl.vit import VisionTransformer

@@ -177,7 +177,7 @@ import sys
 import numpy as np
 import torch
 from skipless.eval import segmentation
-from skipless.eval.segmentation_training import FrozenInputBatchNorm
+from skipless.eval.linear_head import FrozenInputBatchNorm
 from skipless.ssl import distributed
 
 out = sys.argv[1]

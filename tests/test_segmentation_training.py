@@ -19,6 +19,7 @@ from skipless.datasets.masks import VOID, SegmentationSet
 from skipless.datasets.voc import voc_segmentation
 from skipless.eval import segmentation_training
 from skipless.eval.backbones import Backbone
+from skipless.eval.linear_head import FrozenInputBatchNorm, HeadSettings, LinearHead, LinearHeads
 from skipless.eval.segmentation import parse
 from skipless.eval.segmentation_augmentation import (
     photometric_distortion,
@@ -30,11 +31,7 @@ from skipless.eval.segmentation_augmentation import (
 )
 from skipless.eval.segmentation_training import (
     AugmentationSettings,
-    FrozenInputBatchNorm,
-    HeadSettings,
     InferenceSettings,
-    LinearHead,
-    LinearHeads,
     OptimizerSettings,
     TrainingSettings,
     rate,
