@@ -143,9 +143,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     first = distributed.rank() == 0
     if first:
         print(f"{protocol}: {backbone.architecture} ({backbone.path}) on {device}", flush=True)
-        print(
-            f"{len(train):,} {train.split} and {len(val):,} {val.split} images, {len(val.classes)} classes", flush=True
-        )
+        for images in (train, val):
+            print(describe_split(data.name, images.split, len(images)), flush=True)
         if train.split == val.split:
             print(f"warning: heads are trained on {train.split}, and measured on the same images", flush=True)
         if device.type == "cpu" and settings.protocol != "quick":
