@@ -79,9 +79,11 @@ def one_image(backbone: Backbone, picture: np.ndarray, device: torch.device) -> 
     shape = tuple(keys.shape[1:3])
     directions = keys.flatten(1, 2).double()
     similar, seconds["graph"] = timed(lambda: localization._similar(F.normalize(directions, dim=-1), TAU), device)
-    weights = np.where(similar[0].cpu().numpy() > 0, 1.0, localization.EPS)
     (found,), seconds["solver"] = timed(lambda: second_eigenvectors(similar), device)
     x = found[0]
+    # Only now, so that the solver finds the caches as in TokenCut; and anew, as a dense fallback overwrites the graph.
+    again = localization._similar(F.normalize(directions, dim=-1), TAU)
+    weights = np.where(again[0].cpu().numpy() > 0, 1.0, localization.EPS)
 
     def components() -> tuple[np.ndarray, tuple[int, int, int, int]]:
         seed = int(np.argmax(np.abs(x)))

@@ -365,9 +365,16 @@ def _orthonormal(block: Tensor, basis: Tensor, noise: Tensor) -> tuple[Tensor, T
     overlap = basis @ block
     # What rounding leaves of a column in the span can lie in the span itself, however often that is subtracted. Noise
     # just above rounding does not.
-    q, r = torch.linalg.qr(block - basis.mT @ overlap + 1e-16 * noise)
-    q, again = torch.linalg.qr(q - basis.mT @ (basis @ q))
+    q, r = _qr(block - basis.mT @ overlap + 1e-16 * noise)
+    q, again = _qr(q - basis.mT @ (basis @ q))
     return q, overlap, again @ r
+
+
+def _qr(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and R of columns [B, N, 2] by Householder reflections; torch.linalg.qr spends most of its time on rows of R that
+    are zero."""
+    reflections, factors = torch.geqrf(block)
+    return torch.linalg.householder_product(reflections, factors), reflections[:, :2].triu()
 
 
 def _dense(similar: Tensor, scale: Tensor, trivial: Tensor) -> tuple[np.ndarray, float, float]:
