@@ -10,6 +10,9 @@ processes share the shards, and a later run that asks for further blocks extract
 
     CACHE/3f9c2a7d51e04b86/about.json
                            block-12/00000.npy    float16 [images of the shard, 1 + h * w, D], CLS first
+
+Pooled features, for what looks at images as wholes (k-NN, linear classification), keep two vectors an image and block:
+CLS and the mean of the patches.
 """
 
 import hashlib
@@ -31,10 +34,11 @@ from tqdm import tqdm
 from skipless.datasets.images import UnreadableImage
 from skipless.eval.backbones import Backbone, FeatureKind
 from skipless.ssl.checkpoints import write_atomically, write_text
-from skipless.ssl.crops import resample
+from skipless.ssl.crops import center_crop, resample
 from skipless.ssl.distributed import any_process, leave_signals_to_main, rank, world_size
 
 SHARD = 32  # images
+POOLED_SHARD = 256  # these are small
 VERSION = 1  # raised with every change of what is stored
 
 
@@ -47,8 +51,10 @@ class Features:
     blocks: tuple[int, ...]
     """Those extracted, from 0."""
     grid: tuple[int, int]
-    """Patches in a column and in a row: h, w."""
+    """Patches in a column and in a row: h, w. (1, 1) for pooled features, whose one patch is the mean of all."""
     dim: int
+    shard: int = SHARD
+    """Images in a file."""
 
     def read(self, rows: Sequence[int] | np.ndarray, blocks: Sequence[int]) -> Tensor:
         """Patch features of some images, float16 [len(rows), h, w, D * len(blocks)], blocks side by side."""
@@ -66,8 +72,8 @@ class Features:
                 raise ValueError(f"block {block} was not extracted, only {', '.join(map(str, self.blocks))}")
             place = slice(column * self.dim, (column + 1) * self.dim)
             for position, row in enumerate(rows):
-                shard = _open_shard(_shard_path(self.folder, block, int(row) // SHARD))
-                gathered[position, :, place] = shard[int(row) % SHARD, tokens]
+                shard = _open_shard(_shard_path(self.folder, block, int(row) // self.shard))
+                gathered[position, :, place] = shard[int(row) % self.shard, tokens]
         return torch.from_numpy(gathered)
 
 
@@ -82,8 +88,11 @@ def extract(
     batch_size: int = 16,
     workers: int = 0,
     title: str = "features",
+    resize: int | None = None,
+    pooled: bool = False,
+    identity: str | None = None,
 ) -> Features:
-    """Features of images resized to squares, from the cache as far as they are there.
+    """Features of square images, from the cache as far as they are there.
 
     Under torchrun the shards are dealt out to the processes, which must see the same cache folder.
 
@@ -91,14 +100,18 @@ def extract(
         backbone: on the device to use.
         paths: the files; where they lie, their sizes and their times tell the data set from others.
         read: image i of them as uint8 [H, W, 3]: its plain content, since the cache is not named after `read`.
-        size: side in pixels to which images are resized, whatever their proportions (bicubic, antialiased); a multiple
-            of the patch.
+        size: side in pixels of the squares that the network sees, a multiple of the patch. Images are resized to it,
+            whatever their proportions (bicubic, antialiased), unless `resize` is given.
         blocks: which blocks, from 0; negative ones count from the end.
         cache: folder of caches.
         kind: see `Backbone.features`; tokens are normed.
         batch_size: images in one forward pass.
         workers: processes that read images.
         title: of the progress bar.
+        resize: short side in pixels, of which the central square of `size` is cut out.
+        pooled: keep CLS and the mean of the patches alone.
+        identity: what tells the data set from others where images are not files of their own; `paths` then only say
+            which image an error is about.
 
     Raises:
         ValueError: an unreadable image, features that are not finite or beyond half precision, a size that is no
@@ -109,21 +122,23 @@ def extract(
             f"size {size} is no multiple of the patch, {backbone.patch} pixels; use {_nearest(size, backbone.patch)}"
         )
     numbers = tuple(sorted({_number(block, backbone.depth) for block in blocks}))
-    grid = (size // backbone.patch, size // backbone.patch)
+    grid = (1, 1) if pooled else (size // backbone.patch, size // backbone.patch)
+    shard = POOLED_SHARD if pooled else SHARD
     about = {
         "version": VERSION,
         "checkpoint": backbone.fingerprint(),
-        "data": data_sha256(paths),
+        "data": identity or data_sha256(paths),
         "size": size,
-        "resize": "square, bicubic, antialiased",
+        "resize": "square, bicubic, antialiased" if resize is None else f"short side {resize}, centre",
         "kind": kind,
         "images": len(paths),
-        "shard": SHARD,
+        "shard": shard,
+        **({"pooled": True} if pooled else {}),
     }
     folder = cache / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    features = Features(folder, len(paths), numbers, grid, backbone.dim)
+    features = Features(folder, len(paths), numbers, grid, backbone.dim, shard)
 
-    shards = [range(first, min(first + SHARD, len(paths))) for first in range(0, len(paths), SHARD)]
+    shards = [range(first, min(first + shard, len(paths))) for first in range(0, len(paths), shard)]
     missing = {
         index: [block for block in numbers if not _shard_path(folder, block, index).exists()]
         for index in range(len(shards))
@@ -140,7 +155,7 @@ def extract(
             write_text(folder / "about.json", json.dumps({**about, "path": backbone.path}, indent=1) + "\n")
         mine = todo[rank() :: world_size()]
         loader = DataLoader(
-            _Squares(paths, read, size),
+            _Squares(paths, read, size, resize),
             batch_sampler=[list(shards[index]) for index in mine],
             num_workers=workers,
             collate_fn=list,
@@ -167,15 +182,18 @@ def default_cache() -> Path:
 
 
 class _Squares(Dataset):
-    """Images resized to squares, uint8 [S, S, 3]; for an unreadable one, the sentence that says so: an exception would
-    reach the main process without its type."""
+    """Square images, uint8 [S, S, 3]; for an unreadable one, the sentence that says so: an exception would reach the
+    main process without its type."""
 
-    def __init__(self, paths: Sequence[Path], read: Callable[[int], np.ndarray], size: int):
-        self.paths, self.read, self.size = paths, read, size
+    def __init__(self, paths: Sequence[Path], read: Callable[[int], np.ndarray], size: int, resize: int | None):
+        self.paths, self.read, self.size, self.resize = paths, read, size, resize
 
     def __getitem__(self, index: int) -> np.ndarray | str:
         try:
-            return resample(self.read(index), self.size, self.size)
+            image = self.read(index)
+            if self.resize is not None:
+                return center_crop(image, self.size, self.resize)
+            return resample(image, self.size, self.size)
         except (ValueError, OSError) as error:
             return str(error) if isinstance(error, UnreadableImage) else f"{self.paths[index]}: {error}"
 
@@ -199,13 +217,17 @@ def _write_shard(
         batch = pictures[first : first + batch_size]
         found = backbone.features(backbone.normalize(np.stack(batch)), blocks, kind)
         for block, (patches, cls) in zip(blocks, found, strict=True):
-            x = torch.cat([cls[:, None], patches.flatten(1, 2)], dim=1)
+            tokens_of_patches = patches.flatten(1, 2)
+            if features.grid == (1, 1):
+                tokens_of_patches = tokens_of_patches.mean(1, keepdim=True)
+            x = torch.cat([cls[:, None], tokens_of_patches], dim=1)
             half = x.half()
             if not half.isfinite().all():
                 worst = int((~half.isfinite()).flatten(1).any(1).nonzero()[0])
                 what = "are beyond half precision" if x.isfinite().all() else "are NaN or infinite"
+                path = paths[index * features.shard + first + worst]
                 raise ValueError(
-                    f"{paths[index * SHARD + first + worst]}: features of block {block + 1} of {backbone.path} {what}; "
+                    f"{path}: features of block {block + 1} of {backbone.path} {what}; "
                     "check the checkpoint, or take another block"
                 )
             tokens[block][first : first + len(batch)] = half.cpu().numpy()

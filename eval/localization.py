@@ -371,8 +371,8 @@ def _orthonormal(block: Tensor, basis: Tensor, noise: Tensor) -> tuple[Tensor, T
 
 
 def _qr(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Q and R of columns [B, N, 2] by Householder reflections; torch.linalg.qr spends most of its time on rows of R that
-    are zero."""
+    """Q and R of columns [B, N, 2] by Householder reflections. torch.linalg.qr would spend most of its time on the rows
+    of R that are zero."""
     reflections, factors = torch.geqrf(block)
     return torch.linalg.householder_product(reflections, factors), reflections[:, :2].triu()
 

@@ -1,0 +1,196 @@
+"""Images with one class each: class folders, CIFAR, arrays in .npz files, Hugging Face datasets.
+
+train = class_folders("imagenette", "train")
+train.read(0)  # uint8 [H, W, 3]
+train.classes[train.labels[0]]
+"""
+
+import hashlib
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from skipless.datasets.images import UnreadableImage, decode, open_images, read_image
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledSet:
+    """N images, each of one class. Can be pickled, so that worker processes can read."""
+
+    name: str
+    """Of the data set, for tables."""
+    split: str
+    labels: np.ndarray
+    """int64 [N], 0..C-1."""
+    classes: tuple[str, ...]
+    """[C]"""
+    places: Sequence[Path]
+    """[N], where each image lies, for messages. Files that exist, unless there is an `identity`."""
+    read: Callable[[int], np.ndarray]
+    """Image i as uint8 [H, W, 3] RGB. Raises UnreadableImage."""
+    identity: str | None = None
+    """Tells the data from others, where images are not files of their own."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: np.ndarray) -> "LabelledSet":
+        """Some of the images, in the order of `rows`."""
+        identity = self.identity and _sha256(self.identity, rows.tolist())
+        places = [self.places[row] for row in rows.tolist()]
+        read = _Rows(self.read, rows)
+        return replace(self, labels=self.labels[rows], places=places, read=read, identity=identity)
+
+
+class _Rows:
+    def __init__(self, read: Callable[[int], np.ndarray], rows: np.ndarray):
+        self.read, self.rows = read, rows
+
+    def __call__(self, index: int) -> np.ndarray:
+        return self.read(int(self.rows[index]))
+
+
+def class_folders(root: str | Path, split: str) -> LabelledSet:
+    """ROOT/SPLIT/CLASS/any/depth.jpg, as ImageNet is laid out; or ROOT/SPLIT.zip with the class folders in it.
+
+    Raises FileNotFoundError, naming the splits that are there; ValueError for a split without class folders.
+    """
+    root = Path(root).expanduser()
+    path = next((p for p in (root / split, root / f"{split}.zip") if p.exists()), None)
+    if path is None:
+        there = sorted(p.name for p in root.iterdir() if p.is_dir() or p.suffix == ".zip") if root.is_dir() else []
+        raise FileNotFoundError(f"{root / split}: no such split; {root} holds {', '.join(there) or 'none'}")
+    images = open_images(path)
+    if images.labels is None:
+        raise ValueError(f"{path} has no class folders: images must lie in {path}/CLASS/, in two classes or more")
+    places = [images.root / name for name in images.names]
+    if images.members is None:
+        return LabelledSet(root.resolve().name, split, images.labels, images.classes, places, images.read)
+    status = path.stat()
+    identity = _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
+    return LabelledSet(root.resolve().name, split, images.labels, images.classes, places, images.read, identity)
+
+
+def cifar(root: str | Path, split: str, classes: int) -> LabelledSet:
+    """CIFAR-10 or CIFAR-100 in its Python version, `cifar-10-batches-py` or `cifar-100-python` in ROOT.
+
+    The files are pickles: torchvision opens them after it has compared their checksums with the authors'.
+
+    Raises ValueError for another split than train and test, and for missing or altered files.
+    """
+    from torchvision import datasets as torchvision_datasets
+
+    if split not in ("train", "test"):
+        raise ValueError(f"CIFAR-{classes} has the splits train and test, and not {split}")
+    kind = torchvision_datasets.CIFAR10 if classes == 10 else torchvision_datasets.CIFAR100
+    folder = Path(root).expanduser()
+    try:
+        found = kind(str(folder), train=split == "train")
+    except RuntimeError:
+        raise ValueError(
+            f"{folder / kind.base_folder}: CIFAR-{classes}'s Python version is not there, or its files are altered; "
+            "unpack the authors' archive in this folder"
+        ) from None
+    name = f"cifar{classes}"
+    return _from_arrays(name, split, found.data, np.asarray(found.targets), tuple(found.classes), folder / name)
+
+
+def arrays(root: str | Path, split: str) -> LabelledSet:
+    """ROOT/SPLIT.npz with the arrays `images`, uint8 [N, H, W, 3] or grey [N, H, W], `labels`, integers [N], and, if
+    wanted, `classes` with their names.
+
+    Raises FileNotFoundError for a missing file, ValueError for one that holds something else.
+    """
+    path = Path(root).expanduser() / f"{split}.npz"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it should hold the arrays images and labels")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            content = {name: file[name] for name in ("images", "labels", "classes") if name in file}
+    except Exception as error:  # zipfile's, zlib's and numpy's own
+        raise ValueError(f"{path}: damaged, or no .npz file of plain arrays ({error})") from None
+    if "images" not in content or "labels" not in content:
+        raise ValueError(f"{path} lacks the array {'labels' if 'images' in content else 'images'}")
+    images, labels = content["images"], content["labels"]
+    if images.ndim == 3:
+        images = np.repeat(images[..., None], 3, axis=-1)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+        raise ValueError(f"{path}: images is {images.dtype} {list(images.shape)}, and must be uint8 [N, H, W, 3]")
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise ValueError(
+            f"{path}: labels is {labels.dtype} {list(labels.shape)}, and must be integers from 0, one for each of "
+            f"{len(images)} images"
+        )
+    count = int(labels.max()) + 1
+    names = tuple(map(str, content["classes"])) if "classes" in content else tuple(map(str, range(count)))
+    if len(names) < count:
+        raise ValueError(f"{path}: labels go up to {count - 1}, and classes names {len(names)}")
+    return _from_arrays(Path(root).expanduser().resolve().name, split, images, labels, names, path)
+
+
+def hugging_face(root: str, split: str, image: str = "image", label: str = "label") -> LabelledSet:
+    """A data set of Hugging Face's `datasets`: a folder that its `save_to_disk` wrote, or a name on the hub.
+
+    Args:
+        image, label: its columns; `image` of the feature Image, `label` of ClassLabel or integers.
+
+    Raises ValueError where the package is missing, or the data set, the split or a column.
+    """
+    try:
+        datasets: Any = importlib.import_module("datasets")
+        load_dataset, load_from_disk = datasets.load_dataset, datasets.load_from_disk
+    except (ImportError, AttributeError):  # without it, a folder of this name can take its place
+        raise ValueError("Hugging Face data need the package datasets: pip install datasets") from None
+    try:
+        found: Any = load_from_disk(root) if Path(root).expanduser().is_dir() else load_dataset(root)
+    except Exception as error:  # unknown name, no network, other files: each has a class of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{root}: datasets cannot load this ({reason})") from None
+    if isinstance(found, dict):
+        if split not in found:
+            raise ValueError(f"{root} has no split {split}, only {', '.join(found)}")
+        found = found[split]
+    for column in (image, label):
+        if column not in found.column_names:
+            raise ValueError(f"{root} has no column {column}, only {', '.join(found.column_names)}")
+    kind = found.features[label]
+    labels = np.asarray(found[label][:])
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels) or labels.min() < 0:
+        raise ValueError(f"{root}: {label} holds {kind}, and not one class an image, numbered from 0")
+    names = tuple(getattr(kind, "names", None) or map(str, range(int(labels.max()) + 1)))
+    name = Path(root).name
+    places = [Path(f"{root}/{split}[{row}]") for row in range(len(labels))]
+    # Undecoded: our reader knows what to do with orientation, transparency and damage.
+    undecoded = found.cast_column(image, datasets.Image(decode=False))
+    identity = _sha256(root, split, found._fingerprint)
+    return LabelledSet(
+        name, split, labels.astype(np.int64), names, places, _HuggingFaceReader(undecoded, image, places), identity
+    )
+
+
+class _HuggingFaceReader:
+    def __init__(self, rows: Any, column: str, places: Sequence[Path]):
+        self.rows, self.column, self.places = rows, column, places
+
+    def __call__(self, index: int) -> np.ndarray:
+        stored = self.rows[index][self.column]
+        try:
+            return decode(stored["bytes"]) if stored["bytes"] is not None else read_image(stored["path"])
+        except (ValueError, TypeError) as error:
+            raise UnreadableImage(self.places[index], str(error)) from error
+
+
+def _from_arrays(
+    name: str, split: str, images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], path: Path
+) -> LabelledSet:
+    places = [Path(f"{path}[{row}]") for row in range(len(images))]
+    identity = _sha256(images.shape, hashlib.sha256(images.tobytes()).hexdigest())
+    return LabelledSet(name, split, labels.astype(np.int64), classes, places, images.__getitem__, identity)
+
+
+def _sha256(*parts: Any) -> str:
+    return hashlib.sha256(repr([str(part) for part in parts]).encode()).hexdigest()

@@ -1,0 +1,154 @@
+"""What k-NN and linear classification share: the data sets, one vector an image, the result."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from skipless.datasets.labelled import LabelledSet, arrays, cifar, class_folders, hugging_face
+from skipless.eval.backbones import Backbone
+from skipless.eval.features import Features, extract
+from skipless.eval.metrics import bootstrap_interval
+from skipless.ssl import distributed
+from skipless.ssl.dino import Pool
+from skipless.ssl.provenance import provenance
+
+Pooling = Literal[Pool, "both"]
+
+
+@dataclass
+class DataSettings:
+    """What is classified."""
+
+    root: str
+    """folder: the folder that holds train/CLASS/*.jpg and val/CLASS/*.jpg (or train.zip, val.zip). cifar10, cifar100:
+    the one that holds the authors' Python version. arrays: the one that holds train.npz and val.npz, with the arrays
+    images (uint8 [N, H, W, 3]) and labels. huggingface: a folder that save_to_disk wrote, or a name on the hub."""
+    name: Literal["folder", "cifar10", "cifar100", "arrays", "huggingface"] = "folder"
+    """Where the data come from."""
+    split: str | None = None
+    """Split that is classified: by default val, for CIFAR test, for huggingface validation."""
+    train_split: str = "train"
+    """Split whose labels are known."""
+    image: str = "image"
+    """huggingface: the column of images."""
+    label: str = "label"
+    """huggingface: the column of classes."""
+
+
+def open_labelled(data: DataSettings) -> tuple[LabelledSet, LabelledSet]:
+    """The training images and those to classify.
+
+    Raises:
+        ValueError, FileNotFoundError: data that are not there, or two splits of different classes.
+    """
+
+    def of(split: str) -> LabelledSet:
+        if data.name == "folder":
+            return class_folders(data.root, split)
+        if data.name == "arrays":
+            return arrays(data.root, split)
+        if data.name == "huggingface":
+            return hugging_face(data.root, split, data.image, data.label)
+        return cifar(data.root, split, int(data.name.removeprefix("cifar")))
+
+    default = {"cifar10": "test", "cifar100": "test", "huggingface": "validation"}.get(data.name, "val")
+    train, val = of(data.train_split), of(data.split or default)
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise ValueError(
+            f"{train.name}: {train.split} and {val.split} must have the same classes, and "
+            f"{', '.join(odd[:4]) or 'their order'} is not in both"
+        )
+    return train, val
+
+
+def pooled_features(
+    backbone: Backbone,
+    images: LabelledSet,
+    size: int,
+    blocks: list[int],
+    cache: Path,
+    batch_size: int,
+    workers: int,
+) -> Features:
+    """CLS and mean patch of central crops: the short side is resized to 8/7 of `size` (bicubic; 256 for 224), and the
+    central square cut out. A size that is no multiple of the patch becomes the one below it."""
+    size = max(size // backbone.patch, 1) * backbone.patch
+    return extract(
+        backbone, images.places, images.read, size, blocks, cache, "tokens", batch_size, workers,
+        f"features, {images.split}", round(size * 8 / 7), pooled=True, identity=images.identity,
+    )  # fmt: skip
+
+
+def vectors(features: Features, blocks: tuple[int, ...], pool: Pooling, rows: np.ndarray | None = None) -> torch.Tensor:
+    """float32 [N, D * len(blocks)] of some images, by default all; twice as wide for "both", CLS first."""
+    rows = np.arange(features.images) if rows is None else rows
+    parts = []
+    if pool in ("cls", "both"):
+        parts.append(features.read_cls(rows, blocks))
+    if pool in ("mean", "both"):
+        parts.append(features.read(rows, blocks)[:, 0, 0])
+    return torch.cat(parts, dim=1).float()
+
+
+def accuracy(hits: np.ndarray, seed: int) -> dict[str, Any]:
+    """{"top1", "interval_95": of a bootstrap over images} from hits, bool [N]."""
+    return {"top1": float(hits.mean()), "interval_95": bootstrap_interval(hits, seed)}
+
+
+def result_of(
+    task: str,
+    protocol: str,
+    backbone: Backbone,
+    train: LabelledSet,
+    val: LabelledSet,
+    value: float,
+    details: dict[str, Any],
+    recorded: dict[str, Any],
+    seed: int,
+    seconds: float,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The result file's content, see README."""
+    return {
+        "task": task,
+        "protocol": protocol,
+        "dataset": val.name,
+        "split": val.split,
+        "images": len(val),
+        "metric": "top-1",
+        "value": value,
+        "details": {"train_images": len(train), "classes": len(val.classes), **details},
+        "checkpoint": {
+            "path": backbone.path,
+            "sha256": backbone.sha256,
+            "architecture": backbone.architecture,
+            "family": backbone.family,
+            "mean": backbone.mean,
+            "std": backbone.std,
+        },
+        "settings": recorded,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "processes": distributed.world_size(),
+        **provenance(device),
+    }
+
+
+def headline(result: dict[str, Any]) -> list[str]:
+    """The first lines of a report in Markdown."""
+    checkpoint, details = result["checkpoint"], result["details"]
+    low, high = details["interval_95"]
+    interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
+    return [
+        f"**{result['protocol']}** {100 * result['value']:.1f} % top-1 ({interval})",
+        "",
+        f"{checkpoint['architecture']} ({checkpoint['path']}), blocks {', '.join(map(str, details['blocks']))}; "
+        f"{result['dataset']} {result['split']}, {result['images']:,} images of {details['classes']} classes, "
+        f"by {details['train_images']:,} training images; seed {result['seed']}; "
+        f"{result['seconds'] / 60:.1f} minutes on {result['hardware']}.",
+        "",
+    ]

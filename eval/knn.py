@@ -1,0 +1,220 @@
+"""k-NN classification: how well the nearest training images tell an image's class, from frozen features.
+
+    python eval/knn.py --ckpt runs/photos --data.root imagenette --out knn
+    python eval/knn.py --ckpt dino_vits16.pth --data.root imagenet --device cuda --workers 16 --batch-size 256
+    python eval/knn.py --ckpt runs/photos --data.name cifar10 --data.root cifar --pool mean --every-block
+
+DINO's protocol (arXiv 2104.14294): central crops of 224 pixels, the final-normed CLS token of the last block, cosine
+similarity, the k nearest training images vote with weight exp(similarity / 0.07). Nothing is trained and nothing is
+chosen on the images that are classified: the figure is the one for the first of --k. Neighbours are found by faiss,
+exactly, on a GPU where it has one. Features are kept in --cache; an interrupted run is continued by the same command.
+In flag names - and _ are the same.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from skipless.eval.backbones import Weights, load_backbone, untrained
+from skipless.eval.classification import (
+    DataSettings,
+    Pooling,
+    accuracy,
+    headline,
+    open_labelled,
+    pooled_features,
+    result_of,
+    vectors,
+)
+from skipless.eval.command_line import keep_other_result, parse_settings, run
+from skipless.eval.features import default_cache
+from skipless.eval.neighbours import nearest
+from skipless.eval.segmentation import choose_blocks
+from skipless.ssl import distributed
+from skipless.ssl.provenance import write_result
+from skipless.ssl.settings import plain
+
+
+@dataclass
+class Settings:
+    """k-NN classification."""
+
+    ckpt: str
+    """Backbone: the folder of a run; a .pt, .pth or .safetensors of ours, DINO, DINOv2 or timm; or timm:NAME."""
+    data: DataSettings
+    k: tuple[int, ...] = (20, 10, 100, 200)
+    """Neighbours that vote; accuracy is given for each, and the first is the figure."""
+    temperature: float = 0.07
+    """Of the votes' weights."""
+    pool: Pooling = "cls"
+    """The vector of an image: its CLS token, the mean of its patch tokens, or both side by side."""
+    blocks: str = "last"
+    """Blocks whose vectors are concatenated: last, last4, or numbers from 1, as in 9,12."""
+    every_block: bool = False
+    """Accuracy of each block by itself."""
+    size: int = 224
+    """Side in pixels of the central crops."""
+    weights: Weights = "teacher"
+    """Which half of a training checkpoint that holds a teacher and a student."""
+    untrained: bool = False
+    """Measure the checkpoint's architecture with random weights instead."""
+    out: str | None = None
+    """Folder for knn.json and knn.md; by default nothing is written."""
+    cache: str | None = None
+    """Folder for features; by default ~/.cache/skipless/features. Safe to delete."""
+    seed: int = 0
+    """Of the bootstrap (and of random weights)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    batch_size: int = 64
+    """Images in one forward pass of the backbone. Changes speed and memory alone."""
+    workers: int = 0
+    """Processes that read images; 0 reads them in the main one. On a GPU, give the number of cores."""
+
+    def __post_init__(self) -> None:
+        if not self.k or min(self.k) < 1 or self.temperature <= 0 or self.size < 1 or self.batch_size < 1:
+            raise ValueError("k, size and batch-size must be 1 or more, and temperature above 0")
+        if self.workers < 0 or self.seed < 0:
+            raise ValueError("workers and seed cannot be negative")
+
+
+def knn_predict(
+    similarities: np.ndarray, neighbour_labels: np.ndarray, classes: int, temperature: float = 0.07
+) -> np.ndarray:
+    """Classes by DINO's weighted vote.
+
+    Args:
+        similarities: float [M, k], cosines in [-1, 1].
+        neighbour_labels: integers [M, k] in 0..classes - 1.
+
+    Returns:
+        int64 [M]. Ties go to the lower class.
+
+    Example:
+        >>> knn_predict(np.array([[0.9, 0.85, 0.84]]), np.array([[1, 0, 0]]), classes=2)
+        array([0])
+    """
+    # Weights relative to the nearest: the same vote, and exp cannot overflow.
+    weights = np.exp((similarities - similarities.max(1, keepdims=True)) / temperature)
+    votes = np.zeros((len(similarities), classes))
+    np.add.at(votes, (np.arange(len(similarities))[:, None], neighbour_labels), weights)
+    return votes.argmax(1)
+
+
+def evaluate(settings: Settings) -> dict[str, Any]:
+    """Measure k-NN accuracy as `settings` say, write what `settings.out` asks for, and return the result.
+
+    Raises:
+        ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used.
+    """
+    device = distributed.start(settings.device)
+    began = time.perf_counter()
+    backbone = load_backbone(settings.ckpt, settings.weights)
+    if settings.untrained:
+        backbone = untrained(backbone, settings.seed)
+    backbone = backbone.to(device)
+    choices = choose_blocks(settings.blocks, settings.every_block, backbone)
+    train, val = open_labelled(settings.data)
+    if max(settings.k) > len(train):
+        raise ValueError(f"k is {max(settings.k)}, and {train.name} {train.split} has {len(train):,} images")
+    protocol = protocol_id(settings, val.name, choices[-1])
+    recorded = plain(settings)
+    out = Path(settings.out) if settings.out else None
+    if out:
+        keep_other_result(out / "knn.json", recorded)
+    first = distributed.rank() == 0
+    if first:
+        print(f"{protocol}: {backbone.architecture} ({backbone.path}) on {device}", flush=True)
+    cache = Path(settings.cache).expanduser() if settings.cache else default_cache()
+    blocks = sorted({block for choice in choices for block in choice})
+    bank, queries = (
+        pooled_features(backbone, images, settings.size, blocks, cache, settings.batch_size, settings.workers)
+        for images in (train, val)
+    )
+    by_choice = []  # [choice] -> {k: hits}
+    for choice in choices:
+        similarities, rows = nearest(
+            vectors(bank, choice, settings.pool).numpy(),
+            vectors(queries, choice, settings.pool).numpy(),
+            max(settings.k),
+            device,
+        )
+        by_choice.append(
+            {
+                k: knn_predict(similarities[:, :k], train.labels[rows[:, :k]], len(train.classes), settings.temperature)
+                == val.labels
+                for k in settings.k
+            }
+        )
+    main = by_choice[-1]
+    details: dict[str, Any] = {
+        "blocks": [block + 1 for block in choices[-1]],
+        **accuracy(main[settings.k[0]], settings.seed),
+        "by_k": {str(k): float(hits.mean()) for k, hits in main.items()},
+    }
+    if settings.every_block:
+        details["every_block"] = [
+            {"block": choice[0] + 1, **accuracy(hits[settings.k[0]], settings.seed)}
+            for choice, hits in zip(choices, by_choice, strict=True)
+        ]
+    result = result_of(
+        "knn", protocol, backbone, train, val, details["top1"], details, recorded, settings.seed,
+        time.perf_counter() - began, device,
+    )  # fmt: skip
+    if first:
+        text = report(result)
+        if out:
+            write_result(out / "knn", result, text)
+        print("\n" + text, end="")
+        if out:
+            print(f"\nwritten: {out / 'knn.json'}, knn.md")
+    return result
+
+
+def protocol_id(settings: Settings, name: str, blocks: tuple[int, ...]) -> str:
+    """As in `imagenette-knn/20`, with every departure from DINO's way named behind it."""
+    parts = [f"{name}-knn", str(settings.k[0])]
+    if settings.pool != "cls":
+        parts.append(settings.pool)
+    if settings.blocks != "last":
+        parts.append("blocks-" + "-".join(str(block + 1) for block in blocks))
+    if settings.size != 224:
+        parts.append(f"{settings.size}px")
+    if settings.temperature != 0.07:
+        parts.append(f"temperature-{settings.temperature:g}")
+    return "/".join(parts)
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result in Markdown."""
+    details = result["details"]
+    lines = headline(result)
+    if "every_block" in details:
+        k = result["settings"]["k"][0]
+        lines += [f"| block | {k}-NN top-1 |", "|---:|---:|"]
+        lines += [f"| {entry['block']} | {100 * entry['top1']:.1f} |" for entry in details["every_block"]]
+        lines.append("")
+    lines += ["| k | top-1 |", "|---:|---:|"]
+    lines += [f"| {k} | {100 * top1:.1f} |" for k, top1 in details["by_k"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def parse(arguments: list[str] | None = None) -> Settings:
+    """Settings from the command line."""
+    switches = {
+        "untrained": "Measure the checkpoint's architecture with random weights: the floor its figure stands on.",
+        "every_block": "Accuracy of each block by itself.",
+    }
+    return parse_settings(Settings, "eval/knn.py", __doc__, switches, arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    run(lambda: evaluate(parse(arguments)))
+
+
+if __name__ == "__main__":
+    main()

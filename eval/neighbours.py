@@ -1,0 +1,48 @@
+"""Nearest neighbours by cosine similarity: faiss, on a GPU where it has one."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def require_faiss() -> Any:
+    """The module. Raises ValueError, saying what to install, where it is missing."""
+    try:
+        import faiss
+    except ImportError:
+        raise ValueError("this needs the package faiss: pip install faiss-cpu, or faiss-gpu") from None
+    return faiss
+
+
+def nearest(
+    bank: np.ndarray, queries: np.ndarray, k: int, device: torch.device | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k vectors of `bank` with the largest cosine similarity to each query, by exhaustive search.
+
+    Args:
+        bank: float [N, D], N >= k; vectors of length zero are at similarity 0 from all.
+        queries: float [M, D].
+        device: a GPU to search on, where faiss was built for it.
+
+    Returns:
+        Similarities float32 [M, k], descending, and rows of `bank` int64 [M, k].
+
+    Raises:
+        ValueError: faiss is missing, or `k` exceeds N.
+    """
+    faiss = require_faiss()
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k is {k}, and there are {len(bank):,} vectors to choose from")
+    bank, queries = unit(bank), unit(queries)
+    index = faiss.IndexFlatIP(bank.shape[1])
+    if device is not None and device.type == "cuda" and getattr(faiss, "get_num_gpus", lambda: 0)() > 0:
+        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
+    index.add(bank)
+    return index.search(queries, k)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Vectors [N, D] at length 1, float32 and contiguous; those of length zero stay."""
+    x = np.ascontiguousarray(x, np.float32)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
