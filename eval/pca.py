@@ -14,7 +14,6 @@ run and machine, in whatever order the images come: each component is turned so 
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,14 +26,12 @@ from scipy.linalg import orthogonal_procrustes
 from sklearn.decomposition import PCA
 from tqdm import tqdm
 
-from skipless.datasets.images import open_images, read_image
 from skipless.datasets.masks import read_values
-from skipless.eval.backbones import Backbone, Weights, load_backbone
+from skipless.eval.backbones import Weights, load_backbone
 from skipless.eval.command_line import parse_settings, run
+from skipless.eval.pictures import check_out, patch_features, pick_images, save_figure
 from skipless.eval.segmentation import choose_blocks
 from skipless.ssl import distributed
-from skipless.ssl.checkpoints import write_atomically
-from skipless.ssl.crops import resample
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,7 +40,6 @@ matplotlib.rcParams["svg.hashsalt"] = "skipless"
 
 Foreground = Literal["none", "pca", "mask"]
 Style = Literal["dinov2", "dinov3"]
-ENDINGS = (".png", ".pdf", ".svg")
 
 
 @dataclass
@@ -215,8 +211,8 @@ def draw_pca(settings: Settings) -> Path:
         ValueError, FileNotFoundError: a checkpoint, images or settings that cannot be used.
     """
     device = distributed.start(settings.device)
-    out = Path(settings.out).expanduser()
-    check(settings, out)
+    out = check_out(settings.out)
+    check(settings)
     pictures = read_pictures(settings)
     columns = make_columns(settings, [picture.pixels for picture in pictures], device)
     components: list[list[np.ndarray]] = []  # [column][image]
@@ -243,14 +239,12 @@ def draw_pca(settings: Settings) -> Path:
     return out
 
 
-def check(settings: Settings, out: Path) -> None:
+def check(settings: Settings) -> None:
     """Raises ValueError for settings that contradict each other."""
     if (settings.ckpt is None) == (settings.compare is None):
         raise ValueError("give either --ckpt CKPT or --compare A B")
     if not settings.images:
         raise ValueError("give --images: a folder or zip archive of images, or one image file")
-    if out.suffix.lower() not in ENDINGS:
-        raise ValueError(f"out is {out}; it must end in {', '.join(ENDINGS)}")
     if settings.count < 1 or settings.size < 1 or settings.smooth < 0:
         raise ValueError("count and size must be 1 or more, and smooth not negative")
     if (settings.foreground == "mask") != (settings.masks is not None):
@@ -277,13 +271,7 @@ class Picture:
 
 def read_pictures(settings: Settings) -> list[Picture]:
     """The images to show."""
-    path = Path(settings.images).expanduser()
-    if path.is_file() and path.suffix.lower() != ".zip":
-        found = [(path.name, read_image(path))]
-    else:
-        source = open_images(path)
-        rows = np.unique(np.linspace(0, len(source) - 1, settings.count).round().astype(int))
-        found = [(Path(source.names[row]).name, source.read(int(row))) for row in rows.tolist()]
+    found = pick_images(settings.images, settings.count)
     masks: list[np.ndarray | None] = [None] * len(found)
     if settings.masks:
         folder = Path(settings.masks).expanduser()
@@ -306,24 +294,6 @@ def make_columns(settings: Settings, pictures: list[np.ndarray], device: torch.d
             title = name if settings.compare and settings.blocks == "last" else f"{name} {block + 1}"
             columns.append(Column(title, [features[position] for features in of_images]))
     return columns
-
-
-def patch_features(backbone: Backbone, picture: np.ndarray, size: int, blocks: Sequence[int]) -> list[np.ndarray]:
-    """float32 [h, w, D] by each block, of a picture resized to a short side of about `size` pixels, its proportions
-    kept up to the rounding of both sides to multiples of the patch.
-
-    Raises:
-        ValueError: features that are NaN or infinite.
-    """
-    patch = backbone.patch
-    factor = size / min(picture.shape[:2])
-    height, width = (max(1, round(side * factor / patch)) * patch for side in picture.shape[:2])
-    fed = resample(picture, height, width)
-    features = [f.patches[0].float().cpu().numpy() for f in backbone.features(backbone.normalize(fed[None]), blocks)]
-    for block, of_block in zip(blocks, features, strict=True):
-        if not np.isfinite(of_block).all():
-            raise ValueError(f"features of block {block + 1} of {backbone.path} are NaN or infinite")
-    return features
 
 
 def _groups(settings: Settings, count: int) -> list[list[int]]:
@@ -371,11 +341,7 @@ def figure(
             for i, colours in zip(group, drawn, strict=True):
                 extent = (0, shapes[i][1], shapes[i][0], 0)
                 axes[i, number].imshow(colours, interpolation="nearest", extent=extent)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Without a date, and with fixed names in SVG, the same figure is the same file.
-    metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(out.suffix.lower())
-    ending = out.suffix[1:].lower()
-    write_atomically(out, lambda beside: sheet.savefig(beside, dpi=200, format=ending, metadata=metadata))
+    save_figure(sheet, out)
     plt.close(sheet)
 
 
