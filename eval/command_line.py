@@ -72,6 +72,16 @@ def run(command: Callable[[], object]) -> None:
         distributed.stop()
 
 
+def join_list(flag: str, arguments: Sequence[str] | None = None) -> list[str]:
+    """The command line, by default the program's, with `--flag A B` as the one word that a list is among settings."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if flag in words:
+        at = words.index(flag)
+        end = next((i for i in range(at + 1, len(words)) if words[i].startswith("--")), len(words))
+        words[at:end] = [f"{flag}={json.dumps(words[at + 1 : end])}"]
+    return words
+
+
 def keep_other_result(path: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError where `path` holds the result of a run with other settings, which would be lost."""
     ignored = ("out", "cache", "device", "batch_size", "workers")

@@ -56,6 +56,37 @@ def segmentation_scores(confusion: Tensor) -> SegmentationScores:
     return SegmentationScores(float(iou.nanmean()), iou.tolist(), float(hits.sum() / confusion.sum()))
 
 
+def image_counts(confusion: Tensor) -> Tensor:
+    """What mIoU needs of a confusion matrix [C, C]: int64 [3, C], pixels of each class that are right, true and
+    predicted. Small enough to be kept for every image."""
+    return torch.stack([confusion.diag(), confusion.sum(1), confusion.sum(0)])
+
+
+def miou_interval(counts: np.ndarray, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a data set's mIoU, its images drawn with replacement.
+
+    Args:
+        counts: [N, 3, C], `image_counts` of every image.
+
+    Returns:
+        Lower and upper end, in [0, 1]. mIoU is not a mean over images, and rare classes can be missing from a draw, so
+        the interval need not lie symmetrically around the figure.
+    """
+    n, _, classes = counts.shape
+    rng = np.random.default_rng(seed)
+    flat = counts.reshape(n, -1).astype(np.float64)
+    found = []
+    for first in range(0, resamples, 100):
+        drawn = rng.multinomial(n, np.full(n, 1 / n), min(100, resamples - first)) @ flat
+        right, true, predicted = drawn.reshape(-1, 3, classes).transpose(1, 0, 2)
+        union = true + predicted - right
+        # A class that a draw lacks has no IoU there, as in `segmentation_scores`.
+        iou = np.divide(right, union, out=np.zeros_like(right), where=union > 0)
+        found += (iou.sum(1) / np.maximum((union > 0).sum(1), 1)).tolist()
+    low, high = np.percentile(found, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def box_iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:
     """IoU of a box [4] with others [n, 4], each x0, y0, x1, y1 in half-open pixels. Returns float64 [n]."""
     corner = np.maximum(box[:2], others[:, :2])

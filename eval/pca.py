@@ -12,8 +12,6 @@ colour means the same in all of them (--per-image fits one to each). The same fe
 run and machine, in whatever order the images come: each component is turned so that it is skewed to the right.
 """
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +26,7 @@ from tqdm import tqdm
 
 from skipless.datasets.masks import read_values
 from skipless.eval.backbones import Weights, load_backbone
-from skipless.eval.command_line import parse_settings, run
+from skipless.eval.command_line import join_list, parse_settings, run
 from skipless.eval.pictures import check_out, patch_features, pick_images, save_figure
 from skipless.eval.segmentation import choose_blocks
 from skipless.ssl import distributed
@@ -52,7 +50,7 @@ class Settings:
     """A folder or zip archive of images, or one image file."""
     out: str = "pca.png"
     """The figure: .png, .pdf or .svg."""
-    compare: tuple[str, str] | None = None
+    compare: tuple[str, ...] = ()
     """Two backbones in place of ckpt; the components of the second are rotated to match those of the first."""
     blocks: str = "last"
     """Blocks to show: last, last4, or numbers from 1, as in 3,6,9,12."""
@@ -241,7 +239,9 @@ def draw_pca(settings: Settings) -> Path:
 
 def check(settings: Settings) -> None:
     """Raises ValueError for settings that contradict each other."""
-    if (settings.ckpt is None) == (settings.compare is None):
+    if settings.compare and len(settings.compare) != 2:
+        raise ValueError("compare needs two backbones: --compare A B")
+    if (settings.ckpt is None) != bool(settings.compare):
         raise ValueError("give either --ckpt CKPT or --compare A B")
     if not settings.images:
         raise ValueError("give --images: a folder or zip archive of images, or one image file")
@@ -351,19 +351,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
         "per_image": "A PCA for each image; by default one for all, so that a colour means the same in all of them.",
         "upsample": "Resize components to the image bicubically, for soft pictures, and not patches as squares.",
     }
-    return parse_settings(Settings, "eval/pca.py", __doc__, switches, _join_compare(arguments))
-
-
-def _join_compare(arguments: list[str] | None) -> list[str]:
-    """`--compare A B` as the one word that a pair of settings is on the command line."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if "--compare" in words:
-        at = words.index("--compare")
-        pair = words[at + 1 : at + 3]
-        if len(pair) < 2 or any(word.startswith("--") for word in pair):
-            raise ValueError("compare needs two backbones: --compare A B")
-        words[at : at + 3] = [f"--compare={json.dumps(pair)}"]
-    return words
+    return parse_settings(Settings, "eval/pca.py", __doc__, switches, join_list("--compare", arguments))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -37,7 +37,7 @@ from skipless.datasets.voc import scenes_segmentation, voc_segmentation
 from skipless.eval.backbones import Backbone, Weights, load_backbone, untrained
 from skipless.eval.command_line import keep_other_result, label_row, parse_settings, run
 from skipless.eval.features import default_cache
-from skipless.eval.metrics import SegmentationScores, segmentation_scores
+from skipless.eval.metrics import SegmentationScores, miou_interval, segmentation_scores
 from skipless.eval.segmentation_quick import QuickSettings, quick
 from skipless.eval.segmentation_training import TrainingSettings, train_and_evaluate
 from skipless.ssl import distributed
@@ -164,17 +164,19 @@ def evaluate(settings: Settings) -> dict[str, Any]:
             backbone, train, val, choices, settings.training, settings.seed, settings.workers, shown, out
         )
     scores = [segmentation_scores(confusion) for confusion in outcome.confusions]
+    intervals = [miou_interval(counts.cpu().numpy(), settings.seed) for counts in outcome.counts]
     main = scores[-1]
     details: dict[str, Any] = {
         "blocks": [block + 1 for block in choices[-1]],
+        "interval_95": intervals[-1],
         "pixel_accuracy": main.pixel_accuracy,
         "iou": {name: None if math.isnan(x) else x for name, x in zip(val.classes, main.iou, strict=True)},
         **outcome.details,
     }
     if settings.every_block:
         details["every_block"] = [
-            {"block": choice[0] + 1, "miou": s.miou, "pixel_accuracy": s.pixel_accuracy}
-            for choice, s in zip(choices, scores, strict=True)
+            {"block": choice[0] + 1, "miou": s.miou, "interval_95": interval, "pixel_accuracy": s.pixel_accuracy}
+            for choice, s, interval in zip(choices, scores, intervals, strict=True)
         ]
     result = {
         "task": "segmentation",
@@ -270,8 +272,13 @@ def report(result: dict[str, Any], scores: SegmentationScores) -> str:
     held_out = ""
     if "held_out_images" in details:
         held_out = f" ({details['held_out_images']:,} more chose the learning rate)"
+    interval = ""
+    if "interval_95" in details:
+        low, high = details["interval_95"]
+        interval = f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
     lines = [
-        f"**{result['protocol']}** {100 * scores.miou:.1f} mIoU, {100 * scores.pixel_accuracy:.1f} % of pixels",
+        f"**{result['protocol']}** {100 * scores.miou:.1f} mIoU{interval}, "
+        f"{100 * scores.pixel_accuracy:.1f} % of pixels",
         "",
         f"{checkpoint['architecture']} ({checkpoint['path']}), blocks {', '.join(map(str, details['blocks']))}; "
         f"{describe_split(result['dataset'], result['split'], result['images'])}; trained on "

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from skipless.datasets.masks import SegmentationSet
 from skipless.eval.backbones import Backbone
 from skipless.eval.features import Features, extract
-from skipless.eval.metrics import confusion_matrix, segmentation_scores
+from skipless.eval.metrics import confusion_matrix, image_counts, segmentation_scores
 from skipless.ssl.distributed import all_reduce_sum, broadcast, gather_objects, leave_signals_to_main, rank, world_size
 from skipless.ssl.schedules import cosine
 
@@ -35,6 +35,8 @@ class Outcome(NamedTuple):
 
     confusions: Tensor
     """int64 [choices of blocks, C, C], summed over the data set and over processes."""
+    counts: Tensor
+    """int64 [choices of blocks, N, 3, C], `image_counts` of every image."""
     predictions: dict[int, np.ndarray]
     """uint8 [H, W] of some images of the set, by the heads on the last choice of blocks."""
     details: dict[str, Any]
@@ -109,7 +111,7 @@ def quick(
 
     shares = _all_label_shares(train, train_rows[kept], train_features.grid, workers)
     heads = _train(backbone, train_features, kept, shares, choices, settings, seed)
-    confusions, _ = _evaluate(
+    confusions, _, _ = _evaluate(
         heads, train_features, train, np.flatnonzero(held_out), train_rows, choices, "choosing", []
     )
     rates = len(settings.learning_rates)
@@ -119,7 +121,7 @@ def quick(
     best = [int(np.nanargmax(of_choice)) for of_choice in found]
     chosen = [head.only(rate) for head, rate in zip(heads, best, strict=True)]
     rows = np.arange(len(val))
-    confusions, predictions = _evaluate(
+    confusions, counts, predictions = _evaluate(
         chosen, val_features, val, rows, rows, choices, f"{val.name} {val.split}", shown
     )
     details = {
@@ -129,7 +131,7 @@ def quick(
         "learning_rates": [settings.learning_rates[rate] for rate in best],
         "held_out_miou": found,
     }
-    return Outcome(confusions, predictions, details)
+    return Outcome(confusions, counts, predictions, details)
 
 
 class Heads(nn.Module):
@@ -233,16 +235,19 @@ def _evaluate(
     choices: Sequence[tuple[int, ...]],
     title: str,
     shown: Sequence[int],
-) -> tuple[Tensor, dict[int, np.ndarray]]:
-    """Confusion matrices [choices * heads, C, C] over some rows of `features`; predictions of the images `shown`."""
+) -> tuple[Tensor, Tensor, dict[int, np.ndarray]]:
+    """Confusion matrices [choices * heads, C, C] over some rows of `features`; `image_counts` of each row [choices *
+    heads, rows, 3, C]; predictions of the images `shown`."""
     device = heads[0].mean.device
     classes = len(images.classes)
     confusions = torch.zeros(
         sum(len(head.weights) for head in heads), classes, classes, dtype=torch.int64, device=device
     )
+    counts = torch.zeros(len(confusions), len(rows), 3, classes, dtype=torch.int64, device=device)
     predictions = {}
-    mine = rows[rank() :: world_size()]
-    for row in tqdm(mine, desc=title, unit="image", disable=rank() > 0):
+    mine = range(rank(), len(rows), world_size())
+    for position in tqdm(mine, desc=title, unit="image", disable=rank() > 0):
+        row = int(rows[position])
         index = int(image_of_row[row])
         mask = torch.from_numpy(images.read_matched_mask(index)).to(device)
         number = 0
@@ -251,12 +256,15 @@ def _evaluate(
             for of_head in logits.unbind(1):
                 grid = of_head.T.unflatten(1, features.grid)
                 prediction = resize_logits(grid[None], mask.shape)[0].argmax(0)
-                confusions[number] += confusion_matrix(mask, prediction, classes)
+                confusion = confusion_matrix(mask, prediction, classes)
+                confusions[number] += confusion
+                counts[number, position] = image_counts(confusion)
                 number += 1
         if index in shown:
             predictions[index] = prediction.to(torch.uint8).cpu().numpy()
     gathered = gather_objects(predictions)
-    return all_reduce_sum(confusions), {index: p for part in gathered for index, p in part.items()}
+    shown_predictions = {index: p for part in gathered for index, p in part.items()}
+    return all_reduce_sum(confusions), all_reduce_sum(counts), shown_predictions
 
 
 def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:

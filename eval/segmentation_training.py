@@ -22,7 +22,7 @@ from tqdm import tqdm
 from skipless.datasets.masks import VOID, SegmentationSet
 from skipless.eval.backbones import Backbone, pad_to_patch
 from skipless.eval.linear_head import HeadSettings, LinearHeads
-from skipless.eval.metrics import confusion_matrix
+from skipless.eval.metrics import confusion_matrix, image_counts
 from skipless.eval.segmentation_augmentation import (
     Library,
     resize_image,
@@ -171,12 +171,12 @@ def train_and_evaluate(
     torch.manual_seed(seed)
     heads = LinearHeads(backbone.dim, len(train.classes), choices, settings.head).to(device)
     total = train_heads(heads, backbone, train, settings, seed, workers, out)
-    confusions, predictions = score_heads(heads, backbone, val, settings, workers, shown)
+    confusions, counts, predictions = score_heads(heads, backbone, val, settings, workers, shown)
     if out and rank() == 0:
         state = {name: tensor.cpu() for name, tensor in heads.state_dict().items()}
         write_atomically(out / "head.pt", lambda beside: torch.save(state, beside))
         (out / "unfinished.pt").unlink(missing_ok=True)
-    return Outcome(confusions, predictions, {"iterations": total, "train_images": len(train)})
+    return Outcome(confusions, counts, predictions, {"iterations": total, "train_images": len(train)})
 
 
 def train_heads(
@@ -264,12 +264,14 @@ def score_heads(
     settings: TrainingSettings,
     workers: int,
     shown: Sequence[int],
-) -> tuple[Tensor, dict[int, np.ndarray]]:
-    """Confusion matrices [choices, C, C] over a data set, and the last choice's predictions for the images `shown`."""
+) -> tuple[Tensor, Tensor, dict[int, np.ndarray]]:
+    """Confusion matrices [choices, C, C] over a data set; `image_counts` of every image [choices, N, 3, C]; the last
+    choice's predictions for the images `shown`."""
     heads.eval()
     device = backbone.model.pos_embed.device
     classes = len(images.classes)
     confusions = torch.zeros(len(heads.choices), classes, classes, dtype=torch.int64, device=device)
+    counts = torch.zeros(len(heads.choices), len(images), 3, classes, dtype=torch.int64, device=device)
     predictions = {}
     inference = settings.inference
     mine = list(range(rank(), len(images), world_size()))
@@ -305,11 +307,14 @@ def score_heads(
             raise ValueError(f"{images.images[index]}: {_not_finite(backbone)}")
         for number, of_choice in enumerate(logits):
             prediction = resize_logits(of_choice[None], truth.shape)[0].argmax(0)
-            confusions[number] += confusion_matrix(truth, prediction, classes)
+            confusion = confusion_matrix(truth, prediction, classes)
+            confusions[number] += confusion
+            counts[number, index] = image_counts(confusion)
         if index in shown:
             predictions[index] = prediction.to(torch.uint8).cpu().numpy()
     gathered = gather_objects(predictions)
-    return all_reduce_sum(confusions), {index: p for part in gathered for index, p in part.items()}
+    shown_predictions = {index: p for part in gathered for index, p in part.items()}
+    return all_reduce_sum(confusions), all_reduce_sum(counts), shown_predictions
 
 
 def rate(settings: OptimizerSettings, iteration: int, total: int, per_epoch: int) -> float:

@@ -7,7 +7,6 @@ Points are x,y in pixels of the image, from its top left corner. Rows are points
 smallest similarity in a map to 1, both written below it. The report page (eval/report.py) has the same for pointing at.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import matplotlib
 import numpy as np
 
 from skipless.eval.backbones import Weights, load_backbone
-from skipless.eval.command_line import parse_settings, run
+from skipless.eval.command_line import join_list, parse_settings, run
 from skipless.eval.pictures import check_out, patch_features, pick_images, save_figure
 from skipless.eval.segmentation import choose_blocks
 from skipless.ssl import distributed
@@ -121,16 +120,6 @@ def _point(word: str, height: int, width: int) -> tuple[int, int]:
 def parse(arguments: list[str] | None = None) -> Settings:
     """Settings from the command line."""
     return parse_settings(Settings, "eval/similarity.py", __doc__, {}, join_list("--points", arguments))
-
-
-def join_list(flag: str, arguments: list[str] | None) -> list[str]:
-    """`--flag A B` as the one word that a list of settings is on the command line."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if flag in words:
-        at = words.index(flag)
-        end = next((i for i in range(at + 1, len(words)) if words[i].startswith("--")), len(words))
-        words[at:end] = [f"{flag}=" + "[" + ",".join(f'"{word}"' for word in words[at + 1 : end]) + "]"]
-    return words
 
 
 def main(arguments: list[str] | None = None) -> None:
