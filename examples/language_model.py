@@ -1,0 +1,229 @@
+"""Does the skipless initialization carry over to language? A small decoder-only model on Python's own standard library.
+
+    python examples/language_model.py --out results/language_model
+
+Nothing is downloaded: the text is the source code of the interpreter's standard library, byte by byte; every twentieth
+file is held out. Residual and skipless models of one size learn to predict the next byte, with each initialization and
+optimizer in --arms and --optimizers, and the table says how many bits a byte costs on the held-out files. A skipless
+block is the vision model's: its attention sees the past alone, and nothing else differs.
+"""
+
+import argparse
+import math
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from skipless.ssl.conditioning import effective_rank, mean_share
+from skipless.ssl.initialization import PRESETS, skipless_init_
+from skipless.ssl.optimizers import OptimizerSettings, make_optimizer, set_rates
+from skipless.ssl.provenance import provenance, write_result
+from skipless.ssl.schedules import cosine
+from skipless.ssl.vit import Mlp
+
+# Residual or not, and the skipless initialization's arguments (None: the usual one, normal with deviation 0.02).
+ARMS: dict[str, tuple[bool, dict[str, Any] | None]] = {
+    "residual": (True, None),
+    "skipless default": (False, None),
+    "skipless paper": (False, PRESETS["paper-dino"]),
+    "skipless small": (False, PRESETS["small"]),
+}
+BYTES = 256
+
+
+class CausalAttention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.num_heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int, residual: bool):
+        super().__init__()
+        self.residual = residual
+        self.norm1, self.attn = nn.LayerNorm(dim), CausalAttention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim), Mlp(dim, 4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.residual:
+            return self.mlp(self.norm2(self.attn(self.norm1(x))))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class LanguageModel(nn.Module):
+    """Predicts the next byte from those before it."""
+
+    def __init__(self, dim: int, depth: int, heads: int, context: int, residual: bool):
+        super().__init__()
+        self.embed = nn.Embedding(BYTES, dim)
+        self.positions = nn.Parameter(torch.zeros(context, dim))
+        self.blocks = nn.ModuleList(Block(dim, heads, residual) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, BYTES)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def tokens(self, text: Tensor) -> Tensor:
+        """Bytes [B, N] -> what the last block makes of them, [B, N, D]."""
+        x = self.embed(text) + self.positions[: text.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Bytes [B, N] -> logits [B, N, 256] of the bytes that follow."""
+        return self.head(self.norm(self.tokens(text)))
+
+
+def standard_library(limit: int) -> tuple[Tensor, Tensor]:
+    """Source code for training and for validation, uint8, `limit` bytes together at most."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(path for path in root.rglob("*.py") if not {"site-packages", "test", "tests"} & set(path.parts))
+    parts: tuple[list[bytes], list[bytes]] = ([], [])
+    for number, path in enumerate(files):
+        parts[number % 20 == 19].append(path.read_bytes())
+    train, val = (torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8) for part in parts)
+    return train[: limit * 19 // 20], val[: min(limit // 20, 65536)]
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, text: Tensor, context: int) -> float:
+    """Mean cost of a byte on a text that is cut into pieces of `context`."""
+    pieces = text[: (len(text) - 1) // context * context + 1].long()
+    inputs, targets = pieces[:-1].view(-1, context), pieces[1:].view(-1, context)
+    losses = [
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum").item()
+        for x, y in zip(inputs.split(64), targets.split(64), strict=True)
+    ]
+    return sum(losses) / targets.numel() / math.log(2)
+
+
+@torch.no_grad()
+def last_block(model: LanguageModel, text: Tensor, context: int) -> dict[str, float]:
+    """Mean share and effective rank of the last block's tokens (see skipless.ssl.conditioning)."""
+    tokens = model.tokens(text[: 32 * context].long().view(32, context))
+    return {"mean_share": float(mean_share(tokens).mean()), "effective_rank": float(effective_rank(tokens).mean())}
+
+
+def train_arm(
+    arm: str, optimizer_name: str, train: Tensor, val: Tensor, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Train one model and measure it before, on the way and after."""
+    residual, initialization = ARMS[arm]
+    torch.manual_seed(arguments.seed)
+    model = LanguageModel(arguments.dim, arguments.depth, arguments.heads, arguments.context, residual)
+    if initialization is not None:
+        skipless_init_(model, **initialization, seed=arguments.seed)
+    peak = {"adamw": arguments.lr_adamw, "soap": arguments.lr_soap}[optimizer_name]
+    optimizer = make_optimizer(model, OptimizerSettings(name=optimizer_name, lr=peak, max_precondition_dim=1024))
+    rng = np.random.default_rng(arguments.seed)
+    began = time.perf_counter()
+    start = {"bits_per_byte": bits_per_byte(model, val, arguments.context), **last_block(model, val, arguments.context)}
+    curve = []
+    warmup = arguments.steps // 20
+    with tqdm(range(1, arguments.steps + 1), desc=f"{arm}, {optimizer_name}", unit="step") as progress:
+        for step in progress:
+            first = torch.from_numpy(rng.integers(0, len(train) - arguments.context - 1, arguments.batch))
+            pieces = train[first[:, None] + torch.arange(arguments.context + 1)].long()
+            loss = F.cross_entropy(model(pieces[:, :-1]).flatten(0, 1), pieces[:, 1:].flatten())
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            set_rates(optimizer, cosine(step - 1, arguments.steps, peak, 0.0, warmup), 0.04, False)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step % max(arguments.steps // 8, 1) == 0 or step == arguments.steps:
+                curve.append({"step": step, "bits_per_byte": bits_per_byte(model, val, arguments.context)})
+                progress.set_postfix(bits=f"{curve[-1]['bits_per_byte']:.3f}")
+    return {
+        "arm": arm,
+        "optimizer": optimizer_name,
+        "lr": peak,
+        "start": start,
+        "end": {**curve[-1], **last_block(model, val, arguments.context)},
+        "curve": curve,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def table(arms: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each arm."""
+    lines = [
+        "| model | optimizer | bits a byte | at the start | mean share, start -> end | effective rank, start -> end |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for a in arms:
+        start, end = a["start"], a["end"]
+        lines.append(
+            f"| {a['arm']} | {a['optimizer']} | {end['bits_per_byte']:.3f} | {start['bits_per_byte']:.2f} | "
+            f"{start['mean_share']:.2f} -> {end['mean_share']:.2f} | "
+            f"{start['effective_rank']:.1f} -> {end['effective_rank']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Command line: see the docstring of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="Models to train.")
+    parser.add_argument("--optimizers", nargs="+", choices=["adamw", "soap"], default=["adamw", "soap"])
+    parser.add_argument("--dim", type=int, default=128, help="Width.")
+    parser.add_argument("--depth", type=int, default=8, help="Blocks.")
+    parser.add_argument("--heads", type=int, default=4, help="Attention heads.")
+    parser.add_argument("--context", type=int, default=128, help="Bytes that a prediction can look back on.")
+    parser.add_argument("--batch", type=int, default=32, help="Pieces of text a step.")
+    parser.add_argument("--steps", type=int, default=600, help="Optimizer steps.")
+    parser.add_argument("--bytes", type=int, default=4_000_000, help="Text, at most.")
+    parser.add_argument("--lr-adamw", type=float, default=1e-3, help="Peak learning rate of AdamW.")
+    parser.add_argument("--lr-soap", type=float, default=3e-3, help="Peak learning rate of SOAP.")
+    parser.add_argument("--seed", type=int, default=0, help="Of weights and batches.")
+    parser.add_argument("--out", type=Path, default=Path("results/language_model"), help="Result, .json and .md.")
+    arguments = parser.parse_args()
+    for name in ("dim", "depth", "heads", "context", "batch", "steps"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} is {getattr(arguments, name)}: it must be 1 or more")
+    if arguments.dim % arguments.heads:
+        parser.error(f"--dim {arguments.dim} is not divisible by --heads {arguments.heads}")
+    train, val = standard_library(arguments.bytes)
+    if len(val) < 33 * arguments.context:
+        parser.error(f"--bytes {arguments.bytes} leaves too little text to validate on: give more")
+    print(f"{len(train):,} bytes to train on, {len(val):,} to validate; a byte of them costs 8 bits uncompressed")
+    began = time.perf_counter()
+    arms: list[dict[str, Any]] = []
+    settings = {k: v for k, v in vars(arguments).items() if k != "out"}
+    for optimizer in arguments.optimizers:
+        for arm in arguments.arms:
+            arms.append(train_arm(arm, optimizer, train, val, arguments))
+            result = {
+                "task": "language model",
+                "protocol": "stdlib-bytes",
+                "metric": "bits per byte",
+                "arms": arms,
+                "settings": settings,
+                "seed": arguments.seed,
+                "seconds": round(time.perf_counter() - began, 1),
+                **provenance("cpu"),
+            }
+            # After every arm, so that an interruption costs one arm.
+            write_result(arguments.out, result, table(arms))
+    print("\n" + table(arms))
+
+
+if __name__ == "__main__":
+    main()
