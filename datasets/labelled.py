@@ -62,8 +62,11 @@ def class_folders(root: str | Path, split: str) -> LabelledSet:
     root = Path(root).expanduser()
     path = next((p for p in (root / split, root / f"{split}.zip") if p.exists()), None)
     if path is None:
-        there = sorted(p.name for p in root.iterdir() if p.is_dir() or p.suffix == ".zip") if root.is_dir() else []
-        raise FileNotFoundError(f"{root / split}: no such split; {root} holds {', '.join(there) or 'none'}")
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root}: no such folder; it should hold {split}/CLASS/ or {split}.zip")
+        there = sorted(p.name for p in root.iterdir() if p.is_dir() or p.suffix == ".zip")
+        named = ", ".join(there if len(there) <= 8 else [*there[:8], "..."]) or "no folders"
+        raise FileNotFoundError(f"{root / split}: no such split; {root} holds {named}")
     images = open_images(path)
     if images.labels is None:
         raise ValueError(f"{path} has no class folders: images must lie in {path}/CLASS/, in two classes or more")
@@ -116,10 +119,13 @@ def arrays(root: str | Path, split: str) -> LabelledSet:
     if "images" not in content or "labels" not in content:
         raise ValueError(f"{path} lacks the array {'labels' if 'images' in content else 'images'}")
     images, labels = content["images"], content["labels"]
-    if images.ndim == 3:
+    grey = images.ndim == 3
+    if images.dtype != np.uint8 or not (grey or (images.ndim == 4 and images.shape[-1] == 3)) or 0 in images.shape:
+        raise ValueError(
+            f"{path}: images is {images.dtype} {list(images.shape)}, and must be uint8 [N, H, W, 3] or [N, H, W]"
+        )
+    if grey:
         images = np.repeat(images[..., None], 3, axis=-1)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-        raise ValueError(f"{path}: images is {images.dtype} {list(images.shape)}, and must be uint8 [N, H, W, 3]")
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise ValueError(
             f"{path}: labels is {labels.dtype} {list(labels.shape)}, and must be integers from 0, one for each of "
@@ -133,7 +139,7 @@ def arrays(root: str | Path, split: str) -> LabelledSet:
 
 
 def hugging_face(root: str, split: str, image: str = "image", label: str = "label") -> LabelledSet:
-    """A data set of Hugging Face's `datasets`: a folder that its `save_to_disk` wrote, or a name on the hub.
+    """A data set of Hugging Face's `datasets`: a folder that `DatasetDict.save_to_disk` wrote, or a name on the hub.
 
     Args:
         image, label: its columns; `image` of the feature Image, `label` of ClassLabel or integers.
@@ -145,15 +151,17 @@ def hugging_face(root: str, split: str, image: str = "image", label: str = "labe
         load_dataset, load_from_disk = datasets.load_dataset, datasets.load_from_disk
     except (ImportError, AttributeError):  # without it, a folder of this name can take its place
         raise ValueError("Hugging Face data need the package datasets: pip install datasets") from None
+    folder = Path(root).expanduser()
     try:
-        found: Any = load_from_disk(root) if Path(root).expanduser().is_dir() else load_dataset(root)
+        found: Any = load_from_disk(root) if folder.is_dir() else load_dataset(root)
     except Exception as error:  # unknown name, no network, other files: each has a class of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{root}: datasets cannot load this ({reason})") from None
-    if isinstance(found, dict):
-        if split not in found:
-            raise ValueError(f"{root} has no split {split}, only {', '.join(found)}")
-        found = found[split]
+    if not isinstance(found, dict):  # one split, saved alone
+        raise ValueError(f"{root} holds one Dataset; a DatasetDict is needed, whose splits are {split} and others")
+    if split not in found:
+        raise ValueError(f"{root} has no split {split}, only {', '.join(found)}")
+    found = found[split]
     for column in (image, label):
         if column not in found.column_names:
             raise ValueError(f"{root} has no column {column}, only {', '.join(found.column_names)}")
@@ -162,10 +170,12 @@ def hugging_face(root: str, split: str, image: str = "image", label: str = "labe
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels) or labels.min() < 0:
         raise ValueError(f"{root}: {label} holds {kind}, and not one class an image, numbered from 0")
     names = tuple(getattr(kind, "names", None) or map(str, range(int(labels.max()) + 1)))
-    name = Path(root).name
+    name = folder.resolve().name
     places = [Path(f"{root}/{split}[{row}]") for row in range(len(labels))]
+    if not isinstance(found.features[image], datasets.Image):
+        raise ValueError(f"{root}: {image} holds {found.features[image]}, and must be of the feature Image")
     # Undecoded: our reader knows what to do with orientation, transparency and damage.
-    undecoded = found.cast_column(image, datasets.Image(decode=False))
+    undecoded = found.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     identity = _sha256(root, split, found._fingerprint)
     return LabelledSet(
         name, split, labels.astype(np.int64), names, places, _HuggingFaceReader(undecoded, image, places), identity
@@ -177,10 +187,14 @@ class _HuggingFaceReader:
         self.rows, self.column, self.places = rows, column, places
 
     def __call__(self, index: int) -> np.ndarray:
-        stored = self.rows[index][self.column]
+        stored = self.rows[index][self.column] or {"bytes": None, "path": None}
         try:
-            return decode(stored["bytes"]) if stored["bytes"] is not None else read_image(stored["path"])
-        except (ValueError, TypeError) as error:
+            if stored["bytes"] is not None:
+                return decode(stored["bytes"])
+            if stored["path"] is not None:
+                return read_image(stored["path"])
+            raise ValueError("there is no image in this row")
+        except ValueError as error:
             raise UnreadableImage(self.places[index], str(error)) from error
 
 

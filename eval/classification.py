@@ -13,7 +13,6 @@ from skipless.eval.features import Features, extract
 from skipless.eval.metrics import bootstrap_interval
 from skipless.ssl import distributed
 from skipless.ssl.dino import Pool
-from skipless.ssl.provenance import provenance
 
 Pooling = Literal[Pool, "both"]
 
@@ -62,6 +61,8 @@ def open_labelled(data: DataSettings) -> tuple[LabelledSet, LabelledSet]:
             f"{train.name}: {train.split} and {val.split} must have the same classes, and "
             f"{', '.join(odd[:4]) or 'their order'} is not in both"
         )
+    if train.split == val.split and distributed.rank() == 0:
+        print(f"warning: {val.split} is both learned from and classified: images find themselves", flush=True)
     return train, val
 
 
@@ -97,45 +98,6 @@ def vectors(features: Features, blocks: tuple[int, ...], pool: Pooling, rows: np
 def accuracy(hits: np.ndarray, seed: int) -> dict[str, Any]:
     """{"top1", "interval_95": of a bootstrap over images} from hits, bool [N]."""
     return {"top1": float(hits.mean()), "interval_95": bootstrap_interval(hits, seed)}
-
-
-def result_of(
-    task: str,
-    protocol: str,
-    backbone: Backbone,
-    train: LabelledSet,
-    val: LabelledSet,
-    value: float,
-    details: dict[str, Any],
-    recorded: dict[str, Any],
-    seed: int,
-    seconds: float,
-    device: torch.device,
-) -> dict[str, Any]:
-    """The result file's content, see README."""
-    return {
-        "task": task,
-        "protocol": protocol,
-        "dataset": val.name,
-        "split": val.split,
-        "images": len(val),
-        "metric": "top-1",
-        "value": value,
-        "details": {"train_images": len(train), "classes": len(val.classes), **details},
-        "checkpoint": {
-            "path": backbone.path,
-            "sha256": backbone.sha256,
-            "architecture": backbone.architecture,
-            "family": backbone.family,
-            "mean": backbone.mean,
-            "std": backbone.std,
-        },
-        "settings": recorded,
-        "seed": seed,
-        "seconds": round(seconds, 1),
-        "processes": distributed.world_size(),
-        **provenance(device),
-    }
 
 
 def headline(result: dict[str, Any]) -> list[str]:

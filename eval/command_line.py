@@ -82,23 +82,6 @@ def join_list(flag: str, arguments: Sequence[str] | None = None) -> list[str]:
     return words
 
 
-def keep_other_result(path: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError where `path` holds the result of a run with other settings, which would be lost."""
-    ignored = ("out", "cache", "device", "batch_size", "workers")
-    try:
-        old = json.loads(path.read_text())
-        theirs, ours = ({k: v for k, v in tree.items() if k not in ignored} for tree in (old["settings"], settings))
-    except FileNotFoundError:
-        return
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise ValueError(f"{path} is no result of this command: give another --out") from None
-    if theirs != ours:
-        raise ValueError(
-            f"{path} holds another result ({old.get('protocol')} of {old.get('checkpoint', {}).get('path')}): give "
-            "another --out, or delete it"
-        )
-
-
 def label_row(axis: Any, text: str) -> None:
     """Write the name of a row of pictures up its left side."""
     axis.text(-0.03, 0.5, text, rotation=90, ha="right", va="center", fontsize=9, transform=axis.transAxes)

@@ -38,15 +38,16 @@ from skipless.datasets.coco import coco20k, coco_boxes
 from skipless.datasets.official_counts import BOX_COUNTS, describe_split
 from skipless.datasets.voc import scenes_boxes, voc_boxes
 from skipless.eval.backbones import Backbone, FeatureKind, Weights, load_backbone, pad_to_patch, untrained
-from skipless.eval.command_line import keep_other_result, parse_settings, run
+from skipless.eval.command_line import parse_settings, run
 from skipless.eval.discovery_report import draw, report
 from skipless.eval.discovery_scores import detections, graph_report, score
 from skipless.eval.features import data_sha256
 from skipless.eval.localization import Localization, lost, maskcut, tokencut
+from skipless.eval.results import keep_other_result, result_of
 from skipless.ssl import distributed
 from skipless.ssl.checkpoints import write_text
 from skipless.ssl.crops import resample
-from skipless.ssl.provenance import provenance, write_result
+from skipless.ssl.provenance import write_result
 from skipless.ssl.settings import plain
 
 PICTURES = 12
@@ -146,26 +147,11 @@ def discover(settings: Settings) -> dict[str, Any]:
         raise ValueError(f"{settings.data.root}: none of its {len(images):,} images can be read ({unreadable[0]})")
     main = len(blocks) - 1
     scores = [score(images, annotations, found, settings.method, settings.seed, block) for block in range(len(blocks))]
-    result = {
-        "task": "discovery",
-        "protocol": protocol,
-        "dataset": images.name,
-        "split": images.split,
-        "images": len(images),
-        "official_images": official,
-        **scores[main],
-        "checkpoint": {
-            "path": backbone.path,
-            "sha256": backbone.sha256,
-            "architecture": backbone.architecture,
-            "family": backbone.family,
-        },
-        "settings": plain(settings),
-        "seed": settings.seed,
-        "seconds": round(time.perf_counter() - began, 1),
-        "processes": distributed.world_size(),
-        **provenance(device),
-    }
+    figure = scores[main]
+    result = result_of(
+        "discovery", protocol, images.name, images.split, len(images), figure["metric"], figure["value"],
+        figure["details"], backbone, plain(settings), settings.seed, time.perf_counter() - began, device, official,
+    )  # fmt: skip
     result["details"] |= {
         "data": described,
         **dropped,

@@ -11,6 +11,7 @@ exactly, on a GPU where it has one. Features are kept in --cache; an interrupted
 In flag names - and _ are the same.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,12 @@ from skipless.eval.classification import (
     headline,
     open_labelled,
     pooled_features,
-    result_of,
     vectors,
 )
-from skipless.eval.command_line import keep_other_result, parse_settings, run
+from skipless.eval.command_line import parse_settings, run
 from skipless.eval.features import default_cache
-from skipless.eval.neighbours import nearest
+from skipless.eval.neighbours import nearest, require_faiss
+from skipless.eval.results import keep_other_result, result_of
 from skipless.eval.segmentation import choose_blocks
 from skipless.ssl import distributed
 from skipless.ssl.provenance import write_result
@@ -46,7 +47,7 @@ class Settings:
     """Backbone: the folder of a run; a .pt, .pth or .safetensors of ours, DINO, DINOv2 or timm; or timm:NAME."""
     data: DataSettings
     k: tuple[int, ...] = (20, 10, 100, 200)
-    """Neighbours that vote; accuracy is given for each, and the first is the figure."""
+    """Neighbours that vote, as in [20,10]; accuracy is given for each, and the first is the figure."""
     temperature: float = 0.07
     """Of the votes' weights."""
     pool: Pooling = "cls"
@@ -75,7 +76,7 @@ class Settings:
     """Processes that read images; 0 reads them in the main one. On a GPU, give the number of cores."""
 
     def __post_init__(self) -> None:
-        if not self.k or min(self.k) < 1 or self.temperature <= 0 or self.size < 1 or self.batch_size < 1:
+        if not self.k or min(*self.k, self.size, self.batch_size) < 1 or not 0 < self.temperature < math.inf:
             raise ValueError("k, size and batch-size must be 1 or more, and temperature above 0")
         if self.workers < 0 or self.seed < 0:
             raise ValueError("workers and seed cannot be negative")
@@ -94,7 +95,7 @@ def knn_predict(
         int64 [M]. Ties go to the lower class.
 
     Example:
-        >>> knn_predict(np.array([[0.9, 0.85, 0.84]]), np.array([[1, 0, 0]]), classes=2)
+        >>> knn_predict(np.array([[0.9, 0.86, 0.85]]), np.array([[1, 0, 0]]), classes=2)
         array([0])
     """
     # Weights relative to the nearest: the same vote, and exp cannot overflow.
@@ -108,10 +109,11 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     """Measure k-NN accuracy as `settings` say, write what `settings.out` asks for, and return the result.
 
     Raises:
-        ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used.
+        ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used, or no faiss.
     """
     device = distributed.start(settings.device)
     began = time.perf_counter()
+    require_faiss()
     backbone = load_backbone(settings.ckpt, settings.weights)
     if settings.untrained:
         backbone = untrained(backbone, settings.seed)
@@ -119,7 +121,10 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     choices = choose_blocks(settings.blocks, settings.every_block, backbone)
     train, val = open_labelled(settings.data)
     if max(settings.k) > len(train):
-        raise ValueError(f"k is {max(settings.k)}, and {train.name} {train.split} has {len(train):,} images")
+        raise ValueError(
+            f"k is {max(settings.k)}, and {train.name} {train.split} has {len(train):,} images: give fewer, as in --k "
+            f"[{min(20, len(train))}]"
+        )
     protocol = protocol_id(settings, val.name, choices[-1])
     recorded = plain(settings)
     out = Path(settings.out) if settings.out else None
@@ -151,6 +156,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         )
     main = by_choice[-1]
     details: dict[str, Any] = {
+        "train_images": len(train),
+        "classes": len(val.classes),
         "blocks": [block + 1 for block in choices[-1]],
         **accuracy(main[settings.k[0]], settings.seed),
         "by_k": {str(k): float(hits.mean()) for k, hits in main.items()},
@@ -161,8 +168,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
             for choice, hits in zip(choices, by_choice, strict=True)
         ]
     result = result_of(
-        "knn", protocol, backbone, train, val, details["top1"], details, recorded, settings.seed,
-        time.perf_counter() - began, device,
+        "knn", protocol, val.name, val.split, len(val), "top-1", details["top1"], details, backbone, recorded,
+        settings.seed, time.perf_counter() - began, device,
     )  # fmt: skip
     if first:
         text = report(result)

@@ -15,6 +15,7 @@ were held out, never on those that the figure is about. An interrupted run is co
 names - and _ are the same.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -38,11 +39,11 @@ from skipless.eval.classification import (
     headline,
     open_labelled,
     pooled_features,
-    result_of,
     vectors,
 )
-from skipless.eval.command_line import keep_other_result, parse_settings, run
-from skipless.eval.features import default_cache
+from skipless.eval.command_line import parse_settings, run
+from skipless.eval.features import data_sha256, default_cache
+from skipless.eval.results import INCIDENTAL, keep_other_result, result_of
 from skipless.eval.segmentation import choose_blocks
 from skipless.eval.segmentation_quick import Heads
 from skipless.ssl import distributed
@@ -66,7 +67,8 @@ class Settings:
     """cached trains on features of central crops, standardised, computed once. dino trains on random crops and flips,
     as published: a forward pass over the training set in every epoch."""
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-    """For 256 images a step, scaled with their number. One head is trained with each; the held-out images choose."""
+    """For 256 images a step, scaled with their number, as in [0.001,0.01]. One head is trained with each; the held-out
+    images choose."""
     epochs: int = 100
     """Passes over the training images."""
     images_per_step: int = 1024
@@ -100,7 +102,8 @@ class Settings:
     def __post_init__(self) -> None:
         if min(self.epochs, self.images_per_step, self.size, self.batch_size) < 1:
             raise ValueError("epochs, images-per-step, size and batch-size must be 1 or more")
-        if not self.learning_rates or min(self.learning_rates) <= 0 or self.workers < 0 or self.seed < 0:
+        rates_fit = self.learning_rates and all(0 < rate < math.inf for rate in self.learning_rates)
+        if not rates_fit or self.workers < 0 or self.seed < 0:
             raise ValueError("learning-rates must be above 0, and workers and seed not negative")
 
 
@@ -116,7 +119,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     if settings.untrained:
         backbone = untrained(backbone, settings.seed)
     backbone = backbone.to(device)
-    choices = choose_blocks(settings.blocks, settings.every_block, backbone)
+    by_default = settings.every_block and settings.blocks == "last4"
+    choices = choose_blocks("last" if by_default else settings.blocks, settings.every_block, backbone)
     train, val = open_labelled(settings.data)
     if len(train) < 2:
         raise ValueError(f"{train.name} {train.split} has one image; two or more are needed, one of them held out")
@@ -142,6 +146,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         found = pooled_features(backbone, images, settings.size, blocks, cache, settings.batch_size, settings.workers)
         return [vectors(found, choice, settings.pool) for choice in choices]
 
+    x_val = crops_of(val)  # before hours of training, so that what is wrong with it shows
     if settings.protocol == "cached":
         x_train = crops_of(train)
         x_held_out = [x[held_out] for x in x_train]
@@ -153,10 +158,11 @@ def evaluate(settings: Settings) -> dict[str, Any]:
 
     y_held_out = train.labels[held_out]
     chosen = [choose_rate(head, x, y_held_out) for head, x in zip(heads, x_held_out, strict=True)]
-    x_val = crops_of(val)
     hits = [predict(head, x)[:, best] == val.labels for head, x, (best, _) in zip(heads, x_val, chosen, strict=True)]
     best, of_rates = chosen[-1]
     details: dict[str, Any] = {
+        "train_images": len(train),
+        "classes": len(val.classes),
         "blocks": [block + 1 for block in choices[-1]],
         **accuracy(hits[-1], settings.seed),
         "held_out_images": len(held_out),
@@ -168,8 +174,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
             {"block": choice[0] + 1, **accuracy(h, settings.seed)} for choice, h in zip(choices, hits, strict=True)
         ]
     result = result_of(
-        "linear", protocol, backbone, train, val, details["top1"], details, recorded, settings.seed,
-        time.perf_counter() - began, device,
+        "linear", protocol, val.name, val.split, len(val), "top-1", details["top1"], details, backbone, recorded,
+        settings.seed, time.perf_counter() - began, device,
     )  # fmt: skip
     if first:
         text = report(result)
@@ -208,7 +214,11 @@ def train_on_crops(
         rates: peak learning rates, one head each.
     """
     x, y = [of_choice.to(device) for of_choice in x], torch.from_numpy(labels).to(device)
-    heads = [Heads(c.mean(0), c.std(0, correction=0).clamp(min=1e-6), len(rates), classes) for c in x]
+    heads = []
+    for of_choice in x:
+        mean, std = of_choice.mean(0), of_choice.std(0, correction=0)
+        # A channel that never changes, but for rounding, must not be blown up.
+        heads.append(Heads(mean, torch.where(std > 1e-5 * mean.abs(), std, 1.0), len(rates), classes))
     optimizer = sgd(heads, rates)
     steps = settings.epochs * math.ceil(len(y) / settings.images_per_step)
     with tqdm(total=steps, desc="linear heads", unit="step", disable=distributed.rank() > 0) as progress:
@@ -255,8 +265,13 @@ def train_on_random_crops(
         for choice in choices
     ]
     optimizer = sgd(heads, rates)
-    identity = f"{backbone.fingerprint()} {plain(settings)}"
+    matters = {k: v for k, v in plain(settings).items() if k not in INCIDENTAL}
+    of_images = train.identity or data_sha256(train.places)
+    of_labels = hashlib.sha256(train.labels.tobytes()).hexdigest()
+    identity = f"{backbone.fingerprint()} {of_images} {of_labels} {matters}"
     begin = load_state(saved, identity, heads, optimizer)
+    if len(set(distributed.gather_objects(begin))) > 1:
+        raise ValueError(f"{saved} is not the same for all processes: they must see the same --out")
     blocks = sorted({block for choice in choices for block in choice})
     per_epoch = math.ceil(len(train) / settings.images_per_step)
     size = max(settings.size // backbone.patch, 1) * backbone.patch
@@ -325,7 +340,9 @@ def load_state(saved: Path | None, identity: str, heads: list[Heads], optimizer:
     except Exception as error:  # zip, pickle and key errors
         raise ValueError(f"{saved} is damaged ({type(error).__name__}): delete it, or give another --out") from None
     if theirs != identity:
-        raise ValueError(f"{saved} is of a run with other settings or weights: delete it, or give another --out")
+        raise ValueError(
+            f"{saved} is of a run with other settings, weights or images: delete it, or give another --out"
+        )
     for head, weights in zip(heads, state["heads"], strict=True):
         head.load_state_dict(weights)
     optimizer.load_state_dict(state["optimizer"])

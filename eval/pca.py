@@ -103,7 +103,7 @@ def pca_components(features: list[np.ndarray], weights: list[np.ndarray] | None 
     fitted = np.concatenate(chosen)
     if len(fitted) < 3:
         raise ValueError(f"a PCA of three components needs three patches or more, and there are {len(fitted)}")
-    pca = PCA(3, svd_solver="full").fit(fitted)
+    pca = PCA(3, svd_solver="covariance_eigh").fit(fitted)
     scores = pca.transform(fitted)
     skewness = (scores**3).mean(0) / np.maximum(scores.std(0), 1e-12) ** 3
     largest = pca.components_[np.arange(3), np.abs(pca.components_).argmax(1)]

@@ -26,30 +26,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
 import numpy as np
 
 from skipless.datasets.ade20k import ade20k
 from skipless.datasets.coco import coco_stuff
-from skipless.datasets.masks import VOID, SegmentationSet
+from skipless.datasets.masks import SegmentationSet
 from skipless.datasets.official_counts import COUNTS, describe_split
 from skipless.datasets.voc import scenes_segmentation, voc_segmentation
 from skipless.eval.backbones import Backbone, Weights, load_backbone, untrained
-from skipless.eval.command_line import keep_other_result, label_row, parse_settings, run
+from skipless.eval.command_line import parse_settings, run
 from skipless.eval.features import default_cache
-from skipless.eval.metrics import SegmentationScores, miou_interval, segmentation_scores
+from skipless.eval.metrics import miou_interval, segmentation_scores
+from skipless.eval.results import keep_other_result, result_of
 from skipless.eval.segmentation_quick import QuickSettings, quick
+from skipless.eval.segmentation_report import PICTURES, draw, report
 from skipless.eval.segmentation_training import TrainingSettings, train_and_evaluate
 from skipless.ssl import distributed
-from skipless.ssl.provenance import provenance, write_result
+from skipless.ssl.provenance import write_result
 from skipless.ssl.settings import flat, plain
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.patches import Patch
-
 RECIPES = Path(__file__).resolve().parent.parent / "configs" / "segmentation"
-PICTURES = 12
 
 DATA: dict[str, Callable[..., SegmentationSet]] = {
     "voc12": voc_segmentation,
@@ -178,32 +174,14 @@ def evaluate(settings: Settings) -> dict[str, Any]:
             {"block": choice[0] + 1, "miou": s.miou, "interval_95": interval, "pixel_accuracy": s.pixel_accuracy}
             for choice, s, interval in zip(choices, scores, intervals, strict=True)
         ]
-    result = {
-        "task": "segmentation",
-        "protocol": protocol,
-        "dataset": data.name,
-        "split": val.split,
-        "images": len(val),
-        "official_images": COUNTS.get((data.name, val.split)),
-        "metric": "mIoU",
-        "value": main.miou,
-        "details": {**details, "changed_settings": changed},
-        "checkpoint": {
-            "path": backbone.path,
-            "sha256": backbone.sha256,
-            "architecture": backbone.architecture,
-            "family": backbone.family,
-            "mean": backbone.mean,
-            "std": backbone.std,
-        },
-        "settings": recorded,
-        "seed": settings.seed,
-        "seconds": round(time.perf_counter() - began, 1),
-        "processes": distributed.world_size(),
-        **provenance(device),
-    }
+    details["changed_settings"] = changed
+    result = result_of(
+        "segmentation", protocol, data.name, val.split, len(val), "mIoU", main.miou, details, backbone, recorded,
+        settings.seed, time.perf_counter() - began, device, COUNTS.get((data.name, val.split)),
+    )  # fmt: skip
     if first:
-        text = report(result, main)
+        more = f" ({details['held_out_images']:,} more chose the learning rate)" if "held_out_images" in details else ""
+        text = report(result, f"trained on {details['train_images']:,} images{more}")
         if out:
             write_result(out / "segmentation", result, text)
             draw(val, outcome.predictions, out / "pictures.png")
@@ -264,77 +242,6 @@ def changed_settings(settings: Settings) -> dict[str, list[Any]]:
 
 def _default_train_split(settings: Settings) -> str:
     return "trainaug" if (settings.protocol, settings.data.name) == ("neco", "voc12") else "train"
-
-
-def report(result: dict[str, Any], scores: SegmentationScores) -> str:
-    """The result in Markdown: what was measured, mIoU, blocks, classes."""
-    details, checkpoint = result["details"], result["checkpoint"]
-    held_out = ""
-    if "held_out_images" in details:
-        held_out = f" ({details['held_out_images']:,} more chose the learning rate)"
-    interval = ""
-    if "interval_95" in details:
-        low, high = details["interval_95"]
-        interval = f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
-    lines = [
-        f"**{result['protocol']}** {100 * scores.miou:.1f} mIoU{interval}, "
-        f"{100 * scores.pixel_accuracy:.1f} % of pixels",
-        "",
-        f"{checkpoint['architecture']} ({checkpoint['path']}), blocks {', '.join(map(str, details['blocks']))}; "
-        f"{describe_split(result['dataset'], result['split'], result['images'])}; trained on "
-        f"{details['train_images']:,} images{held_out}; seed {result['seed']}; {result['seconds'] / 60:.1f} minutes on "
-        f"{result['hardware']}.",
-        "",
-    ]
-    if result["details"]["changed_settings"]:
-        pairs = [f"{name} {used} (recipe: {theirs})" for name, (theirs, used) in details["changed_settings"].items()]
-        lines += ["Changed from the recipe, so not comparable with its figures: " + "; ".join(pairs) + ".", ""]
-    if "every_block" in details:
-        lines += ["| block | mIoU | pixels |", "|---:|---:|---:|"]
-        for entry in details["every_block"]:
-            lines.append(f"| {entry['block']} | {100 * entry['miou']:.1f} | {100 * entry['pixel_accuracy']:.1f} |")
-        lines.append("")
-    of_block = f" of block {details['blocks'][0]}" if "every_block" in details else ""
-    empty = "; empty where a class is neither in truth nor in prediction" if None in details["iou"].values() else ""
-    lines += [f"IoU by class{of_block}{empty}:", ""]
-    columns = 4
-    cells = [f"{name} | {'' if iou is None else f'{100 * iou:.1f}'}" for name, iou in details["iou"].items()]
-    lines += ["| " + " | ".join(["class | IoU"] * columns) + " |", "|" + "---|---:|" * columns]
-    rows = -(-len(cells) // columns)
-    for row in range(rows):
-        lines.append("| " + " | ".join([*cells[row::rows], *[" | "] * columns][:columns]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def draw(images: SegmentationSet, predictions: dict[int, np.ndarray], path: Path) -> None:
-    """A sheet of images, truths and predictions in the data set's colours; void is white."""
-    colours = np.full((256, 3), 255, np.uint8)
-    colours[: len(images.classes)] = images.colours
-    columns = min(4, len(predictions))
-    rows = -(-len(predictions) // columns)
-    figure, axes = plt.subplots(3 * rows, columns, figsize=(3 * columns, 6.6 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    seen: set[int] = set()
-    for place, (index, prediction) in enumerate(sorted(predictions.items())):
-        image, mask = images.read(index)
-        seen |= set(np.unique(mask)) | set(np.unique(prediction))
-        row, column = 3 * (place // columns), place % columns
-        extent = (0, image.shape[1], image.shape[0], 0)
-        for offset, picture in enumerate((image, colours[mask], colours[prediction])):
-            axis = axes[row + offset, column]
-            axis.imshow(picture, interpolation="nearest", extent=extent)
-            if column == 0:
-                label_row(axis, ("image", "truth", "prediction")[offset])
-        axes[row, column].set_title(images.names[index], fontsize=8, pad=2)
-    known = sorted(seen - {VOID})[:40]
-    handles = [Patch(color=colours[label] / 255, label=images.classes[label]) for label in known]
-    ncols = max(1, 2 * columns)
-    figure.legend(handles=handles, loc="lower center", ncols=ncols, fontsize=8, frameon=False)
-    bottom = (0.3 + 0.25 * -(-len(handles) // ncols)) / (6.6 * rows)
-    figure.tight_layout(pad=0.6, rect=(0.01, bottom, 1, 1))
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def parse(arguments: list[str] | None = None) -> Settings:

@@ -100,7 +100,7 @@ def quick(
 
     def features_of(images: SegmentationSet, rows: np.ndarray) -> Features:
         paths = [images.images[row] for row in rows]
-        read = partial(_image_of_pair, images, rows)
+        read = partial(_image_of_row, images, rows)
         title = f"features, {images.split}"
         return extract(backbone, paths, read, size, blocks, cache, "tokens", batch_size, workers, title)
 
@@ -314,9 +314,13 @@ def _all_label_shares(images: SegmentationSet, rows: np.ndarray, grid: tuple[int
     return shares
 
 
-def _image_of_pair(images: SegmentationSet, rows: np.ndarray, position: int) -> np.ndarray:
-    """The image, after its mask was checked against it."""
-    return images.read(int(rows[position]))[0]
+def image_of_pair(images: SegmentationSet, index: int) -> np.ndarray:
+    """uint8 [H, W, 3], after its mask was checked against it."""
+    return images.read(index)[0]
+
+
+def _image_of_row(images: SegmentationSet, rows: np.ndarray, position: int) -> np.ndarray:
+    return image_of_pair(images, int(rows[position]))
 
 
 def _spread(count: int, most: int) -> np.ndarray:

@@ -64,6 +64,8 @@ def patch_similarity(features: np.ndarray, row: int, column: int) -> np.ndarray:
     Raises:
         IndexError: a patch outside of the grid.
     """
+    if not (0 <= row < features.shape[0] and 0 <= column < features.shape[1]):
+        raise IndexError(f"patch {row}, {column} lies outside of {features.shape[0]} x {features.shape[1]} patches")
     lengths = np.linalg.norm(features.astype(np.float64), axis=-1, keepdims=True)
     directions = features / np.maximum(lengths, 1e-12)
     return directions @ directions[row, column]

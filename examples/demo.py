@@ -1,4 +1,5 @@
-"""What `make demo` runs: write synthetic scenes, pretrain a small skipless ViT on them, and show what it learned.
+"""What `make demo` runs: write synthetic scenes, pretrain a small skipless ViT on them, and show what it learned: two
+tables, a PCA picture, and a page to open in a browser.
 
     python examples/demo.py [--out demo]
 
@@ -6,11 +7,12 @@ Run again, it continues where it was interrupted; delete the folder to start afr
 """
 
 import argparse
+import contextlib
+import io
 import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -22,12 +24,10 @@ import matplotlib.pyplot as plt
 
 from skipless.datasets.images import open_images
 from skipless.datasets.scenes import write_scenes
-from skipless.datasets.voc import scenes_boxes, scenes_segmentation
 from skipless.eval.backbones import Backbone, load_backbone
-from skipless.eval.localization import box_in_pixels, tokencut
-from skipless.eval.metrics import corloc, segmentation_scores
 from skipless.eval.pca import pca_colours
-from skipless.eval.segmentation_quick import QuickSettings, quick
+from skipless.eval.report import DiscoveryData, SegmentationData, Settings, make_report
+from skipless.ssl.checkpoints import export_backbone
 from skipless.ssl.crops import center_crop
 from skipless.ssl.pretrain import build_model, parse
 
@@ -36,7 +36,7 @@ PICTURES = 8
 
 
 def main() -> None:
-    """Scenes, training, k-NN and segmentation tables, PCA picture."""
+    """Scenes, training, tables, PCA picture, page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="Folder for everything the demo writes.")
     out: Path = parser.parse_args().out
@@ -63,20 +63,22 @@ def main() -> None:
     print("\n3/3 what it learned, on held-out scenes", flush=True)
     settings = parse(arguments)
     torch.manual_seed(settings.seed)
-    trained = load_backbone(run)
     # The very weights that training started from.
-    backbones = {"untrained": replace(trained, model=build_model(settings).backbone.eval()), "trained": trained}
+    (out / "untrained").mkdir(exist_ok=True)
+    export_backbone(out / "untrained", build_model(settings).backbone, {})
+    backbones = {name: load_backbone(folder) for name, folder in (("untrained", out / "untrained"), ("trained", run))}
     picture = out / "pca.png"
     draw_pca(out / "scenes" / "val", backbones, picture)
-    measured = {name: [segment(out, backbone), localize(out, backbone)] for name, backbone in backbones.items()}
-    print_table(run, settings.monitor.k)
-    print_dense(measured)
-    print(f"PCA picture: {picture}\nbackbone:    {run / 'backbone.safetensors'}\nmetrics:     {run / 'metrics.jsonl'}")
+    page = make_page(out, run)
+    print_knn(run, settings.monitor.k)
+    print_dense(out)
+    print(f"PCA picture: {picture}\npage:        {page}   (open it in a browser)")
+    print(f"backbone:    {run / 'backbone.safetensors'}\nmetrics:     {run / 'metrics.jsonl'}")
     print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes in all. Next, on your own images (any folder):\n")
     print("    python ssl/pretrain.py --config configs/imagenette_cpu.yaml --data.path FOLDER --out runs/mine")
 
 
-def print_table(run: Path, k: int) -> None:
+def print_knn(run: Path, k: int) -> None:
     """k-NN accuracy of the blocks before and after training, from the run's log."""
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     measured = [entry for entry in entries if "monitor/knn" in entry]
@@ -88,35 +90,37 @@ def print_table(run: Path, k: int) -> None:
     print()
 
 
-def segment(out: Path, backbone: Backbone) -> float:
-    """mIoU of a linear layer on the last block's features, as `eval/segmentation.py --protocol quick` measures it."""
-    train, val = (scenes_segmentation(out / "scenes", split) for split in ("train", "val"))
-    settings = QuickSettings(size=96, max_images=1000)
-    last = backbone.depth - 1
-    outcome = quick(
-        backbone, train, val, [(last,)], settings, out / "features", seed=0, batch_size=64, workers=0, shown=()
+def make_page(out: Path, run: Path) -> Path:
+    """Measure both backbones as the evaluations do, and write the page that compares them."""
+    settings = Settings(
+        ckpt=(str(out / "untrained"), str(run)),
+        names=("untrained", "trained"),
+        out=str(out / "report"),
+        images=str(out / "scenes" / "val"),
+        size=96,
+        tasks=("segmentation", "tokencut"),
+        segmentation=SegmentationData(str(out / "scenes"), "scenes", size=96),
+        discovery=DiscoveryData(str(out / "scenes"), "scenes"),
+        cache=str(out / "features"),
+        batch_size=64,
     )
-    return segmentation_scores(outcome.confusions[0]).miou
+    with contextlib.redirect_stdout(io.StringIO()):  # its table is printed below, in fewer words
+        return make_report(settings)
 
 
-def localize(out: Path, backbone: Backbone) -> float:
-    """CorLoc of TokenCut on the last block's keys, as `eval/discovery.py` measures it."""
-    images = scenes_boxes(out / "scenes", "val")
-    boxes: list[tuple[int, int, int, int]] = []
-    for first in range(0, len(images), 100):
-        pictures = np.stack([images.read_image(i) for i in range(first, min(first + 100, len(images)))])
-        (last,) = backbone.features(backbone.normalize(pictures), kind="keys")
-        boxes += [box_in_pixels(found.box, backbone.patch, 96, 96) for found in tokencut(last.patches)]
-    return float(corloc(np.array(boxes, float), list(images.boxes)).mean())
-
-
-def print_dense(measured: dict[str, list[float]]) -> None:
+def print_dense(out: Path) -> None:
     """What patch features are good for, before and after training."""
     print(f"Patch features of the same scenes, last block\n\n{'':34}{'untrained':>10}{'trained':>10}")
-    names = ("linear segmentation, mIoU", "object discovery, CorLoc")
-    for name, before, after in zip(names, measured["untrained"], measured["trained"], strict=True):
-        print(f"{name:34}{100 * before:9.1f}%{100 * after:9.1f}%")
-    print("(protocols: scenes-linear/quick with 1,000 training scenes, scenes-tokencut)\n")
+    for title, file in (
+        ("linear segmentation, mIoU", "segmentation/segmentation.json"),
+        ("object discovery, CorLoc", "tokencut/discovery.json"),
+    ):
+        results = [
+            json.loads((out / "report" / "results" / name / file).read_text()) for name in ("untrained", "trained")
+        ]
+        before, after = (100 * result["value"] for result in results)
+        print(f"{title:34}{before:9.1f}%{after:9.1f}%   {results[0]['protocol']}")
+    print()
 
 
 @torch.inference_mode()

@@ -19,7 +19,10 @@ def provenance(device: torch.device | str) -> dict[str, Any]:
         {"hardware": the GPU's name or the CPU's with its cores, "versions": of Python and the packages that matter,
         "commit": of the source tree, with "+changes" where it has uncommitted ones; None outside of a git checkout}.
     """
-    packages = ("torch", "torchvision", "numpy", "scikit-learn", "opencv-python-headless", "pytorch-optimizer")
+    packages = (
+        "torch", "torchvision", "numpy", "scikit-learn", "opencv-python-headless", "pytorch-optimizer", "faiss-cpu",
+        "faiss-gpu",
+    )  # fmt: skip
     versions = {"python": platform.python_version()}
     for name in packages:
         try:

@@ -167,7 +167,7 @@ def test_wheel_holds_every_source_file_and_recipe(tmp_path: Path) -> None:
     held = zipfile.ZipFile(wheel).namelist()
     expected = {"skipless/__init__.py", "skipless/py.typed"}
     for folder in FOLDERS:
-        files = [*python_files(folder), *(ROOT / folder).rglob("*.yaml")]
+        files = [*python_files(folder), *(ROOT / folder).rglob("*.yaml"), *(ROOT / folder).rglob("*.html")]
         expected |= {f"skipless/{file.relative_to(ROOT).as_posix()}" for file in files}
     assert {name for name in held if ".dist-info/" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") for name in held)

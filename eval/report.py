@@ -1,0 +1,335 @@
+"""One page that compares checkpoints: figures with intervals, curves over the blocks, PCA pictures, patch similarity.
+
+    python eval/report.py --ckpt runs/residual runs/skipless --out report --images photos \\
+        --segmentation.name voc12 --segmentation.root VOCdevkit --discovery.name voc07 --discovery.root VOCdevkit \\
+        --classification.root imagenette
+
+measures every checkpoint in every way that the given data allow, and writes report/report.html: one file that needs no
+server and no network, to open in a browser, print or send. Beside it the table in Markdown and LaTeX (report.md,
+report.tex), and under report/results/NAME/TASK what each evaluation wrote. What is measured there is not measured
+again: after an interruption, or with one more checkpoint or data set, the same command does only what is missing.
+Results made by the evaluations themselves are taken up with --collect FOLDER. Without data, the page has pictures only.
+
+Tasks: knn, linear (--classification), segmentation (protocol quick), retrieval, clustering (--segmentation), lost,
+tokencut (--discovery). In flag names - and _ are the same.
+"""
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from skipless.eval import classification, clustering, discovery, knn, linear, retrieval, segmentation
+from skipless.eval.backbones import Backbone, FeatureKind, Weights, load_backbone, untrained
+from skipless.eval.classification import Pooling
+from skipless.eval.command_line import join_list, parse_settings, run
+from skipless.eval.report_page import write_page
+from skipless.eval.report_tables import latex_table, markdown_table, table_of
+from skipless.eval.results import INCIDENTAL
+from skipless.eval.segmentation_quick import QuickSettings
+from skipless.ssl import distributed
+from skipless.ssl.checkpoints import write_text
+from skipless.ssl.settings import plain
+
+TASKS = ("knn", "linear", "segmentation", "retrieval", "clustering", "lost", "tokencut")
+
+
+@dataclass
+class ClassificationData:
+    """Data of knn and linear; see eval/knn.py."""
+
+    root: str = ""
+    """Where they lie; left out, the tasks are left out."""
+    name: Literal["folder", "cifar10", "cifar100", "arrays", "huggingface"] = "folder"
+    """Where they come from."""
+    split: str | None = None
+    """Split that is classified; by default val, for CIFAR test, for huggingface validation."""
+    train_split: str = "train"
+    """Split whose labels are known."""
+    pool: Pooling = "cls"
+    """The vector of an image: its CLS token, the mean of its patch tokens, or both."""
+    size: int = 224
+    """Side in pixels of the central crops."""
+
+
+@dataclass
+class SegmentationData:
+    """Data of segmentation, retrieval and clustering; see eval/segmentation.py."""
+
+    root: str = ""
+    """Folder, laid out as its authors ship it; left out, the tasks are left out."""
+    name: Literal["voc12", "coco-stuff-27", "coco-stuff-171", "ade20k", "scenes"] = "voc12"
+    """Data set."""
+    split: str = "val"
+    """Split whose mIoU is measured."""
+    train_split: str = "train"
+    """Split that heads are trained on and memories are filled from."""
+    size: int = 448
+    """Side in pixels of the squares that images are resized to, for all three: features are computed once."""
+
+
+@dataclass
+class DiscoveryData:
+    """Data of lost and tokencut; see eval/discovery.py."""
+
+    root: str = ""
+    """Folder, laid out as its authors ship it; left out, the tasks are left out."""
+    name: Literal["voc07", "voc12", "coco", "scenes", "folder"] = "voc07"
+    """Data set."""
+    split: str | None = None
+    """Split; by default as in eval/discovery.py."""
+    features: FeatureKind = "keys"
+    """What patches are compared by: keys, or keys_without_bias where a trained bias makes all keys alike."""
+
+
+@dataclass
+class Settings:
+    """One page that compares checkpoints."""
+
+    ckpt: tuple[str, ...]
+    """Backbones: folders of runs; .pt, .pth or .safetensors of ours, DINO, DINOv2 or timm; or timm:NAME."""
+    names: tuple[str, ...] = ()
+    """Names to show them under, as many; by default those of the files or folders."""
+    out: str = "report"
+    """Folder for report.html, report.md, report.tex and results/."""
+    images: str = ""
+    """Images to look at: a folder, zip archive or image file; by default those of the first data set that is given."""
+    count: int = 16
+    """At most so many of them, evenly spread."""
+    size: int | None = None
+    """Short side in pixels at which they are looked at; by default 1.5 times the size that a backbone was trained at,
+    unless that is beyond 800 patches."""
+    tasks: tuple[str, ...] = TASKS
+    """What to measure, as far as data are given."""
+    classification: ClassificationData = field(default_factory=ClassificationData)
+    """Data of knn and linear."""
+    segmentation: SegmentationData = field(default_factory=SegmentationData)
+    """Data of segmentation, retrieval and clustering."""
+    discovery: DiscoveryData = field(default_factory=DiscoveryData)
+    """Data of lost and tokencut."""
+    collect: tuple[str, ...] = ()
+    """Folders with results that the evaluations wrote; those of the same checkpoints join the table."""
+    untrained: bool = False
+    """Add the first checkpoint's architecture with random weights: the floor that figures stand on."""
+    weights: Weights = "teacher"
+    """Which half of a training checkpoint that holds a teacher and a student."""
+    cache: str | None = None
+    """Folder for features; by default ~/.cache/skipless/features. Safe to delete."""
+    seed: int = 0
+    """Of all that is random."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    batch_size: int = 16
+    """Images in one forward pass of the backbone. Changes speed and memory alone."""
+    workers: int = 0
+    """Processes that read images; 0 reads them in the main one."""
+
+    def __post_init__(self) -> None:
+        if not self.ckpt:
+            raise ValueError("give one checkpoint or more: --ckpt A B")
+        if self.names and len(self.names) != len(self.ckpt):
+            raise ValueError(f"names has {len(self.names)} for {len(self.ckpt)} checkpoints; give one for each")
+        for task in self.tasks:
+            if task not in TASKS:
+                raise ValueError(f"task {task!r} does not exist; choose from {', '.join(TASKS)}")
+        if self.count < 1 or (self.size is not None and self.size < 1):
+            raise ValueError("count and size must be 1 or more")
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A checkpoint that is compared."""
+
+    name: str
+    ckpt: str
+    untrained: bool
+    backbone: Backbone
+
+
+def make_report(settings: Settings) -> Path:
+    """Measure what is missing, write the page and the tables, and return the page's path.
+
+    Raises:
+        ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used.
+    """
+    device = distributed.start(settings.device)
+    if distributed.world_size() > 1:
+        raise ValueError(
+            "eval/report.py runs in one process; measure with torchrun first, and give it --collect FOLDER"
+        )
+    out = Path(settings.out).expanduser()
+    candidates = load_candidates(settings, device)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for number, candidate in enumerate(candidates, 1):
+        folder = out / "results" / candidate.name
+        found = []
+        for task, theirs, evaluate in planned(settings, candidate, folder):
+            stem = "discovery" if task in ("lost", "tokencut") else task
+            old = measured(folder / task / f"{stem}.json", theirs, candidate.backbone)
+            if old is None:
+                print(f"{candidate.name} ({number} of {len(candidates)}): {task}", flush=True)
+                with contextlib.redirect_stdout(io.StringIO()):
+                    evaluate(theirs)
+                old = json.loads((folder / task / f"{stem}.json").read_text())
+            old["pictures"] = folder / task / "pictures.png"
+            found.append(old)
+        found += collected(settings, candidate, found)
+        results[candidate.name] = found
+    table = table_of(results)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "report.md", markdown_table(table))
+    write_text(out / "report.tex", latex_table(table))
+    page = out / "report.html"
+    backbones = {candidate.name: candidate.backbone for candidate in candidates}
+    write_page(page, table, results, backbones, pictured(settings), settings.count, settings.size, plain(settings))
+    print("\n" + markdown_table(table) + f"\nwritten: {page}, report.md, report.tex")
+    return page
+
+
+def load_candidates(settings: Settings, device: Any) -> list[Candidate]:
+    """The checkpoints under names that differ, and the untrained twin of the first where it is asked for."""
+    names = list(settings.names) or [short_name(ckpt) for ckpt in settings.ckpt]
+    for name, ckpt in zip(names, settings.ckpt, strict=True):
+        if names.count(name) > 1:
+            raise ValueError(f"two checkpoints are called {name}, one of them {ckpt}; tell them apart by --names A B")
+        if "/" in name or name in ("", ".", ".."):
+            raise ValueError(f"names: {name!r} cannot be the name of a folder")
+    candidates = [
+        Candidate(name, ckpt, False, load_backbone(ckpt, settings.weights).to(device))
+        for name, ckpt in zip(names, settings.ckpt, strict=True)
+    ]
+    if settings.untrained:
+        first = candidates[0]
+        twin = Candidate(f"{first.name} untrained", first.ckpt, True, untrained(first.backbone, settings.seed))
+        candidates.append(twin)
+    return candidates
+
+
+def short_name(ckpt: str) -> str:
+    """The folder of a run, the name of a file without its ending, timm's name."""
+    if ckpt.startswith("timm:"):
+        return ckpt.removeprefix("timm:")
+    path = Path(ckpt).expanduser()
+    return path.resolve().name if path.is_dir() else path.stem
+
+
+def planned(settings: Settings, candidate: Candidate, folder: Path) -> list[tuple[str, Any, Callable[[Any], Any]]]:
+    """(task, the settings of its evaluation, its function) for each task whose data are given."""
+
+    def common(task: str) -> dict[str, Any]:
+        return {
+            "ckpt": candidate.ckpt, "weights": settings.weights, "untrained": candidate.untrained,
+            "out": str(folder / task), "seed": settings.seed, "device": settings.device,
+            "batch_size": settings.batch_size, "workers": settings.workers,
+        }  # fmt: skip
+
+    cache: dict[str, Any] = {"cache": settings.cache}
+    plan: list[tuple[str, Any, Callable[[Any], Any]]] = []
+    c, s, d = settings.classification, settings.segmentation, settings.discovery
+    if c.root:
+        images = classification.DataSettings(c.root, c.name, c.split, c.train_split)
+        more: dict[str, Any] = {"data": images, "pool": c.pool, "size": c.size, **cache}
+        plan.append(("knn", knn.Settings(k=(20,), every_block=True, **common("knn"), **more), knn.evaluate))
+        plan.append(("linear", linear.Settings(**common("linear"), **more), linear.evaluate))
+    if s.root:
+        masks = segmentation.DataSettings(s.name, s.root, s.split, s.train_split)
+        theirs: Any = segmentation.Settings(
+            data=masks, protocol="quick", every_block=True, quick=QuickSettings(size=s.size), **common("segmentation"),
+            **cache,
+        )  # fmt: skip
+        plan.append(("segmentation", theirs, segmentation.evaluate))
+        memory = retrieval.MemoryData(s.name, s.root, s.split, s.train_split)
+        theirs = retrieval.Settings(data=memory, size=s.size, **common("retrieval"), **cache)
+        plan.append(("retrieval", theirs, retrieval.evaluate))
+        clustered = clustering.ClusteredData(s.name, s.root, s.split)
+        theirs = clustering.Settings(data=clustered, size=s.size, **common("clustering"), **cache)
+        plan.append(("clustering", theirs, clustering.evaluate))
+    if d.root:
+        boxes = discovery.DataSettings(d.name, d.root, d.split)
+        for method in ("lost", "tokencut"):
+            theirs = discovery.Settings(
+                data=boxes, method=method, features=d.features, every_block=True, **common(method)
+            )
+            plan.append((method, theirs, discovery.discover))
+    return [entry for entry in plan if entry[0] in settings.tasks]
+
+
+def measured(path: Path, settings: Any, backbone: Backbone) -> dict[str, Any] | None:
+    """The result in `path`, if it is of these settings and weights.
+
+    Raises:
+        ValueError: it is of others, and measuring would overwrite it.
+    """
+    if not path.exists():
+        return None
+    try:
+        old = json.loads(path.read_text())
+        same = old["checkpoint"]["sha256"] == backbone.sha256
+        theirs = old["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged or no result: delete it, and it is measured again") from None
+    ours = plain(settings)
+    differing = [k for k in theirs if k not in (*INCIDENTAL, "ckpt") and theirs[k] != ours.get(k)]
+    if not same or differing:
+        why = f"other settings ({', '.join(differing)})" if differing else "other weights"
+        raise ValueError(f"{path} is of {why}: give another --out or other --names, or delete its folder")
+    return old
+
+
+def collected(settings: Settings, candidate: Candidate, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of this checkpoint in the folders to collect from, other than those that are known."""
+    seen = {(old["protocol"], old["dataset"], old["split"]) for old in known}
+    found = []
+    for folder in settings.collect:
+        root = Path(folder).expanduser()
+        if not root.is_dir():
+            raise FileNotFoundError(f"collect: {root}: no such folder")
+        for path in sorted(root.rglob("*.json")):
+            try:
+                old = json.loads(path.read_text())
+                ours = old["checkpoint"]["sha256"] == candidate.backbone.sha256 and old["value"] is not None
+                key = (old["protocol"], old["dataset"], old["split"])
+            except (ValueError, KeyError, TypeError):
+                continue  # another kind of file
+            if ours and key not in seen:
+                seen.add(key)
+                old["pictures"] = path.parent / "pictures.png"
+                found.append(old)
+    return found
+
+
+def pictured(settings: Settings) -> str | list[Path]:
+    """Where the images to look at are: a folder, archive or file, or a list of files."""
+    if settings.images:
+        return settings.images
+    if settings.segmentation.root:
+        s = settings.segmentation
+        return list(segmentation.DATA[s.name](s.root, s.split).images)
+    if settings.discovery.root:
+        d = settings.discovery
+        return list(discovery.open_data(discovery.DataSettings(d.name, d.root, d.split))[0].images)
+    if settings.classification.root and settings.classification.name == "folder":
+        c = settings.classification
+        return str(Path(c.root) / (c.split or "val"))
+    raise ValueError("give --images: a folder, zip archive or image file to look at")
+
+
+def parse(arguments: list[str] | None = None) -> Settings:
+    """Settings from the command line."""
+    words = arguments
+    for flag in ("--ckpt", "--names", "--tasks", "--collect"):
+        words = join_list(flag, words)
+    switches = {"untrained": "Add the first checkpoint's architecture with random weights, the floor to compare with."}
+    return parse_settings(Settings, "eval/report.py", __doc__, switches, words)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    run(lambda: make_report(parse(arguments)))
+
+
+if __name__ == "__main__":
+    main()

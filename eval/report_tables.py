@@ -1,0 +1,131 @@
+"""The table of a report: protocols in rows, checkpoints in columns; as data, in Markdown and in LaTeX."""
+
+from dataclasses import dataclass
+from typing import Any
+
+ORDER = ("knn", "linear", "segmentation", "retrieval", "clustering", "discovery")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure, in percent."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    """95 % interval over images."""
+    spread: float | None = None
+    """Standard deviation over seeds, where the figure is their mean."""
+    best: bool = False
+    """The highest of its row, if there are several."""
+
+    def text(self) -> str:
+        """As in 56.3 (54.1-58.4), or 20.1 ± 0.8."""
+        if self.low is not None:
+            return f"{self.value:.1f} ({self.low:.1f}–{self.high:.1f})"
+        return f"{self.value:.1f}" + (f" ± {self.spread:.1f}" if self.spread is not None else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One protocol on one data set."""
+
+    protocol: str
+    data: str
+    metric: str
+    cells: tuple[Cell | None, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """All figures of all checkpoints."""
+
+    names: tuple[str, ...]
+    """Of the checkpoints, in the columns' order."""
+    rows: tuple[Row, ...]
+
+
+def table_of(results: dict[str, list[dict[str, Any]]]) -> Table:
+    """Results by checkpoint, as the evaluations write them, as a table."""
+    rows: dict[tuple[Any, ...], dict[str, Cell]] = {}
+    for name, of_checkpoint in results.items():
+        for result in of_checkpoint:
+            if result["value"] is None:
+                continue
+            order = ORDER.index(result["task"]) if result["task"] in ORDER else len(ORDER)
+            key = (order, result["protocol"], data_of(result), result["metric"])
+            rows.setdefault(key, {})[name] = cell_of(result)
+    return Table(
+        tuple(results),
+        tuple(
+            Row(protocol, data, metric, _marked([cells.get(name) for name in results]))
+            for (_, protocol, data, metric), cells in sorted(rows.items(), key=lambda item: item[0])
+        ),
+    )
+
+
+def cell_of(result: dict[str, Any]) -> Cell:
+    """The figure of a result."""
+    low, high = result["details"].get("interval_95") or (None, None)
+    spread = result["details"].get("std")
+    low, high, spread = (None if x is None else 100 * x for x in (low, high, spread))
+    return Cell(100 * result["value"], low, high, spread)
+
+
+def data_of(result: dict[str, Any]) -> str:
+    """As in "voc12 val SUBSET, 180 of 1,449 images"."""
+    if "data" in result["details"]:
+        return str(result["details"]["data"])
+    official = result.get("official_images")
+    if official and official != result["images"]:
+        return f"{result['dataset']} {result['split']} SUBSET, {result['images']:,} of {official:,} images"
+    return f"{result['dataset']} {result['split']}, {result['images']:,} images"
+
+
+def markdown_table(table: Table) -> str:
+    """For README files and issues; the best of a row in bold."""
+    lines = [
+        "| protocol | data | metric | " + " | ".join(_plain(name) for name in table.names) + " |",
+        "|---|---|---|" + "---:|" * len(table.names),
+    ]
+    for row in table.rows:
+        cells = ["" if c is None else f"**{c.text()}**" if c.best else c.text() for c in row.cells]
+        lines.append(f"| {row.protocol} | {row.data} | {row.metric} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", "In percent, with 95 % intervals over images.", ""])
+
+
+def latex_table(table: Table) -> str:
+    """For papers; needs the package booktabs."""
+
+    def escaped(text: str) -> str:
+        special = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}"}
+        special |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+        special |= {"±": r"$\pm$", "–": "--"}
+        return "".join(special.get(character, character) for character in text)
+
+    lines = [
+        "% \\usepackage{booktabs}",
+        "\\begin{tabular}{ll" + "r" * len(table.names) + "}",
+        "\\toprule",
+        "Protocol & Data & " + " & ".join(escaped(name) for name in table.names) + " \\\\",
+        "\\midrule",
+    ]
+    for row in table.rows:
+        texts = ["" if c is None else escaped(c.text()) for c in row.cells]
+        cells = [
+            f"\\textbf{{{text}}}" if c is not None and c.best else text
+            for c, text in zip(row.cells, texts, strict=True)
+        ]
+        lines.append(f"{escaped(row.protocol)} & {escaped(row.data)} & " + " & ".join(cells) + " \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+
+
+def _marked(cells: list[Cell | None]) -> tuple[Cell | None, ...]:
+    values = [c.value for c in cells if c is not None]
+    return tuple(
+        c and Cell(c.value, c.low, c.high, c.spread, best=len(values) > 1 and c.value == max(values)) for c in cells
+    )
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -1,0 +1,74 @@
+"""What every evaluation leaves: a result for machines, which is never written over another one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skipless.eval.backbones import Backbone
+from skipless.ssl import distributed
+from skipless.ssl.provenance import provenance
+
+# Settings that change nothing about a figure.
+INCIDENTAL = ("out", "cache", "device", "batch_size", "workers")
+
+
+def result_of(
+    task: str,
+    protocol: str,
+    dataset: str,
+    split: str,
+    images: int,
+    metric: str | None,
+    value: float | None,
+    details: dict[str, Any],
+    backbone: Backbone,
+    recorded: dict[str, Any],
+    seed: int,
+    seconds: float,
+    device: torch.device,
+    official: int | None = None,
+) -> dict[str, Any]:
+    """The content of a result file.
+
+    Args:
+        metric, value: the figure, as a fraction; None where there was nothing to compare with.
+        details: whatever else was found.
+        recorded: the settings.
+        official: images of the whole split, where that is known.
+    """
+    about = ("path", "sha256", "architecture", "family", "mean", "std")
+    return {
+        "task": task,
+        "protocol": protocol,
+        "dataset": dataset,
+        "split": split,
+        "images": images,
+        "official_images": official,
+        "metric": metric,
+        "value": value,
+        "details": details,
+        "checkpoint": {name: getattr(backbone, name) for name in about},
+        "settings": recorded,
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "processes": distributed.world_size(),
+        **provenance(device),
+    }
+
+
+def keep_other_result(path: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError where `path` holds the result of a run with other settings, which would be lost."""
+    try:
+        old = json.loads(path.read_text())
+        theirs, ours = ({k: v for k, v in tree.items() if k not in INCIDENTAL} for tree in (old["settings"], settings))
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{path} is no result of this command: give another --out") from None
+    if theirs != ours:
+        raise ValueError(
+            f"{path} holds another result ({old.get('protocol')} of {old.get('checkpoint', {}).get('path')}): give "
+            "another --out, or delete it"
+        )
