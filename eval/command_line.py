@@ -72,13 +72,15 @@ def run(command: Callable[[], object]) -> None:
         distributed.stop()
 
 
-def join_list(flag: str, arguments: Sequence[str] | None = None) -> list[str]:
+def join_list(flag: str, arguments: Sequence[str] | None = None, numbers: bool = False) -> list[str]:
     """The command line, by default the program's, with `--flag A B` as the one word that a list is among settings."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if flag in words:
         at = words.index(flag)
         end = next((i for i in range(at + 1, len(words)) if words[i].startswith("--")), len(words))
-        words[at:end] = [f"{flag}={json.dumps(words[at + 1 : end])}"]
+        values = words[at + 1 : end]
+        if len(values) != 1 or not values[0].startswith("["):  # which is a list already
+            words[at:end] = [f"{flag}=" + (f"[{','.join(values)}]" if numbers else json.dumps(values))]
     return words
 
 

@@ -29,7 +29,7 @@ from skipless.eval.classification import (
     pooled_features,
     vectors,
 )
-from skipless.eval.command_line import parse_settings, run
+from skipless.eval.command_line import join_list, parse_settings, run
 from skipless.eval.features import default_cache
 from skipless.eval.neighbours import nearest, require_faiss
 from skipless.eval.results import keep_other_result, result_of
@@ -47,7 +47,7 @@ class Settings:
     """Backbone: the folder of a run; a .pt, .pth or .safetensors of ours, DINO, DINOv2 or timm; or timm:NAME."""
     data: DataSettings
     k: tuple[int, ...] = (20, 10, 100, 200)
-    """Neighbours that vote, as in [20,10]; accuracy is given for each, and the first is the figure."""
+    """Neighbours that vote, as in 20 10; accuracy is given for each, and the first is the figure."""
     temperature: float = 0.07
     """Of the votes' weights."""
     pool: Pooling = "cls"
@@ -215,7 +215,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
         "untrained": "Measure the checkpoint's architecture with random weights: the floor its figure stands on.",
         "every_block": "Accuracy of each block by itself.",
     }
-    return parse_settings(Settings, "eval/knn.py", __doc__, switches, arguments)
+    return parse_settings(Settings, "eval/knn.py", __doc__, switches, join_list("--k", arguments, numbers=True))
 
 
 def main(arguments: list[str] | None = None) -> None:

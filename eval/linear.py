@@ -9,6 +9,10 @@ torchrun on several:
 
     python eval/linear.py --protocol dino --ckpt dino_vits16.pth --data.root imagenet --workers 16 --out linear
 
+It departs from the published code where that reports the best epoch on the images it measures: here a tenth of the
+training images (at most 10,000) is held out, and chooses among the learning rates. Weights start at 0, the cosine goes
+by steps, and crops are resized bicubically.
+
 Both concatenate the CLS tokens of the last four blocks (DINO's choice for ViT-S), and train by SGD with momentum, no
 weight decay and a cosine schedule, with many learning rates at once. Which one counts is chosen on training images that
 were held out, never on those that the figure is about. An interrupted run is continued by the same command. In flag
@@ -41,7 +45,7 @@ from skipless.eval.classification import (
     pooled_features,
     vectors,
 )
-from skipless.eval.command_line import parse_settings, run
+from skipless.eval.command_line import join_list, parse_settings, run
 from skipless.eval.features import data_sha256, default_cache
 from skipless.eval.results import INCIDENTAL, keep_other_result, result_of
 from skipless.eval.segmentation import choose_blocks
@@ -67,7 +71,7 @@ class Settings:
     """cached trains on features of central crops, standardised, computed once. dino trains on random crops and flips,
     as published: a forward pass over the training set in every epoch."""
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-    """For 256 images a step, scaled with their number, as in [0.001,0.01]. One head is trained with each; the held-out
+    """For 256 images a step, scaled with their number, as in 0.001 0.01. One head is trained with each; the held-out
     images choose."""
     epochs: int = 100
     """Passes over the training images."""
@@ -449,7 +453,9 @@ def parse(arguments: list[str] | None = None) -> Settings:
         "untrained": "Measure the checkpoint's architecture with random weights: the floor its figure stands on.",
         "every_block": "Heads on each block by itself, and its accuracy.",
     }
-    return parse_settings(Settings, "eval/linear.py", __doc__, switches, arguments)
+    return parse_settings(
+        Settings, "eval/linear.py", __doc__, switches, join_list("--learning-rates", arguments, numbers=True)
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from skipless.datasets.images import read_image
 from skipless.eval import features as module
 from skipless.eval.backbones import Backbone
 from skipless.eval.features import Features, extract
-from skipless.ssl.crops import resample
+from skipless.ssl.crops import center_crop, resample
 from skipless.ssl.vit import VisionTransformer
 
 DIM = 32
@@ -56,6 +56,7 @@ def photos(tmp_path: Path) -> list[Path]:
 def shards_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that ten images are shards of 4, 4 and 2."""
     monkeypatch.setattr(module, "SHARD", 4)
+    monkeypatch.setattr(module, "POOLED_SHARD", 4)
 
 
 class Stop(Exception):
@@ -111,6 +112,37 @@ def test_values_are_those_of_the_backbone(
     torch.testing.assert_close(patches.float(), torch.cat([last.patches, first.patches], dim=3), **half)
     torch.testing.assert_close(cls.float(), torch.cat([last.cls, first.cls], dim=1), **half)
     torch.testing.assert_close(found.read([3], (0,))[0], found.read(range(10), (0,))[3])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pooled_features_are_class_tokens_and_means(
+    backbone: Backbone, photos: list[Path], tmp_path: Path, workers: int
+) -> None:
+    """Of central crops: the short side becomes 28, and 24 x 24 pixels are cut out."""
+    found = run(backbone, photos, tmp_path / "cache", (0, -1), resize=28, pooled=True, batch_size=3, workers=workers)
+    assert (found.images, found.blocks, found.grid, found.dim) == (10, (0, 2), (1, 1), DIM)
+    rows = [9, 0, 4, 4]
+    images = backbone.normalize(np.stack([center_crop(read_image(photos[row]), 24, 28) for row in rows]))
+    last, first = backbone.features(images, (2, 0))
+    means = [f.patches.reshape(4, 9, DIM).sum(1) / 9 for f in (last, first)]
+    patches, cls = found.read(rows, (2, 0)), found.read_cls(rows, (2, 0))
+    half = {"atol": 2e-3, "rtol": 2e-3}
+    assert patches.shape == (4, 1, 1, 2 * DIM)
+    torch.testing.assert_close(patches[:, 0, 0].float(), torch.cat(means, dim=1), **half)
+    torch.testing.assert_close(cls.float(), torch.cat([last.cls, first.cls], dim=1), **half)
+    # Two vectors an image and block, in three files a block.
+    assert [np.load(path).shape for path in sorted(found.folder.rglob("*.npy"))] == [
+        (count, 2, DIM) for _ in range(2) for count in (4, 4, 2)
+    ]
+
+
+def test_central_crops_keep_their_patches_where_nothing_is_pooled(
+    backbone: Backbone, photos: list[Path], tmp_path: Path
+) -> None:
+    found = run(backbone, photos, tmp_path / "cache", resize=28)
+    images = backbone.normalize(np.stack([center_crop(read_image(photos[row]), 24, 28) for row in (3, 8)]))
+    (expected,) = backbone.features(images, (2,))
+    torch.testing.assert_close(found.read([3, 8], (2,)).float(), expected.patches, atol=2e-3, rtol=2e-3)
 
 
 def test_files_are_mapped_and_few_are_open(
@@ -182,6 +214,9 @@ CHANGES: dict[str, Callable[[Backbone, list[Path]], dict[str, Any]]] = {
     "place of the images": _elsewhere,
     "order": lambda _, paths: {"paths": paths[::-1]},
     "fewer": lambda _, paths: {"paths": paths[:9]},
+    "pooled": lambda *_: {"pooled": True},
+    "centre": lambda *_: {"resize": 24},
+    "identity": lambda *_: {"identity": "arrays"},
 }
 
 
@@ -199,6 +234,38 @@ def test_a_change_never_meets_a_stale_cache(
     assert stored(found.folder) == stored(fresh.folder)
 
 
+def test_pooled_and_full_features_lie_side_by_side(backbone: Backbone, photos: list[Path], tmp_path: Path) -> None:
+    """Also of images of a single patch, where both have the same shape, and of two sizes before the crop."""
+    for size in (8, 24):
+        folders = {
+            run(backbone, photos, tmp_path, size=size, resize=resize, pooled=pooled).folder
+            for resize in (None, 28, 29)
+            for pooled in (False, True)
+        }
+        assert len(folders) == 6
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_images_without_files_are_told_apart_by_their_identity(
+    backbone: Backbone, tmp_path: Path, pooled: bool
+) -> None:
+    """`paths` are names for messages alone."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 10, 20, 28, 3), dtype=np.uint8)
+    paths = [Path(f"train.npz[{row}]") for row in range(10)]
+    seen = count_images(backbone)
+    found = [
+        run(backbone, paths, tmp_path, read=images[i].__getitem__, identity=name, pooled=pooled, resize=28)
+        for i, name in ((0, "one"), (1, "other"), (0, "one"))
+    ]
+    assert sum(seen) == 20
+    assert found[0].folder == found[2].folder
+    stacked = backbone.normalize(np.stack([center_crop(image, 24, 28) for image in images[1]]))
+    (expected,) = backbone.features(stacked, (2,))
+    torch.testing.assert_close(found[1].read_cls(range(10), (2,)).float(), expected.cls, atol=2e-3, rtol=2e-3)
+    elsewhere = [Path(f"moved.npz[{row}]") for row in range(10)]
+    assert run(backbone, elsewhere, tmp_path, identity="one", pooled=pooled, resize=28).folder == found[0].folder
+
+
 def test_without_a_change_nothing_is_read(photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(make_backbone(), photos, tmp_path / "cache")
     reader = Reader(photos, most=0)
@@ -212,18 +279,20 @@ def test_without_a_change_nothing_is_read(photos: list[Path], tmp_path: Path, mo
 # Interrupted ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("after", [0, 3, 4, 9])
 def test_interrupted_extraction_goes_on_where_it_stopped(
-    backbone: Backbone, photos: list[Path], tmp_path: Path, after: int
+    backbone: Backbone, photos: list[Path], tmp_path: Path, after: int, pooled: bool
 ) -> None:
+    more: dict[str, Any] = {"pooled": pooled, "resize": 28 if pooled else None}
     with pytest.raises(Stop):
-        run(backbone, photos, tmp_path / "cache", (0, 2), read=Reader(photos, most=after))
+        run(backbone, photos, tmp_path / "cache", (0, 2), read=Reader(photos, most=after), **more)
     reader, seen = Reader(photos), count_images(backbone)
-    found = run(backbone, photos, tmp_path / "cache", (0, 2), read=reader)
+    found = run(backbone, photos, tmp_path / "cache", (0, 2), read=reader, **more)
     whole = after // 4 * 4
     assert reader.seen == list(range(whole, 10))
     assert sum(seen) == 10 - whole
-    assert stored(found.folder) == stored(run(backbone, photos, tmp_path / "whole", (0, 2)).folder)
+    assert stored(found.folder) == stored(run(backbone, photos, tmp_path / "whole", (0, 2), **more).folder)
 
 
 CHILD = """
@@ -395,6 +464,23 @@ def test_features_that_are_no_numbers_name_image_and_block(
     assert "block 2 of tiny.pt" in message
     assert len(stored(tmp_path / "cache")) == 2  # the first shard of both blocks
     run(backbone, photos, tmp_path / "cache", (0, 1))
+
+
+def test_images_that_are_no_files_are_named_in_errors(backbone: Backbone, tmp_path: Path) -> None:
+    """And a crop that is larger than what it is cut out of is refused."""
+    paths = [Path(f"train.npz[{row}]") for row in range(6)]
+    white = np.full((20, 28, 3), 255, np.uint8)
+
+    def read(index: int) -> np.ndarray:
+        if index == 5:
+            raise ValueError("row of another shape")
+        return white
+
+    for more, words in (
+        ({"resize": 28}, r"^train\.npz\[5\]: row of another shape$"),
+        ({"resize": 23}, r"^train\.npz\[0\]: cannot cut 24 pixels out of a short side of 23"),
+    ):
+        fails(words, backbone, paths, tmp_path / "cache", read=read, identity="x", pooled=True, **more)
 
 
 def test_largest_half_number_is_kept(backbone: Backbone, photos: list[Path], tmp_path: Path) -> None:
