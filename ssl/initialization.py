@@ -10,10 +10,17 @@ the start. Three parts, each of which can be left out:
 Weights follow the row-vector convention of the paper (y = x W); torch's `Linear.weight` is the transpose of W.
 """
 
+import bisect
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from skipless.ssl.conditioning import effective_rank
+from skipless.ssl.foreign_models import Weights, block_weights
+from skipless.ssl.vit import VisionTransformer
 
 MlpInit = Literal["suo", "mirrored"]
 
@@ -28,6 +35,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# What `choose_beta` tries.
+BETAS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
+
+
 @torch.no_grad()
 def skipless_init_(
     model: nn.Module,
@@ -38,12 +49,21 @@ def skipless_init_(
     value_output: bool = True,
     query_key: bool = True,
     seed: int = 0,
+    depth_scale: float = 1.0,
 ) -> nn.Module:
-    """Initialize the blocks of a ViT in place, for training without skip connections.
+    """Initialize the blocks of a transformer in place, for training without skip connections.
 
-    Works on `skipless.ssl.vit.VisionTransformer` and on timm's: any model whose `blocks` have `attn.qkv`, `attn.proj`,
-    `attn.num_heads`, `mlp.fc1` and `mlp.fc2`. Embeddings and norms stay as they are. Biases of the initialized layers
-    become zero. Random numbers are drawn on the CPU, so they do not depend on the model's device.
+    Works on `skipless.ssl.vit.VisionTransformer`, timm's, `nn.TransformerEncoder` with `norm_first=True` and
+    transformers' `ViTModel`: see `skipless.ssl.foreign_models`, whose `remove_skips_` makes residual ones skipless. All
+    of them get the same matrices for the same seed. Embeddings and norms stay as they are. Biases of the initialized
+    layers become zero. Random numbers are drawn on the CPU, so they do not depend on the model's device.
+
+    `depth_scale` is a temperature of attention that depends on depth: the logits of block l of L, from 0, are
+    multiplied by depth_scale^(l / (L - 1)), by way of alpha and beta alone, so the forward pass stays as it is. Without
+    skips, attention averages tokens block after block; the closer they get, the smaller the differences between logits,
+    and the more uniform attention. A scale above 1 counters that in the deep blocks and leaves the first ones their
+    mixing. The idea is that of arXiv 2605.25880, whose abstract names a "depth-aware scaling of attention temperature";
+    we know no more of it than that, so its formula may well be another one, and this one is ours.
 
     Args:
         alpha, beta: scale of the noise and of the identity in W_Q W_K^T. A larger beta makes attention more diagonal.
@@ -51,12 +71,15 @@ def skipless_init_(
         mlp: "suo", "mirrored", or None to leave the MLPs alone.
         value_output, query_key: False leaves that part alone.
         seed: of the random draws; independent of torch's global state.
+        depth_scale: how many times larger the last block's logits are than with 1; positive.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: the model has no such blocks, or a mirrored MLP is asked of layers whose shape does not allow it.
+        ValueError: the model has no blocks of a known kind, or attention or MLPs that the initialization is not derived
+            for; or a mirrored MLP is asked of layers whose shape or activation does not allow it. The model is
+            unchanged then.
 
     Example:
         >>> from skipless.ssl.vit import vit_small
@@ -64,23 +87,101 @@ def skipless_init_(
     """
     if mlp not in ("suo", "mirrored", None):
         raise ValueError(f"mlp is {mlp!r}; choose suo, mirrored or None")
+    if not depth_scale > 0:
+        raise ValueError(f"depth_scale is {depth_scale:g}; it must be positive")
+    blocks = block_weights(model)
+    for block in blocks:
+        hidden, d = block.first.weight.shape
+        if d % block.heads:
+            raise ValueError(f"{block.name}: width {d} is not divisible by {block.heads} heads")
+        if mlp == "mirrored":
+            _check_mirrored(d, hidden, block.activation, block.name)
     generator = torch.Generator().manual_seed(seed)
-    for attn, perceptron in _attention_and_mlp(model):
-        d = attn.qkv.in_features
-        queries_and_keys, values = slice(0, 2 * d), slice(2 * d, 3 * d)
+    for number, block in enumerate(blocks):
+        hidden, d = block.first.weight.shape
         if value_output:
             w_v, w_o = value_output_matrices(d, c, generator)
-            _set(attn.qkv, w_v.T, rows=values)
-            _set(attn.proj, w_o.T)
+            _set(block.value, w_v)
+            _set(block.output, w_o)
         if query_key:
-            w_q, w_k = query_key_matrices(d, attn.num_heads, alpha, beta, generator, attn.qkv.weight.device)
-            _set(attn.qkv, torch.cat([w_q, w_k], dim=1).T, rows=queries_and_keys)
+            scale = depth_scale ** (number / max(1, len(blocks) - 1))
+            device = block.query.weight.device
+            w_q, w_k = query_key_matrices(d, block.heads, scale * alpha, scale * beta, generator, device)
+            _set(block.query, w_q)
+            _set(block.key, w_k)
         if mlp is not None:
             make = suo_matrices if mlp == "suo" else mirrored_matrices
-            first, second = make(d, perceptron.fc1.out_features, generator)
-            _set(perceptron.fc1, first.T)
-            _set(perceptron.fc2, second.T)
+            first, second = make(d, hidden, generator)
+            _set(block.first, first)
+            _set(block.second, second)
     return model
+
+
+def choose_beta(
+    model: VisionTransformer,
+    images: Tensor,
+    arguments: Mapping[str, Any],
+    keep: float = 0.9,
+    betas: Sequence[float] = BETAS,
+    seed: int = 0,
+) -> float:
+    """The smallest beta with which a fresh skipless model keeps `keep` of its patch tokens' effective rank.
+
+    See `rank_kept`, which grows with beta, but for values of below a half, where tokens have collapsed anyway.
+
+    One beta for all blocks, found by bisection, each time from the initialization that training would start from. (A
+    beta for each block, the smallest that meets a target there, did not work: the first blocks, which could keep more
+    rank than they are asked to, spend it, and no beta of later blocks brings it back.)
+
+    Args:
+        model: skipless; it is not changed. Embeddings as they will be at the start of training.
+        images: normalised, [B, 3, H, W], on the model's device; 16 to 32 will do.
+        arguments: of `skipless_init_`, as in `PRESETS`; a beta among them is ignored.
+        keep: share of the rank, positive. Above 1, blocks have to add to it.
+        betas: the candidates.
+        seed: of the initialization; the same seed and images give the same beta.
+
+    Raises:
+        ValueError: a residual model; or not even the largest candidate keeps that much.
+
+    Example:
+        beta = choose_beta(model, images, PRESETS["small"], seed=0)
+        skipless_init_(model, **PRESETS["small"] | {"beta": beta}, seed=0)
+    """
+    if model.architecture["residual"]:
+        raise ValueError("the model is residual, and beta is of no consequence there; give one with residual=False")
+    model, candidates = copy.deepcopy(model), sorted(betas)
+
+    def kept(beta: float) -> float:
+        skipless_init_(model, **{**arguments, "beta": beta, "seed": seed})
+        return rank_kept(model, images)
+
+    position = bisect.bisect_left(candidates, True, key=lambda beta: kept(beta) >= keep)
+    if position == len(candidates):
+        raise ValueError(
+            f"beta {candidates[-1]:g} keeps {kept(candidates[-1]):.2f} of the tokens' effective rank, less than keep "
+            f"({keep:g}); lower keep, or give larger betas"
+        )
+    return candidates[position]
+
+
+@torch.inference_mode()
+def rank_kept(model: VisionTransformer, images: Tensor) -> float:
+    """Effective rank of an image's patch tokens, after the block where it is lowest, over that of its embedded patches.
+
+    The lowest and not the last: once all tokens of an image are the same but for noise, the rank is that of noise, and
+    high; but on the way there it has been low.
+
+    Args:
+        images: normalised, [B, 3, H, W], on the model's device.
+
+    Returns:
+        The mean over the images; 1 if no block lowers the rank, more if the first ones raise it and none undoes that.
+    """
+    embedded = effective_rank(model._embed(images)[:, 1 + model.registers :])
+    blocks = model.features(images, blocks=range(model.depth), norm=False)
+    ranks = torch.stack([effective_rank(block.patches.flatten(1, 2)) for block in blocks])
+    return (ranks.amin(0) / embedded).mean().item()
 
 
 def value_output_matrices(d: int, c: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -138,16 +239,35 @@ def mirrored_matrices(d: int, hidden: int, generator: torch.Generator) -> tuple[
     GELU(x) - GELU(-x) = x, so the MLP is exactly the orthogonal map x -> x R: perfectly conditioned, and without the
     positive mean that GELU gives to all tokens alike. Balduzzi et al. ("looks-linear", arXiv 1702.08591), for GELU.
 
+    The identity holds for every x g(x) with g(x) + g(-x) = 1: GELU and its approximations, ReLU (theirs), SiLU and
+    hard swish. It does not for leaky ReLU, ELU, Mish or squared ReLU.
+
     Returns:
         The MLP's two matrices, [d, hidden] and [hidden, d].
     """
+    _check_mirrored(d, hidden)
+    w = _orthogonal(d, hidden // 2, generator)
+    v = w.T @ _orthogonal(d, d, generator)
+    return torch.cat([w, -w], dim=1), torch.cat([v, -v])
+
+
+def _check_mirrored(
+    d: int, hidden: int, activation: Callable[[Tensor], Tensor] | None = None, name: str = "the model"
+) -> None:
     if hidden % 2 or hidden < 2 * d:
         raise ValueError(
             f"a mirrored MLP needs an even hidden width of at least 2 x {d}, this one has {hidden}; use suo"
         )
-    w = _orthogonal(d, hidden // 2, generator)
-    v = w.T @ _orthogonal(d, d, generator)
-    return torch.cat([w, -w], dim=1), torch.cat([v, -v])
+    if activation is None:
+        return
+    x = torch.linspace(-8, 8, 65)
+    learned = isinstance(activation, nn.Module) and any(True for _ in activation.parameters())
+    if learned or not torch.allclose(activation(x.clone()) - activation(-x), x, atol=1e-5):
+        called = type(activation).__name__ if isinstance(activation, nn.Module) else getattr(activation, "__name__", "")
+        raise ValueError(
+            f"{name}: a mirrored MLP needs an activation with f(x) - f(-x) = x (GELU, ReLU, SiLU), this one is "
+            f"{called}; use suo"
+        )
 
 
 def _orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -155,14 +275,7 @@ def _orthogonal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return nn.init.orthogonal_(torch.empty(rows, columns), generator=generator)
 
 
-def _set(linear: nn.Linear, weight: Tensor, rows: slice = slice(None)) -> None:
-    linear.weight[rows].copy_(weight)
-    if linear.bias is not None:
-        linear.bias[rows].zero_()
-
-
-def _attention_and_mlp(model: nn.Module) -> list[tuple[Any, Any]]:
-    blocks = getattr(model, "blocks", None)
-    if blocks is None or not all(hasattr(b, "attn") and hasattr(b.attn, "qkv") and hasattr(b, "mlp") for b in blocks):
-        raise ValueError(f"{type(model).__name__} has no blocks with attn.qkv and mlp; give a ViT of skipless or timm")
-    return [(block.attn, block.mlp) for block in blocks]
+def _set(layer: Weights, matrix: Tensor) -> None:
+    layer.weight.copy_(matrix.T)
+    if layer.bias is not None:
+        layer.bias.zero_()

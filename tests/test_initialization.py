@@ -1,4 +1,4 @@
-"""The initialization against its definition, on our models and on timm's."""
+"""The initialization against its definition, on our models and on timm's; and the choice of beta."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import scipy.linalg
 import timm
 import torch
 
-from skipless.ssl.initialization import PRESETS, query_key_matrices, skipless_init_
+from skipless.ssl.initialization import PRESETS, choose_beta, query_key_matrices, rank_kept, skipless_init_
 from skipless.ssl.vit import VisionTransformer, vit_tiny
 
 D, HEADS, HEAD = 96, 3, 32
@@ -130,7 +130,93 @@ def test_presets_are_the_papers() -> None:
     assert PRESETS["paper-supervised"] == {"alpha": 2.0, "beta": 0.6, "c": 3.0, "mlp": "suo"}
 
 
+def test_depth_scale_multiplies_the_logits_of_block_l_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(D, 4, HEADS, patch=4, residual=False, image_size=16)
+    state = {name: tensor.clone() for name, tensor in skipless_init_(model).state_dict().items()}
+    scaled = skipless_init_(model, depth_scale=8.0).state_dict()
+    for block, factor in enumerate((1, 2, 4, 8)):
+        name = f"blocks.{block}.attn.qkv.weight"
+        q, k, v = split_qkv(state[name])
+        scaled_q, scaled_k, scaled_v = split_qkv(scaled[name])
+        for head in range(HEADS):
+            columns = slice(head * HEAD, (head + 1) * HEAD)
+            np.testing.assert_allclose(
+                scaled_q[:, columns] @ scaled_k[:, columns].T, factor * q[:, columns] @ k[:, columns].T, atol=1e-3
+            )
+        np.testing.assert_array_equal(scaled_v, v)
+    assert all(torch.equal(scaled[name], state[name]) for name in state if "qkv" not in name)
+    for block, factor in ((model.blocks[0], 1.0), (fresh(depth_scale=8.0).blocks[1], 8.0)):  # of 4 blocks, of 2
+        plain = fresh().blocks[0 if factor == 1 else 1]
+        q, k, _ = split_qkv(block.attn.qkv.weight)
+        plain_q, plain_k, _ = split_qkv(plain.attn.qkv.weight)
+        np.testing.assert_allclose(
+            q[:, :HEAD] @ k[:, :HEAD].T, factor * plain_q[:, :HEAD] @ plain_k[:, :HEAD].T, atol=1e-3
+        )
+
+
+def images(count: int = 6) -> torch.Tensor:
+    """Smooth random images: patches that differ, but not as much as noise."""
+    coarse = torch.randn(count, 3, 5, 5, generator=torch.Generator().manual_seed(2))
+    return torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bicubic")
+
+
+def narrow(residual: bool = False) -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(32, 6, 4, patch=4, residual=residual, image_size=32, attention="sdpa").eval()
+
+
+def numpy_rank(tokens: torch.Tensor) -> float:
+    centred = tokens.double().numpy() - tokens.double().numpy().mean(0)
+    energy = np.linalg.svd(centred, compute_uv=False) ** 2
+    share = energy[energy > 0] / energy.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+@torch.no_grad()
+def numpy_rank_kept(model: VisionTransformer, batch: torch.Tensor) -> float:
+    x = model.patch_embed(batch) + model.positions(8, 8)
+    x = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(len(batch), -1, -1), x], dim=1)
+    embedded, lowest = [numpy_rank(tokens[1:]) for tokens in x], [np.inf] * len(batch)
+    for block in model.blocks:
+        x = block(x.flatten(0, 1), ((len(batch), 65),), "sdpa").unflatten(0, (len(batch), 65))
+        lowest = [min(low, numpy_rank(tokens[1:])) for low, tokens in zip(lowest, x, strict=True)]
+    return float(np.mean([low / first for low, first in zip(lowest, embedded, strict=True)]))
+
+
+@pytest.mark.parametrize(("preset", "keep"), [("small", 0.6), ("small", 0.9), ("paper-dino", 0.9)])
+def test_choose_beta_is_the_smallest_candidate_that_keeps_the_rank(preset: str, keep: float) -> None:
+    """Against every candidate in turn, with an independent effective rank."""
+    candidates = (4.0, 8.0, 16.0, 32.0, 64.0)
+    kept = [
+        numpy_rank_kept(skipless_init_(narrow(), **PRESETS[preset] | {"beta": beta}, seed=3), images())  # type: ignore[arg-type]
+        for beta in candidates
+    ]
+    expected = next(beta for beta, share in zip(candidates, kept, strict=True) if share >= keep)
+    assert expected not in (candidates[0], candidates[-1])  # or the test would say little
+    model = narrow()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.manual_seed(99)  # of no consequence
+    assert choose_beta(model, images(), PRESETS[preset], keep, candidates[::-1], seed=3) == expected
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_rank_kept_against_numpy() -> None:
+    model = skipless_init_(narrow(), alpha=1.8, beta=2.0, mlp="mirrored")
+    assert isinstance(model, VisionTransformer)
+    assert rank_kept(model, images()) == pytest.approx(numpy_rank_kept(model, images()), rel=1e-3)
+
+
+def test_choose_beta_refuses() -> None:
+    with pytest.raises(ValueError, match="the model is residual"):
+        choose_beta(narrow(residual=True), images(), PRESETS["small"])
+    with pytest.raises(ValueError, match=r"beta 4 keeps 0\.\d\d of the tokens' effective rank, less than keep \(3\)"):
+        choose_beta(narrow(), images(), PRESETS["small"], keep=3, betas=(1.0, 4.0))
+
+
 def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match="depth_scale is 0; it must be positive"):
+        fresh(depth_scale=0.0)
     with pytest.raises(ValueError, match="Linear has no blocks"):
         skipless_init_(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="at least 2 x 96, this one has 96"):
