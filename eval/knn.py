@@ -123,7 +123,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     if max(settings.k) > len(train):
         raise ValueError(
             f"k is {max(settings.k)}, and {train.name} {train.split} has {len(train):,} images: give fewer, as in --k "
-            f"[{min(20, len(train))}]"
+            f"{min(20, len(train))}"
         )
     protocol = protocol_id(settings, val.name, choices[-1])
     recorded = plain(settings)

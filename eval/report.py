@@ -69,6 +69,8 @@ class SegmentationData:
     """Split that heads are trained on and memories are filled from."""
     size: int = 448
     """Side in pixels of the squares that images are resized to, for all three: features are computed once."""
+    max_images: int = 3000
+    """segmentation: at most so many training images are used, evenly spread over the set."""
 
 
 @dataclass
@@ -236,10 +238,10 @@ def planned(settings: Settings, candidate: Candidate, folder: Path) -> list[tupl
         plan.append(("linear", linear.Settings(**common("linear"), **more), linear.evaluate))
     if s.root:
         masks = segmentation.DataSettings(s.name, s.root, s.split, s.train_split)
+        quick = QuickSettings(size=s.size, max_images=s.max_images)
         theirs: Any = segmentation.Settings(
-            data=masks, protocol="quick", every_block=True, quick=QuickSettings(size=s.size), **common("segmentation"),
-            **cache,
-        )  # fmt: skip
+            data=masks, protocol="quick", every_block=True, quick=quick, **common("segmentation"), **cache
+        )
         plan.append(("segmentation", theirs, segmentation.evaluate))
         memory = retrieval.MemoryData(s.name, s.root, s.split, s.train_split)
         theirs = retrieval.Settings(data=memory, size=s.size, **common("retrieval"), **cache)

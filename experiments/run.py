@@ -1,0 +1,321 @@
+"""Run an experiment: many trainings that differ in a flag or two, their learning rates, seeds, table and curves.
+
+    python experiments/run.py experiments/dino_two_cores.yaml --data imagenette128 --hours 3
+    python experiments/run.py experiments/dino_two_cores.yaml --data imagenette128 --list
+
+An experiment is a file: a command, its arms (more flags), the learning rates that each arm may choose from, and seeds.
+Every arm first runs with each learning rate and the first seed; the one with the best metric is then repeated with the
+other seeds. Runs are done one after the other, round the arms, and each in runs/EXPERIMENT/ARM-lrRATE-seedSEED. The
+same command goes on where it was stopped, by --hours, Ctrl-C or a crash of the machine, in the middle of a run too.
+After every run results/EXPERIMENT.json, .md and .svg are written anew, from the logs of all there are. A run that
+failed or collapsed stays in the table, and says so; delete its folder to try it again.
+"""
+
+import argparse
+import json
+import math
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+
+from skipless.ssl.checkpoints import write_text
+from skipless.ssl.provenance import provenance, write_result
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+matplotlib.rcParams["svg.hashsalt"] = "skipless"
+
+ROOT = Path(__file__).resolve().parent.parent
+DEAD = 0.98  # mean share of the last block from which its tokens are one and the same
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The content of an experiment's file."""
+
+    name: str
+    """Its file's name."""
+    command: list[str]
+    """Script and flags of all runs; {data} stands for --data."""
+    arms: dict[str, list[str]]
+    """More flags, by arm."""
+    learning_rates: list[float] | dict[str, list[float]]
+    """Those to choose from, by arm or for all."""
+    seeds: list[int]
+    metric: str
+    """Name in metrics.jsonl of the figure that learning rates are chosen by: a number, or a list over the blocks, whose
+    best counts."""
+
+    def rates(self, arm: str) -> list[float]:
+        """Learning rates of an arm."""
+        return self.learning_rates[arm] if isinstance(self.learning_rates, dict) else self.learning_rates
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    arm: str
+    lr: float
+    seed: int
+    folder: Path
+
+    @property
+    def done(self) -> bool:
+        """Whether it ended, well or not."""
+        return (self.folder / "backbone.json").exists() or self.failed is not None
+
+    @property
+    def failed(self) -> str | None:
+        """Why it failed; None where it did not."""
+        path = self.folder / "failed.txt"
+        return path.read_text().strip() if path.exists() else None
+
+    def entries(self, metric: str) -> list[dict[str, Any]]:
+        """Lines of its log that hold a metric."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [entry for entry in map(json.loads, lines) if metric in entry]
+
+    def value(self, metric: str) -> float:
+        """The metric at the end, of the best block; minus infinity where there is none."""
+        found = self.entries(metric)
+        return best(found[-1][metric]) if found and self.failed is None else -math.inf
+
+
+def best(value: Any) -> float:
+    """A number, or the largest of a list of them."""
+    return max(value) if isinstance(value, list) else float(value)
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Raises ValueError, naming the field, where the file is no experiment."""
+    try:
+        content = yaml.safe_load(path.read_text())
+        return Experiment(path.stem, **content)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such experiment") from None
+    except (TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no experiment: {' '.join(str(error).split())}") from None
+
+
+def pending(experiment: Experiment, runs: Path) -> Iterator[Run]:
+    """Runs that are still to do, as far as it is known which: learning rates first, then seeds."""
+
+    def run(arm: str, lr: float, seed: int) -> Run:
+        name = re.sub(r"[^\w.]+", "-", arm)
+        return Run(arm, lr, seed, runs / f"{name}-lr{lr:g}-seed{seed}")
+
+    first, *others = experiment.seeds
+    for position in range(max(len(experiment.rates(arm)) for arm in experiment.arms)):
+        for arm in experiment.arms:
+            for lr in experiment.rates(arm)[position : position + 1]:
+                yield run(arm, lr, first)
+    for seed in others:
+        for arm in experiment.arms:
+            swept = [run(arm, lr, first) for lr in experiment.rates(arm)]
+            chosen = max(swept, key=lambda one: one.value(experiment.metric))
+            yield run(arm, chosen.lr, seed)
+
+
+def train(experiment: Experiment, run: Run, data: str, deadline: float) -> bool:
+    """Train, or go on training; whether it ended. What fails leaves failed.txt, what is out of time its checkpoint."""
+    words = [word.replace("{data}", data) for word in [*experiment.command, *experiment.arms[run.arm]]]
+    words += [f"--optimizer.lr={run.lr}", f"--seed={run.seed}", f"--out={run.folder}", "--resume"]
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with open(run.folder / "output.txt", "a") as output:
+        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait(max(1.0, deadline - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as why:
+            process.terminate()  # it saves a checkpoint
+            process.wait()
+            if isinstance(why, KeyboardInterrupt):
+                raise
+            return False
+    if code or not (run.folder / "backbone.json").exists():
+        lines = (run.folder / "output.txt").read_text().strip().splitlines()
+        write_text(run.folder / "failed.txt", f"exit code {code}: {lines[-1] if lines else 'no output'}\n")
+    return True
+
+
+def collect(experiment: Experiment, runs: list[Run], out: Path) -> None:
+    """Write the results of all runs there are: for machines, as a table, as curves."""
+    rows = []
+    for run in runs:
+        entries = run.entries(experiment.metric)
+        if not entries and run.failed is None:
+            continue
+        last = entries[-1] if entries else {}
+        rows.append(
+            {
+                "arm": run.arm,
+                "lr": run.lr,
+                "seed": run.seed,
+                "status": status(run, last),
+                "value": best(last[experiment.metric]) if last else None,
+                "last": last,
+                "start": entries[0] if entries else {},
+                "curve": [{"epoch": e.get("epoch"), "value": best(e[experiment.metric])} for e in entries],
+            }
+        )
+    commits = {
+        json.loads((run.folder / "backbone.json").read_text()).get("commit")
+        for run in runs
+        if run.done and run.failed is None
+    }
+    result = {
+        "task": "experiment",
+        "protocol": experiment.name,
+        "metric": experiment.metric,
+        "settings": {
+            "command": experiment.command,
+            "arms": experiment.arms,
+            "learning_rates": experiment.learning_rates,
+        },
+        "seeds": experiment.seeds,
+        "runs": rows,
+        "commits_of_runs": sorted(str(commit) for commit in commits),
+        **provenance("cpu"),
+    }
+    write_result(out / experiment.name, result, table(experiment, rows))
+    draw(experiment, rows, out / f"{experiment.name}.svg")
+
+
+def status(run: Run, last: dict[str, Any]) -> str:
+    """done, running, failed (why), or done with a collapse named."""
+    if run.failed is not None:
+        return f"failed ({run.failed})"
+    if not run.done:
+        return "running"
+    if last.get("monitor/mean_share", [0.0])[-1] > DEAD:
+        return "done, last block dead"
+    return "done"
+
+
+def chosen_rows(experiment: Experiment, rows: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
+    """Runs of an arm with the learning rate that was best with the first seed."""
+    first = [r for r in rows if r["arm"] == arm and r["seed"] == experiment.seeds[0] and r["value"] is not None]
+    if not first:
+        return []
+    lr = max(first, key=lambda r: r["value"])["lr"]
+    return [r for r in rows if r["arm"] == arm and r["lr"] == lr and r["value"] is not None]
+
+
+def table(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
+    """Markdown: the arms at their best learning rate, then every run."""
+    lines = [
+        f"**{experiment.name}**: {experiment.metric} at the end, of the best block where there are several, in",
+        "percent; mean and standard deviation over seeds, at the learning rate that was best with the first one.",
+        "",
+        "| arm | learning rate | of | seeds | best block | last block | its effective rank | its mean share |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for arm in experiment.arms:
+        chosen = chosen_rows(experiment, rows, arm)
+        tried = ", ".join(f"{lr:g}" for lr in experiment.rates(arm))
+        if not chosen:
+            lines.append(f"| {arm} | | {tried} | 0 | | | | |")
+            continue
+        metric = [r["last"][experiment.metric] for r in chosen]
+        last_block = [100 * (m[-1] if isinstance(m, list) else m) for m in metric]
+        ranks = [r["last"]["monitor/effective_rank"][-1] for r in chosen if "monitor/effective_rank" in r["last"]]
+        shares = [r["last"]["monitor/mean_share"][-1] for r in chosen if "monitor/mean_share" in r["last"]]
+        lines.append(
+            f"| {arm} | {chosen[0]['lr']:g} | {tried} | {len(chosen)} | {spread([100 * r['value'] for r in chosen])} | "
+            f"{spread(last_block)} | {spread(ranks)} | {spread(shares, 2)} |"
+        )
+    lines += ["", "| run | learning rate | seed | value | status |", "|---|---:|---:|---:|---|"]
+    for r in rows:
+        value = "" if r["value"] is None else f"{100 * r['value']:.1f}"
+        lines.append(f"| {r['arm']} | {r['lr']:g} | {r['seed']} | {value} | {r['status']} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean ± standard deviation (of a sample), as far as there are values."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def draw(experiment: Experiment, rows: list[dict[str, Any]], path: Path) -> None:
+    """Curves of the metric over the epochs, each arm at its best learning rate: seeds thin, their mean thick."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for number, arm in enumerate(experiment.arms):
+        colour = plt.get_cmap("tab10")(number % 10)
+        chosen = chosen_rows(experiment, rows, arm)
+        for r in chosen:
+            axis.plot([p["epoch"] for p in r["curve"]], [100 * p["value"] for p in r["curve"]], color=colour, lw=0.6)
+        shortest = min((len(r["curve"]) for r in chosen), default=0)
+        if shortest:
+            x = [p["epoch"] for p in chosen[0]["curve"][:shortest]]
+            y = [100 * statistics.mean(r["curve"][i]["value"] for r in chosen) for i in range(shortest)]
+            axis.plot(x, y, color=colour, lw=2, label=f"{arm} ({len(chosen)})")
+    axis.set(xlabel="epoch", ylabel=f"{experiment.metric}, best block, %")
+    axis.legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    """Command line: see the docstring of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", type=Path, help="Its file.")
+    parser.add_argument("--data", default="", help="What {data} in its command stands for.")
+    parser.add_argument("--hours", type=float, default=math.inf, help="Stop after so much time; a run is interrupted.")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="Folder of the runs (default: runs).")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="Folder of the results (default: results).")
+    parser.add_argument("--list", action="store_true", help="Say what is done and what is next, and run nothing.")
+    arguments = parser.parse_args()
+    try:
+        experiment = read_experiment(arguments.experiment)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's; Ctrl-C is the same
+    try:
+        drive(experiment, arguments)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+def drive(experiment: Experiment, arguments: argparse.Namespace) -> None:
+    """Do what is to do, as far as time allows."""
+    deadline = time.monotonic() + 3600 * arguments.hours
+    folder = (arguments.runs / experiment.name).resolve()
+    known: list[Run] = []
+    for run in pending(experiment, folder):
+        known.append(run)
+        if arguments.list:
+            print(f"{run.folder.name}: {status(run, {}) if run.folder.exists() else 'to do'}")
+            continue
+        if not run.done:
+            if time.monotonic() >= deadline:
+                break
+            print(f"{time.strftime('%H:%M')} {run.folder.name}", flush=True)
+            ended = train(experiment, run, arguments.data, deadline)
+            collect(experiment, known, arguments.out)
+            if not ended:
+                break
+    if not arguments.list:
+        collect(experiment, known, arguments.out)
+        print((arguments.out / f"{experiment.name}.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

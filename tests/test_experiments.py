@@ -1,0 +1,151 @@
+"""The driver of experiments: what it runs, in which order, what it makes of failures, and its tables."""
+
+import json
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+run_py = runpy.run_path(str(ROOT / "experiments" / "run.py"))
+# A training of milliseconds: its figure is given by its flags, and the seed adds a hundredth.
+FAKE = """
+import argparse, json, pathlib, sys
+p = argparse.ArgumentParser()
+p.add_argument("--quality", type=float); p.add_argument("--optimizer.lr", dest="lr", type=float)
+p.add_argument("--seed", type=int); p.add_argument("--out", type=pathlib.Path)
+p.add_argument("--resume", action="store_true")
+p.add_argument("--broken", action="store_true")
+a = p.parse_args()
+with open(a.out.parent / "order.txt", "a") as f: f.write(a.out.name + "\\n")
+if a.broken: sys.exit("error: this arm cannot work")
+value = a.quality - abs(a.lr - 0.2) + a.seed / 100
+lines = [{"step": s, "epoch": s, "monitor/knn": [0.0, value * s / 2], "monitor/mean_share": [0.1, a.quality],
+          "monitor/effective_rank": [3.0, 2.0]} for s in (0, 1, 2)]
+(a.out / "metrics.jsonl").write_text("".join(json.dumps(l) + "\\n" for l in lines))
+(a.out / "backbone.json").write_text(json.dumps({"commit": "abc"}))
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    (tmp_path / "fake.py").write_text(FAKE)
+    path = tmp_path / "trial.yaml"
+    path.write_text(
+        json.dumps(
+            {
+                "command": [str(tmp_path / "fake.py")],
+                "arms": {"good": ["--quality=0.5"], "flat one": ["--quality=0.99"], "broken": ["--broken"]},
+                "learning_rates": [0.1, 0.2],
+                "seeds": [0, 1, 2],
+                "metric": "monitor/knn",
+            }
+        )
+    )
+    return path
+
+
+def drive(path: Path, *more: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "experiments" / "run.py"), str(path), *more]
+    command += ["--runs", str(path.parent / "runs"), "--out", str(path.parent / "results")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_learning_rates_first_then_seeds_at_the_best_and_nothing_twice(experiment: Path) -> None:
+    done = drive(experiment)
+    assert done.returncode == 0, done.stderr
+    order = (experiment.parent / "runs" / "trial" / "order.txt").read_text().split()
+    sweep = [f"{arm}-lr{lr}-seed0" for lr in ("0.1", "0.2") for arm in ("good", "flat-one", "broken")]
+    seeds = [
+        f"{arm}-lr{lr}-seed{s}" for s in (1, 2) for arm, lr in (("good", "0.2"), ("flat-one", "0.2"), ("broken", "0.1"))
+    ]
+    assert order == sweep + seeds
+    drive(experiment)
+    assert (experiment.parent / "runs" / "trial" / "order.txt").read_text().split() == order
+
+    result = json.loads((experiment.parent / "results" / "trial.json").read_text())
+    values = {(r["arm"], r["lr"], r["seed"]): r["value"] for r in result["runs"] if r["value"] is not None}
+    assert values[("good", 0.1, 0)] == pytest.approx(0.4)
+    assert values[("good", 0.2, 2)] == pytest.approx(0.52)
+    table = (experiment.parent / "results" / "trial.md").read_text()
+    # Of 0.50, 0.51 and 0.52: mean 51, standard deviation of a sample 1.
+    assert "| good | 0.2 | 0.1, 0.2 | 3 | 51.0 ± 1.0 | 51.0 ± 1.0 | 2.0 ± 0.0 | 0.50 ± 0.00 |" in table
+    assert "| broken | | 0.1, 0.2 | 0 | | | | |" in table
+    assert "failed (exit code 1: error: this arm cannot work)" in table
+    assert "| flat one | 0.2 | 0 | 99.0 | done, last block dead |" in table
+    assert (experiment.parent / "results" / "trial.svg").read_text().startswith("<?xml")
+
+
+def test_list_runs_nothing(experiment: Path) -> None:
+    done = drive(experiment, "--list")
+    assert done.stdout.splitlines()[0] == "good-lr0.1-seed0: to do"
+    assert not (experiment.parent / "runs").exists()
+    assert not (experiment.parent / "results").exists()
+
+
+@pytest.mark.parametrize("content", ["command: [x]", "a: [", None])
+def test_a_file_that_is_no_experiment(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "x.yaml"
+    if content is not None:
+        path.write_text(content)
+    done = drive(path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_interrupted_a_real_run_leaves_a_checkpoint_and_is_taken_up_again(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(64):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(photos / f"{i}.png")
+    flags = ["model.dim=32", "model.depth=2", "model.heads=2", "model.patch=8", "crops.global_size=16", "device=cpu"]
+    flags += ["crops.local_size=8", "crops.local_count=1", "dino.prototypes=32", "dino.hidden=32", "epochs=3000"]
+    flags += ["dino.bottleneck=16", "optimizer.name=adamw", "batch_size=8"]
+    content: dict[str, Any] = {
+        "command": ["ssl/pretrain.py", "--data.path", "{data}", *(f"--{flag}" for flag in flags)],
+        "arms": {"one": []},
+        "learning_rates": [0.001],
+        "seeds": [0],
+        "metric": "loss",
+    }
+    path = tmp_path / "real.yaml"
+    path.write_text(json.dumps(content))
+    command = [sys.executable, str(ROOT / "experiments" / "run.py"), str(path), "--data", str(photos)]
+    command += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]
+    folder = tmp_path / "runs" / "real" / "one-lr0.001-seed0"
+    steps = []
+    for _ in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        log = folder / "metrics.jsonl"
+        before = len(log.read_text().splitlines()) if log.exists() else 0
+        until = time.monotonic() + 120
+        while not log.exists() or len(log.read_text().splitlines()) < before + 2:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        process.terminate()
+        _, error = process.communicate(timeout=60)
+        assert (process.returncode, error) == (130, "interrupted: the same command goes on\n")
+        assert not (folder / "failed.txt").exists()
+        steps.append(torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["step"])
+    assert 0 < steps[0] < steps[1]
+
+
+def test_published_experiments_name_flags_that_exist() -> None:
+    from skipless.ssl.pretrain import parse
+
+    for path in sorted((ROOT / "experiments").glob("*.yaml")):
+        experiment = run_py["read_experiment"](path)
+        script, *words = experiment.command
+        if script != "ssl/pretrain.py":
+            continue
+        for arm, more in experiment.arms.items():
+            assert parse([*(word.replace("{data}", "x") for word in [*words, *more]), "--out=x"]), arm
