@@ -40,7 +40,7 @@ TIE = 1e-9
 """Entries of an eigenvector are equal when they differ by less than this share of the largest magnitude."""
 
 # Up to this many patches LAPACK is faster than an iteration, and a Krylov space would soon fill the whole space.
-_SMALL = 64
+_SMALL = 200
 _MAX_STEPS = 100
 # The iteration stops when residual / eigengap, the error of the vector, is below the first, or the residual below the
 # second, where rounding begins. Real images take about ten steps.
@@ -274,7 +274,7 @@ def second_eigenvectors(similar: Tensor) -> list[tuple[np.ndarray, float, float,
     Block Lanczos on N = D^-1/2 W D^-1/2, whose second largest eigenvalue is 1 - lambda. The largest, 1, belongs to
     D^1/2 1, which stays the first vector of the basis. Blocks of two cost hardly more than single vectors, as A is read
     once for both, and tell a double eigenvalue from a simple one. Every block is orthogonalised against all others,
-    twice. An image whose residual stays above 1e-10 is solved by LAPACK, and so are graphs of up to 64 patches.
+    twice. An image whose residual stays above 1e-10 is solved by LAPACK, and so are graphs of up to 200 patches.
 
     Args:
         similar: A, float64 [B, N, N] of zeros and ones, symmetric, N >= 2. Overwritten where a dense solver is used.

@@ -36,6 +36,12 @@ def where(picture: str, digits: str) -> np.ndarray:
     return np.array([[c in digits for c in line] for line in picture.split()])
 
 
+@pytest.fixture(autouse=True)
+def small_graphs_are_iterated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The iteration is what these tests are about; where it is used, at more than 200 patches, they would be slow."""
+    monkeypatch.setattr(localization, "_SMALL", 64)
+
+
 def clustered(h: int, w: int, clusters: int, noise: float, zeros: int, seed: int) -> Tensor:
     """float32 features [1, h, w, 12]: blobs around random centres, some patches without features."""
     rng = np.random.default_rng(seed)
