@@ -1,36 +1,39 @@
-"""What skip connections do to a network, measured on the tokens of real images.
+"""How well conditioned a Vision Transformer is, block by block: what skip connections do to a network, as numbers.
 
-    python ssl/conditioning.py --images imagenette/val --out results/initialization
+Plain functions, each of one measure. `cheap_conditioning` gathers those that need a forward pass alone and can be
+logged during training; `jacobian_conditioning` and `gradient_norms` are the others. The command that compares models
+is ssl/conditioning_report.py; what the measures mean is in docs/conditioning.md.
 
-compares fresh models block by block, residual and skipless, by initialization, and writes results/initialization.json
-and .md.
+Jacobians are those of arXiv 2510.00345, section 3: of a block's attention and of its MLP, each with respect to its
+*normalised* input, the output of the LayerNorm in front of it. With respect to the input of that LayerNorm each would
+be singular whatever the weights, for a LayerNorm forgets the mean and the scale of every token. Layer scale belongs to
+the branch, where a model has it. K + I, "with its skip", adds the identity to such a Jacobian, as the paper does.
 """
 
-import argparse
-import sys
-from pathlib import Path
-from typing import Any
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from skipless.datasets.images import open_images
-from skipless.ssl.crops import center_crop, normalize
-from skipless.ssl.initialization import PRESETS, skipless_init_
-from skipless.ssl.provenance import provenance, write_result
-from skipless.ssl.summarize import dataset_name
-from skipless.ssl.vit import SIZES, VisionTransformer
+from skipless.ssl.attention import choose_backend
+from skipless.ssl.vit import Block, LayerScale, VisionTransformer
 
-# What is compared: residual or not, and the skipless initialization's arguments (None: ViT's default one).
-ARMS: dict[str, tuple[bool, dict[str, Any] | None]] = {
-    "residual, default": (True, None),
-    "skipless, default": (False, None),
-    "skipless, paper-dino (SUO, beta 1)": (False, PRESETS["paper-dino"]),
-    "skipless, SUO, beta 4": (False, PRESETS["paper-dino"] | {"beta": 4.0}),
-    "skipless, mirrored, beta 1": (False, PRESETS["small"] | {"beta": 1.0}),
-    "skipless, small (mirrored, beta 4)": (False, PRESETS["small"]),
-}
+# A singular value below this part of the largest cannot be told from zero in float64.
+PRECISION = 1e-14
+# What counts as a small singular value, as a part of the largest.
+SMALL = 0.01
+# A smallest singular value is called known if one lies within this part of it, and a bound if not.
+TOLERANCE = 0.05
+# Jacobians of at most this many rows are computed whole: then that takes less time than estimating.
+WHOLE = 1536
+
+
+# --- tokens
 
 
 def mean_share(tokens: Tensor) -> Tensor:
@@ -67,6 +70,24 @@ def effective_rank(tokens: Tensor) -> Tensor:
     return torch.special.entr(share).sum(-1).exp()
 
 
+def excess_kurtosis(tokens: Tensor) -> Tensor:
+    """Excess kurtosis of an image's activations, all tokens and channels pooled into one sample.
+
+    Fourth central moment over squared variance, minus 3: 0 for a Gaussian, large where few values are far larger than
+    the rest, which is what makes activations hard to quantize (arXiv 2605.25880). The moments are those of the sample,
+    without correction for bias.
+
+    Args:
+        tokens: [B, N, D].
+
+    Returns:
+        float64 [B], at least -2.
+    """
+    values = tokens.double().flatten(1)
+    squares = (values - values.mean(1, keepdim=True)).square()
+    return squares.square().mean(1) / squares.mean(1).square() - 3
+
+
 @torch.inference_mode()
 def token_statistics(model: VisionTransformer, images: Tensor) -> dict[str, list[float]]:
     """Mean share and effective rank of the patch tokens after each block, before the final norm.
@@ -84,66 +105,526 @@ def token_statistics(model: VisionTransformer, images: Tensor) -> dict[str, list
     }
 
 
-def compare_initializations(size: str, images: Tensor, seed: int) -> dict[str, dict[str, list[float]]]:
-    """`token_statistics` of fresh models of one size with 16-pixel patches, one for each of `ARMS`."""
-    found = {}
-    for name, (residual, arguments) in ARMS.items():
-        torch.manual_seed(seed)
-        model = VisionTransformer(**SIZES[size], residual=residual, image_size=images.shape[-1])
-        if arguments is not None:
-            skipless_init_(model, **arguments, seed=seed)
-        found[name] = token_statistics(model.eval(), images)
+# --- attention
+
+
+def attention_logits(block: Block, tokens: Tensor) -> Tensor:
+    """q_i . k_j / sqrt(d_h), what the softmax of a block's attention gets.
+
+    Args:
+        tokens: the attention's normalised input, [B, N, D].
+
+    Returns:
+        [B, heads, N, N]; a row belongs to a query.
+    """
+    b, n, _ = tokens.shape
+    q, k, _ = (x.unflatten(0, (b, n)).transpose(1, 2) for x in block.attn.split(tokens.flatten(0, 1)))
+    return q @ k.mT / q.shape[-1] ** 0.5
+
+
+def attention_entropy(maps: Tensor) -> Tensor:
+    """Mean entropy of the rows of attention maps [..., N, N], over ln N: 1 if uniform, 0 if each looks at one token."""
+    return torch.special.entr(maps).sum(-1).mean(-1) / math.log(maps.shape[-1])
+
+
+def diagonal_share(maps: Tensor) -> Tensor:
+    """Mean of the diagonal of attention maps [..., N, N], in [0, 1]: the attention that tokens pay to themselves."""
+    return maps.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+def diagonal_gap(logits: Tensor) -> Tensor:
+    """Diagonal dominance of logits [..., N, N]: mean over the rows of s_ii minus the mean of the row's other entries.
+
+    In units of the logits: e to this power is how much more attention a token pays to itself than to a typical other.
+    """
+    diagonal = logits.diagonal(dim1=-2, dim2=-1)
+    others = (logits.sum(-1) - diagonal) / (logits.shape[-1] - 1)
+    return (diagonal - others).mean(-1)
+
+
+def diagonal_margin(logits: Tensor) -> Tensor:
+    """The strict form of `diagonal_gap`: mean over the rows of s_ii minus the largest of the row's other entries.
+
+    Negative where tokens look at others more than at themselves.
+    """
+    diagonal = logits.diagonal(dim1=-2, dim2=-1)
+    others = logits.masked_fill(torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device), -math.inf)
+    return (diagonal - others.amax(-1)).mean(-1)
+
+
+def value_output_singular_values(block: Block) -> Tensor:
+    """Singular values of W_V W_O, the product over all heads, in the paper's convention y = x W.
+
+    Returns:
+        float64 [D], descending. The paper's initialization makes all of them c^2.
+    """
+    _, _, w_v = block.attn.qkv.weight.double().chunk(3)
+    return torch.linalg.svdvals(_scaled(block.attn.proj.weight, block.ls1) @ w_v)
+
+
+def _scaled(weight: Tensor, scale: torch.nn.Module) -> Tensor:
+    """The weight of a branch's last layer, [out, in], with the layer scale that follows it; float64."""
+    return weight.double() * scale.gamma.double()[:, None] if isinstance(scale, LayerScale) else weight.double()
+
+
+# --- all blocks
+
+
+class BlockTokens(NamedTuple):
+    """What goes through one block, [B, N, D] each; N counts CLS, registers and patches."""
+
+    attention: Tensor  # the attention's normalised input
+    mlp: Tensor  # the MLP's normalised input
+    output: Tensor  # the block's output
+
+
+def walk_blocks(model: VisionTransformer, images: Tensor) -> Iterator[tuple[Block, BlockTokens]]:
+    """The blocks of a model with what goes through them, in order.
+
+    Args:
+        images: normalised, [B, 3, H, W], in the dtype and on the device of the model.
+    """
+    backend, _ = choose_backend(images.device, model.attention)
+    x = model._embed(images)
+    b, n, _ = x.shape
+    x = x.flatten(0, 1)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        attention_input = block.norm1(x)
+        branch = block.ls1(block.attn(attention_input, ((b, n),), backend))
+        x = x + branch if block.residual else branch
+        mlp_input = block.norm2(x)
+        branch = block.ls2(block.mlp(mlp_input))
+        x = x + branch if block.residual else branch
+        yield block, BlockTokens(*(t.unflatten(0, (b, n)) for t in (attention_input, mlp_input, x)))
+
+
+@torch.inference_mode()
+def cheap_conditioning(model: VisionTransformer, images: Tensor) -> dict[str, list[float]]:
+    """The measures that need one forward pass and no Jacobian: fit to be logged during training.
+
+    Args:
+        images: normalised, [B, 3, H, W], in the dtype and on the device of the model.
+
+    Returns:
+        One number a block for each of
+        "attention_entropy", "diagonal_share", "diagonal_gap", "diagonal_margin": mean over images, heads and tokens;
+        "value_output_smallest", "value_output_largest", "value_output_condition": of W_V W_O;
+        "mean_share", "effective_rank": of the patch tokens after the block, mean over the images;
+        "kurtosis": of all tokens after the block, mean over the images.
+    """
+    found: dict[str, list[float]] = {}
+    for block, tokens in walk_blocks(model, images):
+        logits = attention_logits(block, tokens.attention)
+        maps = logits.softmax(-1)
+        patches = tokens.output[:, 1 + model.registers :]
+        values = value_output_singular_values(block)
+        numbers = {
+            "attention_entropy": attention_entropy(maps),
+            "diagonal_share": diagonal_share(maps),
+            "diagonal_gap": diagonal_gap(logits),
+            "diagonal_margin": diagonal_margin(logits),
+            "value_output_smallest": values[-1],
+            "value_output_largest": values[0],
+            "value_output_condition": values[0] / values[-1].clamp_min(PRECISION * values[0]),
+            "mean_share": mean_share(patches),
+            "effective_rank": effective_rank(patches),
+            "kurtosis": excess_kurtosis(tokens.output),
+        }
+        for name, value in numbers.items():
+            found.setdefault(name, []).append(value.mean().item())
     return found
 
 
-def table(statistics: dict[str, dict[str, list[float]]]) -> str:
-    """Markdown: mean share over effective rank, a line for each arm, a column for every second block and the first."""
-    depth = len(next(iter(statistics.values()))["mean_share"])
-    blocks = [0, *range(1, depth, 2)]
-    lines = ["| initialization | | " + " | ".join(f"block {b + 1}" for b in blocks) + " |"]
-    lines.append("|---|---|" + "---|" * len(blocks))
-    for name, values in statistics.items():
-        for title, key, digits in (("mean share", "mean_share", 2), ("effective rank", "effective_rank", 1)):
-            lines.append(f"| {name} | {title} | " + " | ".join(f"{values[key][b]:.{digits}f}" for b in blocks) + " |")
-    return "\n".join(lines) + "\n"
+def gradient_norms(model: VisionTransformer, images: Tensor, seed: int = 0) -> dict[str, list[float]]:
+    """How strongly the network's output depends on each block: norms of gradients, in float64.
+
+    The scalar is f(image) = <G, Z>: Z [N, D] all tokens after the final norm, G a fixed Gaussian direction of Frobenius
+    norm 1. The gradient of f with respect to Z has norm 1, so a token gradient of 1 means that a block's input
+    is felt at the end as strongly as the end itself.
+
+    Args:
+        images: normalised, [B, 3, H, W].
+        seed: of G.
+
+    Returns:
+        {"parameter_gradient": norm of the gradient with respect to all parameters of a block together,
+        "token_gradient": with respect to the tokens [N, D] that enter the block}; one number a block, the mean over
+        images of each image's norm. The model itself is left as it is.
+    """
+    model = copy.deepcopy(model).double().eval().requires_grad_(False)
+    model.blocks.requires_grad_(True)
+    direction: Tensor | None = None
+    parameters = [list(block.parameters()) for block in model.blocks]
+    of_parameters, of_tokens = torch.zeros(2, model.depth, dtype=torch.float64).unbind()
+    for image in images.double().split(1):
+        x = model._embed(image)[0].requires_grad_()
+        inputs = []
+        for block in model.blocks:
+            inputs.append(x)
+            x = block(x, ((1, len(x)),), "sdpa")
+        if direction is None:
+            direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype).to(x.device)
+            direction /= direction.norm()
+        value = (model.norm(x) * direction).sum()
+        gradients = iter(torch.autograd.grad(value, [*inputs, *(p for block in parameters for p in block)]))
+        of_tokens += torch.stack([next(gradients).norm() for _ in inputs]).cpu()
+        squares = [torch.stack([next(gradients).square().sum() for _ in block]).sum() for block in parameters]
+        of_parameters += torch.stack(squares).sqrt().cpu()
+    return {
+        "parameter_gradient": (of_parameters / len(images)).tolist(),
+        "token_gradient": (of_tokens / len(images)).tolist(),
+    }
 
 
-def main() -> None:
-    """Command line: see the docstring of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="Folder or zip archive of images.")
-    parser.add_argument("--count", type=int, default=64, help="How many of them, evenly spread (default: 64).")
-    parser.add_argument("--size", type=int, default=160, help="Side in pixels, a multiple of 16 (default: 160).")
-    parser.add_argument("--models", nargs="+", default=["tiny", "small"], choices=list(SIZES), help="ViT sizes.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the weights.")
-    parser.add_argument("--out", type=Path, help="Where to write the result, without its ending; by default nowhere.")
-    arguments = parser.parse_args()
-    try:
-        source = open_images(arguments.images)
-        rows = np.linspace(0, len(source) - 1, min(arguments.count, len(source))).round().astype(int)
-        crops = [center_crop(source.read(int(row)), arguments.size, arguments.size) for row in rows]
-        images = normalize(torch.from_numpy(np.stack(crops))[None])
-        results, text = [], ""
-        for size in arguments.models:
-            statistics = compare_initializations(size, images, arguments.seed)
-            text += f"ViT-{size}, {SIZES[size]['dim']} wide:\n\n{table(statistics)}\n"
-            results.append({"architecture": SIZES[size] | {"patch": 16}, "statistics": statistics})
-        result = {
-            "task": "token statistics at initialization",
-            "dataset": dataset_name(arguments.images),
-            "images": len(images),
-            "image_size": arguments.size,
-            "seed": arguments.seed,
-            "details": results,
-            **provenance("cpu"),
-        }
-        if arguments.out:
-            write_result(arguments.out, result, text)
-        print(text, end="")
-    except (ValueError, OSError) as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(2)
+@torch.no_grad()
+def jacobian_conditioning(
+    model: VisionTransformer,
+    images: Tensor,
+    mlp_tokens: int = 16,
+    steps: int = 160,
+    seed: int = 0,
+    done: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """The ends of the spectrum of every block's two Jacobians, in float64.
+
+    Args:
+        images: normalised, [B, 3, H, W]. One or a few: every one takes a ViT-S of 224 pixels minutes.
+        mlp_tokens: so many tokens, drawn from all images, stand for all in the Jacobian of the MLP.
+        steps: see `attention_singular_values`.
+        seed: of the draws.
+        done: called after each block.
+
+    Returns:
+        One number a block for each of
+        "attention_smallest", "attention_largest", "attention_condition": geometric mean over the images;
+        "attention_small_share": mean over the images;
+        "attention_smallest_error", "attention_largest_error", "attention_share_error": the largest of the images', see
+        `SingularValues`; where the first exceeds `TOLERANCE`, the condition number is a lower bound;
+        the same with "mlp" for "attention", over the tokens drawn; and, for residual models, the same with
+        "attention_skip" and "mlp_skip", of K + I. The model itself is left as it is.
+    """
+    model = copy.deepcopy(model).double().eval()
+    model.attention = "sdpa"  # xformers has no float64
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, list[float]] = {}
+    for block, tokens in walk_blocks(model, images.double()):
+        pooled = tokens.mlp.flatten(0, 1)
+        drawn = pooled[torch.randperm(len(pooled), generator=generator)[:mlp_tokens].to(pooled.device)]
+        for suffix, skip in (("", False), ("_skip", True)) if block.residual else (("", False),):
+            attention = [attention_singular_values(block, image, skip, steps, seed) for image in tokens.attention]
+            for name, several in (("attention", attention), ("mlp", [mlp_singular_values(block, drawn, skip)])):
+                for key, value in _summary(several).items():
+                    found.setdefault(f"{name}{suffix}_{key}", []).append(value)
+        done()
+    return found
 
 
-if __name__ == "__main__":
-    main()
+# --- Jacobians
+
+
+@dataclass(frozen=True)
+class SingularValues:
+    """The ends of a Jacobian's spectrum, and how much of it is small."""
+
+    smallest: float
+    """Never less than the true one but for rounding: an upper bound in every case, and see `smallest_error`."""
+    largest: float
+    small_share: float
+    """Share of the singular values below `SMALL` times the largest, in [0, 1]."""
+    smallest_error: float = 0.0
+    """A singular value lies within this part of `smallest`. That no other is smaller is not proven."""
+    largest_error: float = 0.0
+    """The true one exceeds `largest` by at most this part of it, with a probability of 99 %."""
+    share_error: float = 0.0
+    """Of `small_share`, absolute: bound of the quadrature's, plus two standard deviations of the random start's."""
+
+    @property
+    def condition(self) -> float:
+        """Largest over smallest, at most 1 / `PRECISION`."""
+        return self.largest / self.smallest if self.smallest > PRECISION * self.largest else 1 / PRECISION
+
+    @property
+    def bound(self) -> bool:
+        """Whether `smallest` is no more than an upper bound, and `condition` a lower one."""
+        return self.smallest_error > TOLERANCE
+
+
+class AttentionJacobian:
+    """The Jacobian of a block's attention, as products: of one image, with respect to the normalised tokens.
+
+    Written out, so that a product costs four matrix products of the forward pass's size and nothing is computed twice.
+    With A = softmax(S), dS = (dQ K^T + Q dK^T) / sqrt(d_h) and dA = A * (dS - rowsum(A * dS)), the derivative in the
+    direction dX is, over all heads, (dA V + A dV) W_O.
+
+    Args:
+        tokens: normalised, [N, D]; computed with in float64.
+        skip: add the identity: K + I in place of K.
+    """
+
+    def __init__(self, block: Block, tokens: Tensor, skip: bool = False):
+        self.shape, self.skip, heads = tokens.shape, skip, block.attn.num_heads
+        self.w_qkv = block.attn.qkv.weight.detach().double().T
+        self.w_o = _scaled(block.attn.proj.weight.detach(), block.ls1).T
+        projected = tokens.double() @ self.w_qkv + block.attn.qkv.bias.detach().double()
+        self.q, self.k, self.v = self.heads(projected, 3 * heads).unflatten(0, (3, heads)).contiguous()
+        self.scale = self.q.shape[-1] ** -0.5
+        self.maps = (self.q @ self.k.mT * self.scale).softmax(-1)
+        self._inverses: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def heads(self, x: Tensor, count: int) -> Tensor:
+        """[N, count * d_h] -> [count, N, d_h]."""
+        return x.unflatten(1, (count, -1)).transpose(0, 1)
+
+    def product(self, x: Tensor) -> Tensor:
+        """J x: the derivative in the direction x, [N * D]."""
+        h = len(self.q)
+        dq, dk, dv = self.heads(x.view(self.shape) @ self.w_qkv, 3 * h).unflatten(0, (3, h))
+        change = self.maps * (dq @ self.k.mT + self.q @ dk.mT) * self.scale
+        change -= self.maps * change.sum(-1, keepdim=True)
+        y = ((change @ self.v + self.maps @ dv).transpose(0, 1).flatten(1) @ self.w_o).flatten()
+        return y + x if self.skip else y
+
+    def transposed(self, y: Tensor) -> Tensor:
+        """J^T y, [N * D]: what backpropagation computes."""
+        g = self.heads(y.view(self.shape) @ self.w_o.T, len(self.q))
+        change = self.maps * (g @ self.v.mT)
+        change = (change - self.maps * change.sum(-1, keepdim=True)) * self.scale
+        x = torch.cat([change @ self.k, change.mT @ self.q, self.maps.mT @ g])
+        x = (x.transpose(0, 1).flatten(1) @ self.w_qkv.T).flatten()
+        return x + y if self.skip else x
+
+    def precondition(self, x: Tensor) -> Tensor:
+        """(T^T T)^-1 x for T(X) = the part of the Jacobian that holds the attention maps fixed; x itself with the skip.
+
+        T is `W_V`, then each head's map, then `W_O`, and so is inverted factor by factor. Where the maps are close to
+        the identity, little else is in the Jacobian.
+        """
+        if self.skip:
+            return x
+        if self._inverses is None:
+            maps = _pseudo_inverse(self.maps)
+            w_v = self.w_qkv[:, -self.shape[1] :]
+            self._inverses = _pseudo_inverse(w_v), maps, _pseudo_inverse(self.w_o)
+        w_v, maps, w_o = self._inverses
+        g = maps.mT @ self.heads(x.view(self.shape) @ w_v.T, len(self.q))
+        g = self.heads(g.transpose(0, 1).flatten(1) @ w_o.T @ w_o, len(self.q))
+        return ((maps @ g).transpose(0, 1).flatten(1) @ w_v).flatten()
+
+    def whole(self) -> Tensor:
+        """The matrix itself, [N * D, N * D]: for small models."""
+        identity = torch.eye(self.shape.numel(), dtype=torch.float64, device=self.maps.device)
+        return torch.stack([self.product(column) for column in identity], dim=1)
+
+
+def _pseudo_inverse(x: Tensor) -> Tensor:
+    """The inverse, with singular values below 1e-12 of the largest taken for that: finite for any matrix."""
+    u, s, v_t = torch.linalg.svd(x)
+    return v_t.mT @ (u.mT / s.clamp_min(1e-12 * s[..., :1])[..., None])
+
+
+@torch.no_grad()
+def attention_singular_values(
+    block: Block, tokens: Tensor, skip: bool = False, steps: int = 160, seed: int = 0
+) -> SingularValues:
+    """Smallest and largest singular value of the Jacobian of a block's attention, [N * D, N * D], for one image.
+
+    Computed from the whole matrix where N * D is at most `WHOLE`. Otherwise estimated with products: the largest and
+    the share of small ones by Golub-Kahan-Lanczos bidiagonalisation (`golub_kahan`); the smallest, which that would
+    find last of all, by a Davidson method with a preconditioner from the structure of attention
+    (`smallest_singular_value`). Where the Jacobian is far from the T of `AttentionJacobian.precondition`, the smallest
+    remains an upper bound: see `SingularValues.bound`.
+
+    Args:
+        tokens: the attention's normalised input, [N, D].
+        skip: of K + I in place of K.
+        steps: of the first method, at two products with the Jacobian each; the second takes half as many.
+        seed: of the random start.
+    """
+    jacobian = AttentionJacobian(block, tokens, skip)
+    if tokens.numel() <= WHOLE:
+        return whole_spectrum(torch.linalg.svdvals(jacobian.whole()))
+    start = torch.randn(tokens.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return estimate_singular_values(
+        jacobian.product, jacobian.transposed, jacobian.precondition, start.to(tokens.device), steps
+    )
+
+
+@torch.no_grad()
+def mlp_singular_values(block: Block, tokens: Tensor, skip: bool = False) -> SingularValues:
+    """Smallest and largest singular value of the Jacobian of a block's MLP, exact for the given tokens.
+
+    The MLP treats every token on its own, so the Jacobian is block-diagonal: its singular values are those of one
+    D x D matrix a token, W_1^T diag(gelu'(h)) W_2^T. Over a sample of an image's tokens, `smallest` is at least that
+    of all tokens, and `largest` at most.
+
+    Args:
+        tokens: the MLP's normalised input, [N, D].
+        skip: of K + I in place of K.
+    """
+    first, second = block.mlp.fc1.weight.double(), _scaled(block.mlp.fc2.weight, block.ls2)
+    with torch.enable_grad():
+        hidden = F.linear(tokens.double(), first, block.mlp.fc1.bias.double()).detach().requires_grad_()
+        (slopes,) = torch.autograd.grad(F.gelu(hidden).sum(), hidden)
+    identity = float(skip) * torch.eye(tokens.shape[1], dtype=torch.float64, device=tokens.device)
+    values = [torch.linalg.svdvals((second * slope) @ first + identity) for slope in slopes]
+    return whole_spectrum(torch.cat(values))
+
+
+def whole_spectrum(values: Tensor) -> SingularValues:
+    """What all singular values of a matrix, or of the blocks of a block-diagonal one, come to."""
+    largest, smallest = values.max().item(), values.min().item()
+    share = (values < SMALL * largest).double().mean().item()
+    rounding = PRECISION * largest
+    error = rounding / smallest if smallest > rounding else 1.0
+    return SingularValues(max(smallest, rounding), largest, share, smallest_error=error)
+
+
+def _summary(several: list[SingularValues]) -> dict[str, float]:
+    """One number for the Jacobians of several images: geometric means, the mean share, the largest errors."""
+
+    def geometric_mean(values: list[float]) -> float:
+        return torch.tensor(values, dtype=torch.float64).log().mean().exp().item()
+
+    return {
+        "smallest": geometric_mean([s.smallest for s in several]),
+        "largest": geometric_mean([s.largest for s in several]),
+        "condition": geometric_mean([s.condition for s in several]),
+        "small_share": sum(s.small_share for s in several) / len(several),
+        "smallest_error": max(s.smallest_error for s in several),
+        "largest_error": max(s.largest_error for s in several),
+        "share_error": max(s.share_error for s in several),
+    }
+
+
+Product = Callable[[Tensor], Tensor]
+
+
+def estimate_singular_values(
+    product: Product, transposed: Product, precondition: Product, start: Tensor, steps: int
+) -> SingularValues:
+    """Ends of the spectrum of a square matrix J that is given by its products with vectors.
+
+    Args:
+        product, transposed: x -> J x and y -> J^T y.
+        precondition: an approximation of x -> (J^T J)^-1 x; the identity will do where J is well conditioned.
+        start: a Gaussian random vector, float64; the errors stated hold for such a one.
+        steps: see `attention_singular_values`.
+    """
+    size = len(start)
+    values, weights, ritz = golub_kahan(product, transposed, start, steps)
+    largest = values[0].item()
+    if not largest:
+        return SingularValues(0.0, 0.0, 0.0, smallest_error=1.0)
+    below = values < SMALL * largest
+    share = weights[below].sum().item()
+    # Chebyshev, Markov and Stieltjes: a quadrature's share is off by no more than the node beside the threshold weighs.
+    edge = int((~below).sum())
+    quadrature = weights[max(0, edge - 1) : edge + 1].max().item()
+    spread = 2 * math.sqrt(2 * max(share * (1 - share), 1 / size) / size)
+    # Kuczynski and Wozniakowski (SIAM J. Matrix Anal. Appl. 13, 1992): from a random start, the chance that k Lanczos
+    # steps miss the largest eigenvalue by more than its part e is at most 1.648 sqrt(n) exp(-sqrt(e) (2k - 1)).
+    missed = (math.log(1.648 * size**0.5 / 0.01) / (2 * len(values) - 1)) ** 2
+    if len(values) < min(steps, size):  # all the singular values there are
+        missed = 0.0
+    starts = [*ritz, precondition(start)]
+    smallest, error = smallest_singular_value(product, transposed, precondition, starts, largest, steps // 2)
+    return SingularValues(
+        smallest,
+        largest,
+        share,
+        smallest_error=error,
+        largest_error=1 / math.sqrt(1 - missed) - 1 if missed < 1 else math.inf,
+        share_error=min(1.0, quadrature + spread),
+    )
+
+
+def golub_kahan(
+    product: Product, transposed: Product, start: Tensor, steps: int, vectors: int = 6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Golub-Kahan-Lanczos bidiagonalisation with full reorthogonalisation (SIAM J. Numer. Anal. 2, 1965).
+
+    Returns:
+        approximate singular values, descending, [k] with k <= steps;
+        their weights in the quadrature of the spectrum that the start sees, [k], of sum 1: from a random start, the
+        share of the singular values in a range is about the weight of the values found there;
+        approximate right singular vectors of the `vectors` smallest, a row each.
+    """
+    steps = min(steps, len(start))
+    left, right = start.new_empty(2, steps, len(start)).unbind()
+    bidiagonal = start.new_zeros(steps, steps)
+    v = start / start.norm()
+    for k in range(steps):
+        right[k] = v
+        u = product(v)
+        if k:
+            u = u - bidiagonal[k - 1, k] * left[k - 1]
+            u -= (left[:k] @ u) @ left[:k]
+        bidiagonal[k, k] = u.norm()
+        if bidiagonal[k, k] <= PRECISION * bidiagonal.max() or k + 1 == steps:
+            break
+        left[k] = u / bidiagonal[k, k]
+        v = transposed(left[k]) - bidiagonal[k, k] * v
+        v -= (right[: k + 1] @ v) @ right[: k + 1]
+        if v.norm() <= PRECISION * bidiagonal.max():
+            break  # the start sees no more than k + 1 different singular values
+        bidiagonal[k, k + 1] = v.norm()
+        v = v / v.norm()
+    _, values, v_t = torch.linalg.svd(bidiagonal[: k + 1, : k + 1])
+    return values, v_t[:, 0].square(), v_t[-vectors:] @ right[: k + 1]
+
+
+def smallest_singular_value(
+    product: Product,
+    transposed: Product,
+    precondition: Product,
+    starts: list[Tensor],
+    largest: float,
+    steps: int,
+) -> tuple[float, float]:
+    """The smallest singular value of a square matrix J, by a generalised Davidson method.
+
+    J is projected from the right alone: J V = Q R with orthonormal V and Q. So the singular values of R are never below
+    the smallest of J, and squares of small ones are never formed. The next direction of V is the preconditioned
+    residual of the smallest triple (as in PRIMME_SVDS, SIAM J. Sci. Comput. 39, 2017).
+
+    Args:
+        starts: the first directions of V.
+        largest: the largest singular value, to tell what is zero in float64.
+        steps: projections, the first on all of these. Fewer if a singular value is known to 1 %.
+
+    Returns:
+        an upper bound s of the smallest singular value; and the part of s within which a singular value lies, which is
+        |J^T u - s v| / (sqrt(2) s) for the triple found, J v = s u. Where s cannot be told from zero: `PRECISION` times
+        the largest, and 1.
+    """
+    x = starts[0]
+    most = min(len(starts) + steps - 1, len(x))
+    basis, image = x.new_empty(2, most, len(x)).unbind()  # V and Q, as rows
+    r = x.new_zeros(most, most)
+    for size in range(most):
+        x = x / x.norm()
+        for _ in range(2):
+            x = x - (basis[:size] @ x) @ basis[:size]
+            x = x / x.norm().clamp_min(1e-300)
+        y = product(x)
+        basis[size] = x
+        for _ in range(2):
+            along = image[:size] @ y
+            y, r[:size, size] = y - along @ image[:size], r[:size, size] + along
+        r[size, size] = y.norm()
+        image[size] = y / y.norm().clamp_min(1e-300)
+        if size + 1 < len(starts) and size + 1 < most:
+            x = starts[size + 1]
+            continue
+        left, values, right = torch.linalg.svd(r[: size + 1, : size + 1])
+        smallest = values[-1].item()
+        if smallest <= PRECISION * largest:
+            return PRECISION * largest, 1.0
+        v, u = right[-1] @ basis[: size + 1], left[:, -1] @ image[: size + 1]
+        residual = transposed(u) - smallest * v
+        error = residual.norm().item() / (math.sqrt(2) * smallest)
+        if error <= TOLERANCE / 5:
+            break
+        x = precondition(residual)
+    return smallest, min(1.0, max(error, PRECISION * largest / smallest))

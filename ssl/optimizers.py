@@ -1,22 +1,24 @@
-"""Optimizers and parameter groups of DINO's recipe."""
+"""Optimizers (AdamW, SOAP, Muon) and parameter groups of DINO's recipe."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass
 class OptimizerSettings:
-    """How the student learns."""
+    """How the network learns."""
 
-    name: Literal["adamw", "soap"] = "adamw"
-    """adamw, or soap (Shampoo's eigenbasis with Adam in it, arXiv 2409.11321): slower per step, and what keeps a
-    skipless model well conditioned through training."""
+    name: Literal["adamw", "soap", "muon"] = "adamw"
+    """adamw; soap (Shampoo's eigenbasis with Adam in it, arXiv 2409.11321): slower per step, and what keeps a skipless
+    model well conditioned through training; or muon (orthogonalized momentum) for the matrices of the blocks, with
+    adamw for everything else."""
     lr: float = 5e-4
     """Peak learning rate for a batch of 256 images; scaled by batch_size / 256. DINO: 5e-4 with adamw; soap takes 1e-3
-    to 3e-3."""
+    to 3e-3; muon takes adamw's, since its updates are scaled to the size of adamw's."""
     min_lr: float = 1e-6
     """Learning rate at the end of the cosine; not scaled."""
     warmup_epochs: float = 10.0
@@ -26,7 +28,8 @@ class OptimizerSettings:
     weight_decay_end: float = 0.4
     """Decoupled weight decay at the end of its cosine. Keep it at weight_decay for short runs."""
     betas: tuple[float, float] | None = None
-    """Decay rates of the moments; by default (0.9, 0.999) for adamw and (0.95, 0.95) for soap."""
+    """Decay rates of the moments; by default (0.9, 0.999) for adamw and (0.95, 0.95) for soap. For muon, those of its
+    adamw part, by default (0.9, 0.999)."""
     precondition_every: int = 10
     """soap only: steps between refreshes of the eigenbasis."""
     max_precondition_dim: int = 10000
@@ -60,8 +63,30 @@ def parameter_groups(model: nn.Module) -> list[dict]:
     return [{"params": p, "decays": decays, "last_layer": last} for (decays, last), p in groups.items()]
 
 
+def muon_groups(model: nn.Module) -> list[dict]:
+    """`parameter_groups` for Muon: the matrices of the blocks (query-key-value, projection, MLP) form a first group.
+
+    Returns:
+        Groups with the additional keys `matrices` (bool) and, in the first, `parts`: into how many matrices of equal
+        height each parameter is to be cut (3 for the fused query-key-value layers, else 1).
+    """
+    parts = {
+        parameter: 3 if name.endswith("attn.qkv.weight") else 1
+        for name, parameter in model.named_parameters()
+        if ".blocks." in f".{name}" and parameter.ndim == 2 and parameter.requires_grad
+    }
+    matrices = {"params": list(parts), "decays": True, "last_layer": False, "matrices": True}
+    others = [
+        {**group, "params": [p for p in group["params"] if p not in parts], "matrices": False}
+        for group in parameter_groups(model)
+    ]
+    return [group for group in ({**matrices, "parts": list(parts.values())}, *others) if group["params"]]
+
+
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """The optimizer over `parameter_groups(model)`. Learning rate and weight decay are set each step by `set_rates`."""
+    if settings.name == "muon":
+        return Muon(muon_groups(model), lr=settings.lr, betas=settings.betas or (0.9, 0.999))
     groups = parameter_groups(model)
     if settings.name == "soap":
         from pytorch_optimizer import SOAP  # takes seconds to import
@@ -82,3 +107,71 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, 
     for group in optimizer.param_groups:
         group["lr"] = 0.0 if group["last_layer"] and freeze_last_layer else lr
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., https://kellerjordan.github.io/posts/muon/) on matrices, AdamW on everything else.
+
+    A matrix moves along its Nesterov momentum, orthogonalized, times 0.2 sqrt(max(height, width)): so an update has the
+    size of an AdamW update, and learning rate and weight decay mean the same for all parameters (Liu et al.,
+    arXiv 2502.16982). Unlike torch.optim.Muon it is one optimizer for the whole model, and cuts the fused layer of
+    queries, keys and values into its three matrices: as one matrix, the largest of the three gradients, usually that of
+    the values, would set the scale of the others.
+
+    Args:
+        groups: of `muon_groups`.
+        lr, betas: learning rate, and decay rates of AdamW's moments. Weight decay is that of each group.
+    """
+
+    MOMENTUM, EPS = 0.95, 1e-8
+
+    def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float]):
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Move all parameters that have a gradient."""
+        for group in self.param_groups:
+            parts = group["parts"] if group["matrices"] else [0] * len(group["params"])
+            for parameter, cut in zip(group["params"], parts, strict=True):
+                if parameter.grad is None:
+                    continue
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                update = self._orthogonal(parameter, cut) if cut else self._adam(parameter, *group["betas"])
+                parameter.add_(update, alpha=-group["lr"])
+
+    def _orthogonal(self, parameter: Tensor, parts: int) -> Tensor:
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        if not state:
+            state["momentum"] = torch.zeros_like(gradient)
+        state["momentum"].lerp_(gradient, 1 - self.MOMENTUM)
+        matrices = gradient.lerp(state["momentum"], self.MOMENTUM).chunk(parts)
+        return 0.2 * max(matrices[0].shape) ** 0.5 * torch.cat([orthogonalize(matrix) for matrix in matrices])
+
+    def _adam(self, parameter: Tensor, beta1: float, beta2: float) -> Tensor:
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        if not state:
+            state |= {"step": 0, "mean": torch.zeros_like(gradient), "square": torch.zeros_like(gradient)}
+        state["step"] += 1
+        state["mean"].lerp_(gradient, 1 - beta1)
+        state["square"].lerp_(gradient.square(), 1 - beta2)
+        root = (state["square"] / (1 - beta2 ** state["step"])).sqrt_().add_(self.EPS)
+        return state["mean"] / root.mul_(1 - beta1 ** state["step"])
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Roughly U V^T of a matrix with the singular value decomposition U S V^T: five Newton-Schulz steps, whose
+    coefficients bring most singular values to 0.7..1.2 fast, rather than all to 1 (Jordan et al., see `Muon`).
+
+    [height, width] -> the same shape and dtype; computed in bf16 on CUDA. Zero stays zero.
+    """
+    x = matrix.bfloat16() if matrix.is_cuda else matrix
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp_min(1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.T if tall else x).to(matrix.dtype)

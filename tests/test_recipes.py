@@ -5,10 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from skipless.ssl import supervised
+from skipless.ssl.initialization import PRESETS
+from skipless.ssl.optimizers import make_optimizer
 from skipless.ssl.pretrain import Settings, build_model, parse
+from skipless.ssl.settings import initialization_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "one_gpu")
+SUPERVISED = sorted(path.stem for path in CONFIGS.glob("supervised_*.yaml"))
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in ("one_gpu", *SUPERVISED))
 
 
 def settings(name: str, *more: str) -> Settings:
@@ -58,3 +63,62 @@ def test_dino_settings_are_the_official_ones() -> None:
 def test_one_gpu_version_keeps_the_batch(name: str) -> None:
     one = settings(name, "--config", str(CONFIGS / "one_gpu.yaml"))
     assert (one.batch_size, one.accumulate) == (1024, 8)
+
+
+def supervised_settings(name: str, *more: str) -> supervised.Settings:
+    return supervised.parse(["--config", str(CONFIGS / f"{name}.yaml"), *more, "--data.root", "photos"])
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_supervised_recipe_parses_and_its_model_can_be_built(name: str) -> None:
+    recipe = supervised_settings(name)
+    assert recipe.augmentation.size % recipe.model.patch == 0
+    recipe.model.init = "default"  # the others take minutes for ViT-B
+    with torch.device("meta"):
+        supervised.build_classifier(recipe, classes=10)
+    head = (CONFIGS / f"{name}.yaml").read_text().split("\nout:")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert f"configs/{name}.yaml" in head
+
+
+def test_supervised_paper_arms_differ_only_in_what_they_are_named_for() -> None:
+    residual, skipless = (supervised_settings(f"supervised_vitb16_{arm}") for arm in ("residual", "skipless"))
+    assert (residual.model.residual, residual.model.drop_path, residual.optimizer.name) == (True, 0.1, "adamw")
+    assert (skipless.model.residual, skipless.model.drop_path, skipless.optimizer.name) == (False, 0.0, "soap")
+    assert initialization_of(residual.model) == "default"
+    assert PRESETS[initialization_of(skipless.model)] == {"alpha": 2.0, "beta": 0.6, "c": 3.0, "mlp": "suo"}
+    assert residual.augmentation == skipless.augmentation == supervised.Augmentation()
+    assert residual.model.pool == skipless.model.pool
+    for recipe in (residual, skipless):
+        assert (recipe.model.size, recipe.model.patch, recipe.epochs, recipe.batch_size) == ("base", 16, 300, 1024)
+        recipe.optimizer.name, recipe.optimizer.lr = "adamw", 1.0
+    assert residual.optimizer == skipless.optimizer
+
+
+def test_deit_settings_are_the_published_ones() -> None:
+    """Touvron et al., arXiv 2012.12877, table 9, and the arguments released with DeiT-B."""
+    recipe = supervised_settings("supervised_vitb16_residual")
+    images, rates = recipe.augmentation, recipe.optimizer
+    assert rates.lr * recipe.batch_size / 256 == pytest.approx(5e-4 * 1024 / 512)
+    assert (rates.warmup_epochs, rates.min_lr, rates.weight_decay, rates.weight_decay_end) == (5, 1e-5, 0.05, 0.05)
+    assert (images.mixup, images.cutmix, images.label_smoothing, images.erasing) == (0.8, 1.0, 0.1, 0.25)
+    assert (images.size, images.scale, images.randaugment) == (224, (0.08, 1.0), 9)
+    one = supervised_settings("supervised_vitb16_residual", "--config", str(CONFIGS / "one_gpu.yaml"))
+    assert (one.batch_size, one.accumulate) == (1024, 8)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "soap", "muon"])
+@pytest.mark.parametrize(
+    ("arm", "init"),
+    [
+        (["--model.residual", "true"], "default"),
+        (["--model.init", "default"], "default"),
+        (["--model.init", "paper-supervised"], "paper-supervised"),
+        (["--model.init", "small"], "small"),
+    ],
+)
+def test_every_small_arm_parses_and_can_be_built(arm: list[str], init: str, optimizer: str) -> None:
+    recipe = supervised_settings("supervised_small", *arm, "--optimizer.name", optimizer, "--model.depth", "1")
+    assert recipe.model.residual == (arm[0] == "--model.residual")
+    assert (initialization_of(recipe.model), recipe.optimizer.name) == (init, optimizer)
+    make_optimizer(supervised.build_classifier(recipe, classes=10), recipe.optimizer)
