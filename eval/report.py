@@ -284,7 +284,7 @@ def measured(path: Path, settings: Any, backbone: Backbone) -> dict[str, Any] | 
 def collected(settings: Settings, candidate: Candidate, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Results of this checkpoint in the folders to collect from, other than those that are known."""
     seen = {(old["protocol"], old["dataset"], old["split"]) for old in known}
-    found = []
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for folder in settings.collect:
         root = Path(folder).expanduser()
         if not root.is_dir():
@@ -296,11 +296,10 @@ def collected(settings: Settings, candidate: Candidate, known: list[dict[str, An
                 key = (old["protocol"], old["dataset"], old["split"])
             except (ValueError, KeyError, TypeError):
                 continue  # another kind of file
-            if ours and key not in seen:
-                seen.add(key)
-                old["pictures"] = path.parent / "pictures.png"
-                found.append(old)
-    return found
+            # Of several with one figure, the one that also has it block by block.
+            if ours and key not in seen and (key not in found or "every_block" in old["details"]):
+                found[key] = {**old, "pictures": path.parent / "pictures.png"}
+    return list(found.values())
 
 
 def pictured(settings: Settings) -> str | list[Path]:
