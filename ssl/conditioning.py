@@ -29,8 +29,8 @@ PRECISION = 1e-14
 SMALL = 0.01
 # A smallest singular value is called known if one lies within this part of it, and a bound if not.
 TOLERANCE = 0.05
-# Jacobians of at most this many rows are computed whole: then that takes less time than estimating.
-WHOLE = 1536
+# Jacobians of at most so many rows are computed whole, and decomposed, or at least factorised.
+DECOMPOSED, FACTORISED = 1536, 8192
 
 
 # --- tokens
@@ -373,16 +373,17 @@ class AttentionJacobian:
         self._inverses: tuple[Tensor, Tensor, Tensor] | None = None
 
     def heads(self, x: Tensor, count: int) -> Tensor:
-        """[N, count * d_h] -> [count, N, d_h]."""
-        return x.unflatten(1, (count, -1)).transpose(0, 1)
+        """[..., N, count * d_h] -> [..., count, N, d_h]."""
+        return x.unflatten(-1, (count, -1)).transpose(-3, -2)
 
     def product(self, x: Tensor) -> Tensor:
-        """J x: the derivative in the direction x, [N * D]."""
+        """J x: the derivative in the direction x, [N * D], or in several, [..., N * D]."""
         h = len(self.q)
-        dq, dk, dv = self.heads(x.view(self.shape) @ self.w_qkv, 3 * h).unflatten(0, (3, h))
+        projected = self.heads(x.unflatten(-1, self.shape) @ self.w_qkv, 3 * h)
+        dq, dk, dv = projected.unflatten(-3, (3, h)).unbind(-4)
         change = self.maps * (dq @ self.k.mT + self.q @ dk.mT) * self.scale
         change -= self.maps * change.sum(-1, keepdim=True)
-        y = ((change @ self.v + self.maps @ dv).transpose(0, 1).flatten(1) @ self.w_o).flatten()
+        y = ((change @ self.v + self.maps @ dv).transpose(-3, -2).flatten(-2) @ self.w_o).flatten(-2)
         return y + x if self.skip else y
 
     def transposed(self, y: Tensor) -> Tensor:
@@ -413,8 +414,10 @@ class AttentionJacobian:
 
     def whole(self) -> Tensor:
         """The matrix itself, [N * D, N * D]: for small models."""
-        identity = torch.eye(self.shape.numel(), dtype=torch.float64, device=self.maps.device)
-        return torch.stack([self.product(column) for column in identity], dim=1)
+        columns = torch.eye(self.shape.numel(), dtype=torch.float64, device=self.maps.device)
+        for first in range(0, len(columns), 32):
+            columns[first : first + 32] = self.product(columns[first : first + 32])
+        return columns.T
 
 
 def _pseudo_inverse(x: Tensor) -> Tensor:
@@ -429,11 +432,11 @@ def attention_singular_values(
 ) -> SingularValues:
     """Smallest and largest singular value of the Jacobian of a block's attention, [N * D, N * D], for one image.
 
-    Computed from the whole matrix where N * D is at most `WHOLE`. Otherwise estimated with products: the largest and
-    the share of small ones by Golub-Kahan-Lanczos bidiagonalisation (`golub_kahan`); the smallest, which that would
-    find last of all, by a Davidson method with a preconditioner from the structure of attention
-    (`smallest_singular_value`). Where the Jacobian is far from the T of `AttentionJacobian.precondition`, the smallest
-    remains an upper bound: see `SingularValues.bound`.
+    Up to `DECOMPOSED` rows by a singular value decomposition. Above, the largest and the share of small ones are
+    estimated by Golub-Kahan-Lanczos bidiagonalisation (`golub_kahan`), and the smallest, which that would find last of
+    all, by a Davidson method (`smallest_singular_value`) with the inverse up to `FACTORISED` rows, and an approximate
+    inverse from the structure of attention above. Where the Jacobian is far from the T of
+    `AttentionJacobian.precondition`, the smallest then remains an upper bound: see `SingularValues.bound`.
 
     Args:
         tokens: the attention's normalised input, [N, D].
@@ -442,12 +445,13 @@ def attention_singular_values(
         seed: of the random start.
     """
     jacobian = AttentionJacobian(block, tokens, skip)
-    if tokens.numel() <= WHOLE:
+    if tokens.numel() <= DECOMPOSED:
         return whole_spectrum(torch.linalg.svdvals(jacobian.whole()))
+    small = tokens.numel() <= FACTORISED
+    precondition = inverse_of_square(jacobian.whole()) if small else jacobian.precondition
     start = torch.randn(tokens.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return estimate_singular_values(
-        jacobian.product, jacobian.transposed, jacobian.precondition, start.to(tokens.device), steps
-    )
+    start = start.to(tokens.device)
+    return estimate_singular_values(jacobian.product, jacobian.transposed, precondition, start, steps)
 
 
 @torch.no_grad()
@@ -512,22 +516,17 @@ def estimate_singular_values(
         steps: see `attention_singular_values`.
     """
     size = len(start)
-    values, weights, ritz = golub_kahan(product, transposed, start, steps)
+    bidiagonal, rest, right = golub_kahan(product, transposed, start, steps)
+    _, values, v_t = torch.linalg.svd(bidiagonal)
     largest = values[0].item()
     if not largest:
         return SingularValues(0.0, 0.0, 0.0, smallest_error=1.0)
-    below = values < SMALL * largest
-    share = weights[below].sum().item()
-    # Chebyshev, Markov and Stieltjes: a quadrature's share is off by no more than the node beside the threshold weighs.
-    edge = int((~below).sum())
-    quadrature = weights[max(0, edge - 1) : edge + 1].max().item()
+    share, share_error = share_below(SMALL * largest, bidiagonal, rest)
     spread = 2 * math.sqrt(2 * max(share * (1 - share), 1 / size) / size)
     # Kuczynski and Wozniakowski (SIAM J. Matrix Anal. Appl. 13, 1992): from a random start, the chance that k Lanczos
     # steps miss the largest eigenvalue by more than its part e is at most 1.648 sqrt(n) exp(-sqrt(e) (2k - 1)).
-    missed = (math.log(1.648 * size**0.5 / 0.01) / (2 * len(values) - 1)) ** 2
-    if len(values) < min(steps, size):  # all the singular values there are
-        missed = 0.0
-    starts = [*ritz, precondition(start)]
+    missed = (math.log(1.648 * size**0.5 / 0.01) / (2 * len(values) - 1)) ** 2 if rest else 0.0
+    starts = [*(v_t[-6:] @ right), precondition(start)]
     smallest, error = smallest_singular_value(product, transposed, precondition, starts, largest, steps // 2)
     return SingularValues(
         smallest,
@@ -535,25 +534,22 @@ def estimate_singular_values(
         share,
         smallest_error=error,
         largest_error=1 / math.sqrt(1 - missed) - 1 if missed < 1 else math.inf,
-        share_error=min(1.0, quadrature + spread),
+        share_error=min(1.0, share_error + spread),
     )
 
 
-def golub_kahan(
-    product: Product, transposed: Product, start: Tensor, steps: int, vectors: int = 6
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Golub-Kahan-Lanczos bidiagonalisation with full reorthogonalisation (SIAM J. Numer. Anal. 2, 1965).
+def golub_kahan(product: Product, transposed: Product, start: Tensor, steps: int) -> tuple[Tensor, float, Tensor]:
+    """Golub-Kahan-Lanczos bidiagonalisation of J with full reorthogonalisation (SIAM J. Numer. Anal. 2, 1965).
 
     Returns:
-        approximate singular values, descending, [k] with k <= steps;
-        their weights in the quadrature of the spectrum that the start sees, [k], of sum 1: from a random start, the
-        share of the singular values in a range is about the weight of the values found there;
-        approximate right singular vectors of the `vectors` smallest, a row each.
+        B [k, k], upper bidiagonal, with J V = U B for orthonormal V and U, k <= steps;
+        the norm of what is left, J^T U - V B^T: 0 where the start sees no other singular values than the k of B;
+        the columns of V as rows, [k, n].
     """
     steps = min(steps, len(start))
     left, right = start.new_empty(2, steps, len(start)).unbind()
     bidiagonal = start.new_zeros(steps, steps)
-    v = start / start.norm()
+    v, rest = start / start.norm(), 0.0
     for k in range(steps):
         right[k] = v
         u = product(v)
@@ -561,17 +557,57 @@ def golub_kahan(
             u = u - bidiagonal[k - 1, k] * left[k - 1]
             u -= (left[:k] @ u) @ left[:k]
         bidiagonal[k, k] = u.norm()
-        if bidiagonal[k, k] <= PRECISION * bidiagonal.max() or k + 1 == steps:
+        rounding = PRECISION * bidiagonal.max().item()
+        if bidiagonal[k, k] <= rounding:
+            rest = 0.0
             break
         left[k] = u / bidiagonal[k, k]
         v = transposed(left[k]) - bidiagonal[k, k] * v
         v -= (right[: k + 1] @ v) @ right[: k + 1]
-        if v.norm() <= PRECISION * bidiagonal.max():
-            break  # the start sees no more than k + 1 different singular values
-        bidiagonal[k, k + 1] = v.norm()
-        v = v / v.norm()
-    _, values, v_t = torch.linalg.svd(bidiagonal[: k + 1, : k + 1])
-    return values, v_t[:, 0].square(), v_t[-vectors:] @ right[: k + 1]
+        rest = v.norm().item() if v.norm() > rounding else 0.0
+        if not rest or k + 1 == steps:
+            break
+        bidiagonal[k, k + 1] = rest
+        v = v / rest
+    return bidiagonal[: k + 1, : k + 1], rest, right[: k + 1]
+
+
+def share_below(threshold: float, bidiagonal: Tensor, rest: float) -> tuple[float, float]:
+    """The share of the singular values below a threshold, as the random start of `golub_kahan` sees it.
+
+    By Gauss-Radau quadrature of the spectrum of J^T J with a node at the threshold (Golub, SIAM Review 15, 1973): by
+    Chebyshev, Markov and Stieltjes the share lies between the weights below that node with and without its own, and
+    these are the closest bounds that the steps taken allow.
+
+    Returns:
+        the middle between the two, and half the difference.
+    """
+    squares, node, size = bidiagonal.T @ bidiagonal, threshold**2, len(bidiagonal)
+    coupling = bidiagonal[-1, -1].item() * rest
+    extended = squares.new_zeros(size + 1, size + 1)
+    extended[:size, :size] = squares
+    extended[-1, -2] = extended[-2, -1] = coupling
+    last = squares.new_zeros(size)
+    last[-1] = coupling**2
+    shifted = squares - node * torch.eye(size, dtype=squares.dtype, device=squares.device)
+    extended[-1, -1] = node + torch.linalg.solve(shifted, last)[-1]
+    nodes, vectors = torch.linalg.eigh(extended)
+    weights, own = vectors[0].square(), int((nodes - node).abs().argmin())
+    half = weights[own].item() / 2
+    return weights[:own].sum().item() + half, half
+
+
+def inverse_of_square(matrix: Tensor) -> Product:
+    """x -> (J^T J)^-1 x by an LU factorisation of J; pivots that cannot be told from zero are made larger."""
+    factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
+    diagonal, tiny = factors.diagonal(), PRECISION * matrix.abs().max().item()
+    diagonal[diagonal.abs() < tiny] = tiny
+
+    def solve(x: Tensor) -> Tensor:
+        y = torch.linalg.lu_solve(factors, pivots, x[:, None], adjoint=True)
+        return torch.linalg.lu_solve(factors, pivots, y)[:, 0]
+
+    return solve
 
 
 def smallest_singular_value(
