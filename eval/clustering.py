@@ -206,8 +206,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     if first:
         text = report(result, how(details), "published")
         if out:
-            write_result(out / "clustering", result, text)
             draw(val, predictions, out / "pictures.png")
+            write_result(out / "clustering", result, text)
         print("\n" + text, end="")
         if out:
             print(f"\nwritten: {out / 'clustering.json'}, clustering.md, pictures.png")

@@ -169,8 +169,8 @@ def discover(settings: Settings) -> dict[str, Any]:
         text = report(result)
         if out:
             write_text(out / "detections.json", json.dumps(detections(images, found, main)) + "\n")
-            write_result(out / "discovery", result, text)
             draw(images, found, main, shown, settings.method, out / "pictures.png")
+            write_result(out / "discovery", result, text)
             for path in out.glob("found-*.jsonl"):
                 path.unlink()
         print("\n" + text, end="")

@@ -9,6 +9,7 @@ from pycocotools import mask as coco_mask
 
 from skipless.datasets.boxes import BoxSet
 from skipless.eval.command_line import label_row
+from skipless.ssl.checkpoints import write_atomically
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -103,5 +104,5 @@ def draw(images: BoxSet, found: list[dict[str, Any]], block: int, shown: list[in
             for offset, title in enumerate(titles):
                 label_row(axes[row + offset, 0], title)
     figure.tight_layout(pad=0.6, rect=(0.01, 0, 1, 1))
-    figure.savefig(path, dpi=100)
+    write_atomically(path, lambda beside: figure.savefig(beside, dpi=100, format="png"))
     plt.close(figure)

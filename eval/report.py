@@ -22,10 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
+from skipless.datasets.images import read_image
 from skipless.eval import classification, clustering, discovery, knn, linear, retrieval, segmentation
 from skipless.eval.backbones import Backbone, FeatureKind, Weights, load_backbone, untrained
 from skipless.eval.classification import Pooling
 from skipless.eval.command_line import join_list, parse_settings, run
+from skipless.eval.pictures import pick_images
 from skipless.eval.report_page import write_page
 from skipless.eval.report_tables import latex_table, markdown_table, table_of
 from skipless.eval.results import INCIDENTAL
@@ -164,18 +168,30 @@ def make_report(settings: Settings) -> Path:
         )
     out = Path(settings.out).expanduser()
     candidates = load_candidates(settings, device)
+    # What can be wrong is found before anything is measured, which may take hours.
+    pictures = pictured(settings)
+    for folder_name in settings.collect:
+        if not Path(folder_name).expanduser().is_dir():
+            raise FileNotFoundError(f"collect: {folder_name}: no such folder")
+    for candidate in candidates:
+        for task, theirs, _ in planned(settings, candidate, out / "results" / candidate.name):
+            measured(result_path(out, candidate, task), theirs, candidate.backbone)
     results: dict[str, list[dict[str, Any]]] = {}
     for number, candidate in enumerate(candidates, 1):
         folder = out / "results" / candidate.name
         found = []
         for task, theirs, evaluate in planned(settings, candidate, folder):
-            stem = "discovery" if task in ("lost", "tokencut") else task
-            old = measured(folder / task / f"{stem}.json", theirs, candidate.backbone)
+            path = result_path(out, candidate, task)
+            old = measured(path, theirs, candidate.backbone)
             if old is None:
                 print(f"{candidate.name} ({number} of {len(candidates)}): {task}", flush=True)
-                with contextlib.redirect_stdout(io.StringIO()):
+                said = io.StringIO()
+                with contextlib.redirect_stdout(said):
                     evaluate(theirs)
-                old = json.loads((folder / task / f"{stem}.json").read_text())
+                warnings = [line for line in said.getvalue().splitlines() if line.lower().startswith("warning")]
+                print("\n".join(warnings), end="\n" if warnings else "", flush=True)
+                old = measured(path, theirs, candidate.backbone)
+                assert old is not None
             old["pictures"] = folder / task / "pictures.png"
             found.append(old)
         found += collected(settings, candidate, found)
@@ -186,7 +202,7 @@ def make_report(settings: Settings) -> Path:
     write_text(out / "report.tex", latex_table(table))
     page = out / "report.html"
     backbones = {candidate.name: candidate.backbone for candidate in candidates}
-    write_page(page, table, results, backbones, pictured(settings), settings.count, settings.size, plain(settings))
+    write_page(page, table, results, backbones, pictures, settings.size, plain(settings))
     print("\n" + markdown_table(table) + f"\nwritten: {page}, report.md, report.tex")
     return page
 
@@ -286,13 +302,11 @@ def collected(settings: Settings, candidate: Candidate, known: list[dict[str, An
     seen = {(old["protocol"], old["dataset"], old["split"]) for old in known}
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for folder in settings.collect:
-        root = Path(folder).expanduser()
-        if not root.is_dir():
-            raise FileNotFoundError(f"collect: {root}: no such folder")
-        for path in sorted(root.rglob("*.json")):
+        for path in sorted(Path(folder).expanduser().rglob("*.json")):
             try:
                 old = json.loads(path.read_text())
                 ours = old["checkpoint"]["sha256"] == candidate.backbone.sha256 and old["value"] is not None
+                ours = ours and old["settings"].get("weights", "teacher") == settings.weights
                 key = (old["protocol"], old["dataset"], old["split"])
             except (ValueError, KeyError, TypeError):
                 continue  # another kind of file
@@ -302,20 +316,27 @@ def collected(settings: Settings, candidate: Candidate, known: list[dict[str, An
     return list(found.values())
 
 
-def pictured(settings: Settings) -> str | list[Path]:
-    """Where the images to look at are: a folder, archive or file, or a list of files."""
+def result_path(out: Path, candidate: Candidate, task: str) -> Path:
+    """Where the result of a task lies."""
+    stem = "discovery" if task in ("lost", "tokencut") else task
+    return out / "results" / candidate.name / task / f"{stem}.json"
+
+
+def pictured(settings: Settings) -> list[tuple[str, np.ndarray]]:
+    """Names and pixels of the images to look at."""
     if settings.images:
-        return settings.images
-    if settings.segmentation.root:
-        s = settings.segmentation
-        return list(segmentation.DATA[s.name](s.root, s.split).images)
-    if settings.discovery.root:
-        d = settings.discovery
-        return list(discovery.open_data(discovery.DataSettings(d.name, d.root, d.split))[0].images)
-    if settings.classification.root and settings.classification.name == "folder":
-        c = settings.classification
-        return str(Path(c.root) / (c.split or "val"))
-    raise ValueError("give --images: a folder, zip archive or image file to look at")
+        return pick_images(settings.images, settings.count)
+    c, s, d = settings.classification, settings.segmentation, settings.discovery
+    if s.root:
+        files = segmentation.DATA[s.name](s.root, s.split).images
+    elif d.root:
+        files = discovery.open_data(discovery.DataSettings(d.name, d.root, d.split))[0].images
+    elif c.root and c.name == "folder":
+        return pick_images(Path(c.root) / (c.split or "val"), settings.count)
+    else:
+        raise ValueError("give --images: a folder, zip archive or image file to look at")
+    rows = np.unique(np.linspace(0, len(files) - 1, settings.count).round().astype(int))
+    return [(files[row].name, read_image(files[row])) for row in rows.tolist()]
 
 
 def parse(arguments: list[str] | None = None) -> Settings:

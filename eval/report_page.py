@@ -18,13 +18,14 @@ import cv2
 import jinja2
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from tqdm import tqdm
 
 from skipless.datasets.images import read_image
 from skipless.eval.backbones import Backbone
 from skipless.eval.pca import align, colours_of, pca_components
-from skipless.eval.pictures import patch_features, pick_images
-from skipless.eval.report_tables import Table
+from skipless.eval.pictures import patch_features
+from skipless.eval.report_tables import Table, data_of
 from skipless.ssl.checkpoints import write_text
 
 matplotlib.use("Agg")
@@ -32,9 +33,9 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 TEMPLATE = Path(__file__).resolve().parent / "report_page.html"
-# Tol's bright scheme: told apart by the colour-blind, and legible on white and on black.
+# Tol's bright scheme: told apart by the colour-blind, on white and on black.
 COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377")
-MARKERS = "os^Dv<"
+MARKERS = "os^Dv"
 CODES = 6_500_000  # bytes of all codes together: a page of 16 images stays far below 15 MB
 MAX_BLOCKS = 12  # shown of each checkpoint, evenly spread
 MAX_PATCHES = 800  # an image
@@ -46,8 +47,7 @@ def write_page(
     table: Table,
     results: dict[str, list[dict[str, Any]]],
     backbones: dict[str, Backbone],
-    images: str | list[Path],
-    count: int,
+    pictures: list[tuple[str, np.ndarray]],
     size: int | None,
     settings: dict[str, Any],
 ) -> None:
@@ -58,18 +58,10 @@ def write_page(
         table: of the figures.
         results: by checkpoint, as the evaluations write them, each with "pictures", the path of its sheet.
         backbones: by checkpoint, on the device to use.
-        images: folder, archive or file, or a list of files, of which `count` are looked at.
+        pictures: names and pixels of the images to look at.
         size: their short side in pixels, see eval/report.py.
         settings: of the run, to be shown.
-
-    Raises:
-        ValueError, FileNotFoundError: images that cannot be used.
     """
-    if isinstance(images, str):
-        pictures = pick_images(images, count)
-    else:
-        rows = np.unique(np.linspace(0, len(images) - 1, count).round().astype(int))
-        pictures = [(images[row].name, read_image(images[row])) for row in rows.tolist()]
     look = looked_at(backbones, pictures, size)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -79,10 +71,10 @@ def write_page(
         colours=colours,
         architectures={name: backbone.architecture for name, backbone in backbones.items()},
         plots=[
-            {"title": title, "svg": jinja2.filters.Markup(curves(series, metric, colours))}
+            {"title": title, "svg": Markup(curves(series, metric, colours))}
             for title, metric, series in by_block(results)
         ],
-        look=jinja2.filters.Markup(json.dumps(look).replace("<", "\\u003c")),
+        look=Markup(json.dumps(look).replace("<", "\\u003c")),
         pictures=[name for name, _ in pictures],
         checkpoints=look["checkpoints"],
         sheets=sheets(results),
@@ -206,7 +198,7 @@ def similarity_codes(features: np.ndarray, dims: int) -> tuple[np.ndarray, float
 def by_block(
     results: dict[str, list[dict[str, Any]]],
 ) -> list[tuple[str, str, dict[str, list[dict[str, Any]]]]]:
-    """(protocol, metric, entries by checkpoint) of every protocol that was measured in each block."""
+    """(title, metric, entries by checkpoint) of every protocol and data set that was measured in each block."""
     found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for name, of_checkpoint in results.items():
         for result in of_checkpoint:
@@ -219,8 +211,9 @@ def by_block(
                 for entry in result["details"].get("every_block", [])
             ]
             if entries and all(entry["value"] is not None for entry in entries):
-                found.setdefault((result["protocol"], result["metric"]), {})[name] = entries
-    return [(protocol, metric, series) for (protocol, metric), series in found.items()]
+                title = f"{result['protocol']}: {data_of(result)}"
+                found.setdefault((title, result["metric"]), {})[name] = entries
+    return [(title, metric, series) for (title, metric), series in found.items()]
 
 
 def curves(series: dict[str, list[dict[str, Any]]], metric: str, colours: dict[str, str]) -> str:
@@ -231,12 +224,14 @@ def curves(series: dict[str, list[dict[str, Any]]], metric: str, colours: dict[s
         "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "none", "axes.facecolor": "none",
     }  # fmt: skip
     with matplotlib.rc_context(style):
+        names = list(colours)
         figure, axis = plt.subplots(figsize=(4.6, 3.0), layout="constrained")
-        for number, (name, entries) in enumerate(series.items()):
+        for name, entries in series.items():
             x = [entry["block"] for entry in entries]
+            marker = MARKERS[names.index(name) % len(MARKERS)]
             axis.plot(
-                x, [100 * e["value"] for e in entries], color=colours[name], marker=MARKERS[number % len(MARKERS)],
-                markersize=4, linewidth=1.5, label=name,
+                x, [100 * e["value"] for e in entries], color=colours[name], marker=marker, markersize=4,
+                linewidth=1.5, label=name.replace("$", r"\$"),
             )  # fmt: skip
             if all(entry["interval"] for entry in entries):
                 low, high = zip(*(entry["interval"] for entry in entries), strict=True)

@@ -91,7 +91,14 @@ def markdown_table(table: Table) -> str:
     for row in table.rows:
         cells = ["" if c is None else f"**{c.text()}**" if c.best else c.text() for c in row.cells]
         lines.append(f"| {row.protocol} | {row.data} | {row.metric} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", "In percent, with 95 % intervals over images.", ""])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "In percent; in brackets 95 % intervals over images, after ± the standard deviation over seeds.",
+            "",
+        ]
+    )
 
 
 def latex_table(table: Table) -> str:

@@ -218,8 +218,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     if first:
         text = report(result, how(details), "published")
         if out:
-            write_result(out / "retrieval", result, text)
             draw(val, predictions, out / "pictures.png")
+            write_result(out / "retrieval", result, text)
         print("\n" + text, end="")
         if out:
             print(f"\nwritten: {out / 'retrieval.json'}, retrieval.md, pictures.png")

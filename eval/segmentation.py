@@ -183,8 +183,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         more = f" ({details['held_out_images']:,} more chose the learning rate)" if "held_out_images" in details else ""
         text = report(result, f"trained on {details['train_images']:,} images{more}")
         if out:
-            write_result(out / "segmentation", result, text)
             draw(val, outcome.predictions, out / "pictures.png")
+            write_result(out / "segmentation", result, text)
         print("\n" + text, end="")
         if out:
             more = "" if settings.protocol == "quick" else ", head.pt"

@@ -9,6 +9,7 @@ import numpy as np
 from skipless.datasets.masks import VOID, SegmentationSet
 from skipless.datasets.official_counts import describe_split
 from skipless.eval.command_line import label_row
+from skipless.ssl.checkpoints import write_atomically
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -85,5 +86,5 @@ def draw(images: SegmentationSet, predictions: dict[int, np.ndarray], path: Path
     figure.legend(handles=handles, loc="lower center", ncols=ncols, fontsize=8, frameon=False)
     bottom = (0.3 + 0.25 * -(-len(handles) // ncols)) / (6.6 * rows)
     figure.tight_layout(pad=0.6, rect=(0.01, bottom, 1, 1))
-    figure.savefig(path, dpi=100)
+    write_atomically(path, lambda beside: figure.savefig(beside, dpi=100, format="png"))
     plt.close(figure)

@@ -54,7 +54,14 @@ def main() -> None:
     ]
     if not (run / "backbone.json").exists():
         command = [sys.executable, str(ROOT / "ssl" / "pretrain.py"), *arguments, "--resume"]
-        status = subprocess.run(command).returncode
+        # In a session of its own: Ctrl-C reaches it as our SIGTERM, on which it saves a checkpoint.
+        process = subprocess.Popen(command, start_new_session=True)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            sys.exit("interrupted: the same command continues")
         if status:
             sys.exit(status)
         if not (run / "backbone.json").exists():

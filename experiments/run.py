@@ -54,8 +54,8 @@ class Experiment:
     """Those to choose from, by arm or for all."""
     seeds: list[int]
     metric: str
-    """Name in metrics.jsonl of the figure that learning rates are chosen by: a number, or a list over the blocks, whose
-    best counts."""
+    """Name in metrics.jsonl of the figure that learning rates are chosen by, higher being better: a number, or a list
+    over the blocks, whose best counts."""
 
     def rates(self, arm: str) -> list[float]:
         """Learning rates of an arm."""
@@ -102,44 +102,83 @@ def best(value: Any) -> float:
 def read_experiment(path: Path) -> Experiment:
     """Raises ValueError, naming the field, where the file is no experiment."""
     try:
-        content = yaml.safe_load(path.read_text())
-        return Experiment(path.stem, **content)
+        experiment = Experiment(path.stem, **yaml.safe_load(path.read_text()))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such experiment") from None
     except (TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no experiment: {' '.join(str(error).split())}") from None
+    if not experiment.seeds or not experiment.arms:
+        raise ValueError(f"{path}: seeds and arms must name one or more")
+    if len({folder_name(arm) for arm in experiment.arms}) < len(experiment.arms):
+        raise ValueError(f"{path}: arms: two of their names would give one folder")
+    for arm in experiment.arms:
+        if not experiment.rates(arm) or not all(isinstance(lr, float) for lr in experiment.rates(arm)):
+            raise ValueError(f"{path}: learning_rates must be numbers with a point, as in 1.0e-3")
+    return experiment
+
+
+def one_run(runs: Path, arm: str, lr: float, seed: int) -> Run:
+    """A run with its folder."""
+    return Run(arm, lr, seed, runs / f"{folder_name(arm)}-lr{lr:g}-seed{seed}")
+
+
+def folder_name(arm: str) -> str:
+    """An arm's name as a part of a folder's."""
+    return re.sub(r"[^\w.]+", "-", arm)
+
+
+def all_runs(experiment: Experiment, runs: Path) -> list[Run]:
+    """Every run that there could be, in one order."""
+    return [
+        one_run(runs, arm, lr, seed)
+        for seed in experiment.seeds
+        for arm in experiment.arms
+        for lr in experiment.rates(arm)
+    ]
 
 
 def pending(experiment: Experiment, runs: Path) -> Iterator[Run]:
-    """Runs that are still to do, as far as it is known which: learning rates first, then seeds."""
-
-    def run(arm: str, lr: float, seed: int) -> Run:
-        name = re.sub(r"[^\w.]+", "-", arm)
-        return Run(arm, lr, seed, runs / f"{name}-lr{lr:g}-seed{seed}")
-
+    """Runs in the order in which they are done: learning rates first, then seeds at the best of them."""
     first, *others = experiment.seeds
     for position in range(max(len(experiment.rates(arm)) for arm in experiment.arms)):
         for arm in experiment.arms:
             for lr in experiment.rates(arm)[position : position + 1]:
-                yield run(arm, lr, first)
+                yield one_run(runs, arm, lr, first)
     for seed in others:
         for arm in experiment.arms:
-            swept = [run(arm, lr, first) for lr in experiment.rates(arm)]
+            swept = [one_run(runs, arm, lr, first) for lr in experiment.rates(arm)]
             chosen = max(swept, key=lambda one: one.value(experiment.metric))
-            yield run(arm, chosen.lr, seed)
+            yield one_run(runs, arm, chosen.lr, seed)
+
+
+def words_of(experiment: Experiment, run: Run, data: str) -> list[str]:
+    """The script and all flags of a run but for its folder."""
+    words = [word.replace("{data}", data) for word in [*experiment.command, *experiment.arms[run.arm]]]
+    return [*words, f"--optimizer.lr={run.lr}", f"--seed={run.seed}"]
+
+
+def check_same(run: Run, words: list[str]) -> None:
+    """Raises ValueError where a run's folder was made by other flags or data."""
+    said = run.folder / "command.json"
+    if said.exists() and json.loads(said.read_text()) != words:
+        raise ValueError(f"{run.folder} was made by other flags or data: delete it, or rename the experiment")
 
 
 def train(experiment: Experiment, run: Run, data: str, deadline: float) -> bool:
     """Train, or go on training; whether it ended. What fails leaves failed.txt, what is out of time its checkpoint."""
-    words = [word.replace("{data}", data) for word in [*experiment.command, *experiment.arms[run.arm]]]
-    words += [f"--optimizer.lr={run.lr}", f"--seed={run.seed}", f"--out={run.folder}", "--resume"]
+    words = words_of(experiment, run, data)
     run.folder.mkdir(parents=True, exist_ok=True)
+    write_text(run.folder / "command.json", json.dumps(words))
+    words += [f"--out={run.folder}", "--resume"]
     with open(run.folder / "output.txt", "a") as output:
-        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        # In a session of its own: Ctrl-C reaches it as our SIGTERM, on which it saves a checkpoint.
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             code = process.wait(max(1.0, deadline - time.monotonic()))
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as why:
-            process.terminate()  # it saves a checkpoint
+            process.terminate()
             process.wait()
             if isinstance(why, KeyboardInterrupt):
                 raise
@@ -205,12 +244,13 @@ def status(run: Run, last: dict[str, Any]) -> str:
 
 
 def chosen_rows(experiment: Experiment, rows: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
-    """Runs of an arm with the learning rate that was best with the first seed."""
-    first = [r for r in rows if r["arm"] == arm and r["seed"] == experiment.seeds[0] and r["value"] is not None]
+    """Runs of an arm that ended well, with the learning rate that was best with the first seed."""
+    ended = [r for r in rows if r["arm"] == arm and r["value"] is not None and r["status"].startswith("done")]
+    first = [r for r in ended if r["seed"] == experiment.seeds[0]]
     if not first:
         return []
     lr = max(first, key=lambda r: r["value"])["lr"]
-    return [r for r in rows if r["arm"] == arm and r["lr"] == lr and r["value"] is not None]
+    return [r for r in ended if r["lr"] == lr]
 
 
 def table(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
@@ -289,6 +329,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's; Ctrl-C is the same
     try:
         drive(experiment, arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -298,22 +341,22 @@ def drive(experiment: Experiment, arguments: argparse.Namespace) -> None:
     """Do what is to do, as far as time allows."""
     deadline = time.monotonic() + 3600 * arguments.hours
     folder = (arguments.runs / experiment.name).resolve()
-    known: list[Run] = []
+    everything = all_runs(experiment, folder)
     for run in pending(experiment, folder):
-        known.append(run)
         if arguments.list:
             print(f"{run.folder.name}: {status(run, {}) if run.folder.exists() else 'to do'}")
             continue
+        check_same(run, words_of(experiment, run, arguments.data))
         if not run.done:
             if time.monotonic() >= deadline:
                 break
             print(f"{time.strftime('%H:%M')} {run.folder.name}", flush=True)
             ended = train(experiment, run, arguments.data, deadline)
-            collect(experiment, known, arguments.out)
+            collect(experiment, everything, arguments.out)
             if not ended:
                 break
     if not arguments.list:
-        collect(experiment, known, arguments.out)
+        collect(experiment, everything, arguments.out)
         print((arguments.out / f"{experiment.name}.md").read_text())
 
 

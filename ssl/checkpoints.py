@@ -26,7 +26,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
-    write_atomically(path, lambda beside: beside.write_text(text))
+    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:

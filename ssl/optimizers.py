@@ -115,8 +115,8 @@ class Muon(torch.optim.Optimizer):
     A matrix moves along its Nesterov momentum, orthogonalized, times 0.2 sqrt(max(height, width)): so an update has the
     size of an AdamW update, and learning rate and weight decay mean the same for all parameters (Liu et al.,
     arXiv 2502.16982). Unlike torch.optim.Muon it is one optimizer for the whole model, and cuts the fused layer of
-    queries, keys and values into its three matrices: as one matrix, the largest of the three gradients, usually that of
-    the values, would set the scale of the others.
+    queries, keys and values into its three matrices: taken as one, the largest of the three gradients would set the
+    scale of the others.
 
     Args:
         groups: of `muon_groups`.

@@ -32,6 +32,7 @@ from skipless.ssl.conditioning import (
     excess_kurtosis,
     golub_kahan,
     gradient_norms,
+    inverse_of_square,
     jacobian_conditioning,
     mlp_singular_values,
     share_below,
@@ -200,11 +201,11 @@ def test_the_ends_of_any_spectrum_are_bounded_as_stated(exponents: list[float], 
 @given(st.lists(st.floats(-3, 0), min_size=12, max_size=60), st.integers(0, 10**6), st.integers(2, 30))
 def test_the_share_that_a_start_sees_is_bounded(exponents: list[float], seed: int, steps: int) -> None:
     """The weights of a start's components, squared, below any threshold: known here, as the matrix is diagonal."""
-    values = torch.tensor(exponents, dtype=torch.float64).exp()
+    values = 10 * torch.tensor(exponents, dtype=torch.float64).exp()
     start = torch.from_numpy(np.random.default_rng(seed).normal(size=len(values)))
     bidiagonal, rest, _ = golub_kahan(lambda x: values * x, lambda y: values * y, start, steps)
     weights = start.square() / start.square().sum()
-    for threshold in (0.1, 0.3, 0.7):
+    for threshold in (1.0, 3.0, 7.0):
         share, error = share_below(threshold, bidiagonal, rest)
         assert share == pytest.approx(weights[values < threshold].sum().item(), abs=error + 1e-6)
 
@@ -232,7 +233,9 @@ def test_a_singular_value_of_zero_is_a_bound() -> None:
         lambda x: values * x, lambda y: values * y, lambda x: x, torch.randn(40, dtype=torch.float64), steps=40
     )
     assert found.bound
-    assert (found.smallest, found.condition) == pytest.approx((1e-14, 1e14))
+    assert (found.smallest, found.condition) == pytest.approx((1e-14, 1e14), rel=1e-6, abs=0)
+    singular = inverse_of_square(torch.ones(4, 4, dtype=torch.float64))
+    assert singular(torch.arange(4.0, dtype=torch.float64)).isfinite().all()
 
 
 def test_few_different_singular_values_need_few_steps() -> None:

@@ -90,7 +90,30 @@ def test_list_runs_nothing(experiment: Path) -> None:
     assert not (experiment.parent / "results").exists()
 
 
-@pytest.mark.parametrize("content", ["command: [x]", "a: [", None])
+def test_a_failed_run_counts_for_nothing_and_other_flags_are_found_out(experiment: Path) -> None:
+    drive(experiment)
+    runs = experiment.parent / "runs" / "trial"
+    # Had it not failed, the first rate would be the better one.
+    (runs / "good-lr0.1-seed0" / "failed.txt").write_text("exit code 1: out of memory\n")
+    log = runs / "good-lr0.1-seed0" / "metrics.jsonl"
+    log.write_text(log.read_text().replace("0.4", "0.9"))
+    drive(experiment)
+    assert "| good | 0.2 | 0.1, 0.2 | 3 | 51.0 ± 1.0 |" in (experiment.parent / "results" / "trial.md").read_text()
+
+    content = json.loads(experiment.read_text())
+    content["arms"]["good"] = ["--quality=0.6"]
+    experiment.write_text(json.dumps(content))
+    done = drive(experiment)
+    assert done.returncode == 2
+    assert "good-lr0.1-seed0 was made by other flags or data" in done.stderr
+
+
+TWINS = "{command: [x], arms: {a +1: [], a -1: []}, learning_rates: [0.1], seeds: [0], metric: m}"
+WORDS = "{command: [x], arms: {a: []}, learning_rates: [1e-3], seeds: [0], metric: m}"
+EMPTY = "{command: [x], arms: {a: []}, learning_rates: [0.1], seeds: [], metric: m}"
+
+
+@pytest.mark.parametrize("content", ["command: [x]", "a: [", None, TWINS, WORDS, EMPTY])
 def test_a_file_that_is_no_experiment(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "x.yaml"
     if content is not None:
