@@ -615,7 +615,7 @@ def test_help_says_what_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("python eval/linear.py --protocol dino", "never on those", "[0.001,0.01]", "head.pt", "held out"):
+    for words in ("python eval/linear.py --protocol dino", "never on those", "0.001 0.01", "head.pt", "held out"):
         assert words in text
 
 
