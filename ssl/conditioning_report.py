@@ -30,10 +30,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from skipless.datasets.images import ImageSource, open_images
+from skipless.datasets.images import open_images
 from skipless.ssl.checkpoints import write_atomically
 from skipless.ssl.conditioning import TOLERANCE, cheap_conditioning, gradient_norms, jacobian_conditioning
-from skipless.ssl.crops import center_crop, normalize
+from skipless.ssl.crops import normalized_squares
 from skipless.ssl.initialization import PRESETS, skipless_init_
 from skipless.ssl.provenance import provenance, write_result
 from skipless.ssl.summarize import dataset_name
@@ -155,13 +155,6 @@ def trained_models(paths: list[Path]) -> list[tuple[str, VisionTransformer, dict
         model, sha256 = load_model(path)
         found.append(("/".join(folder.parts[-parts:]), model, {"sha256": sha256}))
     return found
-
-
-def read_images(source: ImageSource, count: int, size: int) -> Tensor:
-    """Central squares of images evenly spread over a source, normalised, float32 [count or fewer, 3, size, size]."""
-    rows = np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
-    crops = [center_crop(source.read(int(row)), size, size) for row in rows]
-    return normalize(torch.from_numpy(np.stack(crops))[None])
 
 
 def measure(
@@ -332,7 +325,7 @@ def report(arguments: argparse.Namespace) -> None:
             progress.set_description(name)
             pixels = arguments.pixels or model.architecture["image_size"]
             if pixels not in pictures:
-                pictures[pixels] = read_images(source, arguments.count, pixels)
+                pictures[pixels] = normalized_squares(source, arguments.count, pixels)
             statistics[name] = measure(model, pictures[pixels], jacobian_images, arguments.seed, progress.update)
             about = {"name": name, "architecture": model.architecture, "image_size": pixels, **origin}
             details.append(about | {"statistics": statistics[name]})

@@ -18,9 +18,10 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -34,6 +35,13 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
 RATIO = (3 / 4, 4 / 3)  # width to height of a crop
 TRIES = 100  # images to try in place of an unreadable one
+
+
+class Images(Protocol):
+    """A set of images that can be read one by one, as uint8 [H, W, 3]."""
+
+    def __len__(self) -> int: ...
+    def read(self, index: int, /) -> np.ndarray: ...
 
 
 @dataclass
@@ -312,6 +320,20 @@ def normalize(views: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         wide = pixels[:, channel].to(torch.promote_types(dtype, torch.float32))
         normalized[:, channel] = wide.sub_(255 * mean).div_(255 * std)
     return normalized
+
+
+def normalized_squares(images: Images, count: int, size: int) -> Tensor:
+    """Central squares of images evenly spread over a source, normalised, float32 [count or fewer, 3, size, size].
+
+    Unreadable images are left out. Raises ValueError where there is no other.
+    """
+    squares = []
+    for row in np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int).tolist():
+        with suppress(UnreadableImage):
+            squares.append(center_crop(images.read(row), size, size))
+    if not squares:
+        raise ValueError(f"none of {min(count, len(images))} images, evenly spread over the set, can be read")
+    return normalize(torch.from_numpy(np.stack(squares))[None])
 
 
 def sheet(image: np.ndarray, crops: Crops, seed: int) -> np.ndarray:

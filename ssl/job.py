@@ -12,16 +12,19 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import yaml
 
 from skipless.ssl import distributed
 from skipless.ssl.attention import choose_backend
 from skipless.ssl.checkpoints import load_checkpoint
-from skipless.ssl.initialization import PRESETS, skipless_init_
-from skipless.ssl.settings import ModelSettings, flat, initialization_of, plain
+from skipless.ssl.crops import Images, normalized_squares
+from skipless.ssl.initialization import PRESETS, choose_beta, skipless_init_
+from skipless.ssl.settings import ModelSettings, changed_initialization, flat, initialization_of, plain
 from skipless.ssl.vit import SIZES, VisionTransformer
 
 if TYPE_CHECKING:
@@ -54,9 +57,13 @@ def check_run(settings: "AnySettings", images: int, source: str, root: Path, dev
             f"optimizer.warmup_epochs is {settings.optimizer.warmup_epochs:g} in a run of {settings.epochs} epochs; "
             "the learning rate would never reach its peak: lower it, or raise epochs"
         )
-    changed = [name for name in ("alpha", "beta", "c", "mlp") if getattr(settings.model, name) is not None]
+    changed = [*changed_initialization(settings.model)]
     if changed and initialization_of(settings.model) == "default":
         raise ValueError(f"model.{changed[0]} belongs to the skipless initializations; choose one with model.init")
+    if settings.model.beta == "auto" and settings.model.residual:
+        raise ValueError("model.beta auto is for skipless models, and model.residual is true; give a number")
+    if not settings.model.depth_scale > 0:
+        raise ValueError(f"model.depth_scale is {settings.model.depth_scale:g}; it must be positive")
     choose_backend(device, settings.model.attention)
     if settings.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("wandb is true, but the package is not installed; pip install wandb, or leave it out")
@@ -108,11 +115,35 @@ def build_backbone(model: ModelSettings, image_size: int, seed: int) -> VisionTr
     )
     preset = initialization_of(model)
     if preset != "default":
-        changes = {
-            name: getattr(model, name) for name in ("alpha", "beta", "c", "mlp") if getattr(model, name) is not None
-        }
-        skipless_init_(backbone, **(PRESETS[preset] | changes), seed=seed)
+        skipless_init_(backbone, **(PRESETS[preset] | changed_initialization(model)), seed=seed)
     return backbone
+
+
+def settle_beta(settings: "AnySettings", images: Images, image_size: int) -> None:
+    """Put a number in the place of `model.beta: auto`: that of the run that is resumed, or else `choose_beta`'s.
+
+    Args:
+        images: those to train on; 32 of them, evenly spread, are looked at.
+        image_size: side of the squares that are cut out of them, in pixels.
+
+    Raises:
+        ValueError: no beta keeps the rank; fewer than one image can be read.
+    """
+    if settings.model.beta != "auto":
+        return
+    before = Path(settings.out) / "settings.yaml"
+    if settings.resume and before.exists():
+        settings.model.beta = yaml.safe_load(before.read_text())["model"]["beta"]
+        return
+    # On the CPU, by one process: all have to start from the same number, whatever their machines round to.
+    beta = 0.0
+    if distributed.rank() == 0:
+        torch.manual_seed(settings.seed)
+        start = replace(settings.model, beta=1.0)
+        backbone = build_backbone(start, image_size, settings.seed)
+        arguments = PRESETS[initialization_of(start)] | changed_initialization(start)
+        beta = choose_beta(backbone, normalized_squares(images, 32, image_size), arguments, seed=settings.seed)
+    settings.model.beta = distributed.gather_objects(beta)[0]
 
 
 def state_to_resume(

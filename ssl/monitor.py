@@ -30,6 +30,9 @@ class MonitorSettings:
     """Side of the images in pixels, after a resize of the short side to 8/7 of it; by default crops.global_size."""
     k: int = 20
     """Neighbours that vote, weighted by exp(cosine similarity / 0.07)."""
+    conditioning: bool = False
+    """Log the conditioning of every block too (skipless.ssl.conditioning): entropy and diagonal dominance of attention,
+    singular values of W_V W_O, excess kurtosis. On 16 training images, in the same places; needs no labels."""
     max_images: int = 10000
     """At most so many images are used as neighbours, and as many are classified, evenly spread over the set."""
 

@@ -16,12 +16,7 @@ Several machines, on each of them (README.md has the SLURM script):
 `--resume` continues a run exactly where its last checkpoint left it, or starts it: safe to requeue.
 """
 
-import argparse
-import ctypes
 import math
-import os
-import signal
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -36,8 +31,9 @@ from torch.utils.data import DataLoader
 from skipless.datasets.images import ImageSource, open_images
 from skipless.ssl import distributed
 from skipless.ssl.attention import choose_backend
-from skipless.ssl.checkpoints import export_backbone, load_checkpoint, save_checkpoint, write_text
-from skipless.ssl.crops import CropDataset, collate, normalize
+from skipless.ssl.checkpoints import export_backbone, save_checkpoint, write_text
+from skipless.ssl.conditioning import cheap_conditioning
+from skipless.ssl.crops import CropDataset, collate, normalize, normalized_squares
 from skipless.ssl.dino import (
     DINOHead,
     DINOLoss,
@@ -45,15 +41,26 @@ from skipless.ssl.dino import (
     make_teacher,
     update_teacher,
 )
-from skipless.ssl.initialization import PRESETS, skipless_init_
+from skipless.ssl.job import (
+    Interruption,
+    build_backbone,
+    check_run,
+    check_size,
+    has_bf16,
+    keep_freed_memory,
+    loader_workers,
+    parse_settings,
+    run_command,
+    settle_beta,
+    state_to_resume,
+)
 from skipless.ssl.logs import RunLog
 from skipless.ssl.meter import Meter
 from skipless.ssl.monitor import describe_blocks, labelled_sets, measure_blocks
 from skipless.ssl.optimizers import make_optimizer, set_rates
 from skipless.ssl.provenance import provenance
 from skipless.ssl.schedules import Rates
-from skipless.ssl.settings import Settings, check, flat, initialization_of, plain
-from skipless.ssl.vit import SIZES, VisionTransformer
+from skipless.ssl.settings import Settings, plain
 
 
 def pretrain(settings: Settings) -> Path:
@@ -65,12 +72,16 @@ def pretrain(settings: Settings) -> Path:
     """
     device = distributed.start(settings.device)
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     images = open_images(settings.data.path)
     check(settings, images, device)
+    settle_beta(settings, images, settings.crops.global_size)
     out = Path(settings.out)
     sets = labelled_sets(images, settings.monitor, settings.crops.global_size)
-    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and _has_bf16(device))
+    squares = None
+    if settings.monitor.conditioning and settings.monitor.every_epochs:
+        squares = normalized_squares(images, 16, settings.crops.global_size).to(device)
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_bf16(device))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
     torch.manual_seed(settings.seed)
@@ -94,7 +105,7 @@ def pretrain(settings: Settings) -> Path:
 
     steps_per_epoch = len(images) // settings.batch_size
     total = settings.epochs * steps_per_epoch
-    workers = _workers(settings, device)
+    workers = loader_workers(settings.data.workers, device)
     loader = DataLoader(
         CropDataset(images, settings.crops, settings.seed),
         batch_sampler=distributed.StepBatches(
@@ -113,7 +124,7 @@ def pretrain(settings: Settings) -> Path:
     log = RunLog(out, plain(settings), start, total, active=first_process, wandb=settings.wandb)
     meter = Meter(settings, student.backbone, device, steps_per_epoch, log)
     _introduce(log, settings, images, student, device, sets[2] if sets else None, start, total)
-    interrupted = _Interruption()
+    interrupted = Interruption()
 
     def save(step: int) -> None:
         if first_process:
@@ -133,13 +144,19 @@ def pretrain(settings: Settings) -> Path:
     def monitor(step: int) -> None:
         """Measure where it is due and has not been measured (by the run that is resumed)."""
         due = step == total or step % (steps_per_epoch * max(1, settings.monitor.every_epochs)) == 0
-        if not sets or not due or distributed.any_process(log.has(step, "monitor/knn")):
+        logged = distributed.any_process(log.has(step, "monitor/knn" if sets else "monitor/conditioning/kurtosis"))
+        if not due or logged or (sets is None and squares is None):
             return
-        with autocast:
-            blocks = measure_blocks(teacher.backbone, *sets[:2], settings.monitor.k, settings.model.pool, workers)
-        by_name = {f"monitor/{name}": [block[name] for block in blocks] for name in blocks[0]}
+        by_name: dict[str, list[float]] = {}
+        if sets:
+            with autocast:
+                blocks = measure_blocks(teacher.backbone, *sets[:2], settings.monitor.k, settings.model.pool, workers)
+            by_name |= {f"monitor/{name}": [block[name] for block in blocks] for name in blocks[0]}
+            log.say(f"epoch {step / steps_per_epoch:g}: {describe_blocks(blocks, settings.monitor.k)}")
+        if squares is not None:
+            found = cheap_conditioning(teacher.backbone, squares)
+            by_name |= {f"monitor/conditioning/{name}": values for name, values in found.items()}
         log.metrics(step, step / steps_per_epoch, by_name)
-        log.say(f"epoch {step / steps_per_epoch:g}: {describe_blocks(blocks, settings.monitor.k)}")
         meter.restart_clock()
 
     monitor(start)
@@ -201,45 +218,38 @@ def pretrain(settings: Settings) -> Path:
     return out
 
 
+def check(settings: Settings, images: ImageSource, device: torch.device) -> None:
+    """Contradictions that can be found before anything is built or written."""
+    check_run(settings, len(images), "data.path", images.root, device)
+    dino, crops = settings.dino, settings.crops
+    for name in ("prototypes", "hidden", "bottleneck"):
+        if getattr(dino, name) < 1:
+            raise ValueError(f"dino.{name} is {getattr(dino, name)}; it must be at least 1")
+    for name in ("student_temperature", "teacher_temperature", "warmup_teacher_temperature"):
+        if getattr(dino, name) <= 0:
+            raise ValueError(f"dino.{name} is {getattr(dino, name)}; it must be positive")
+    for name in ("momentum", "centre_momentum"):
+        if not 0 <= getattr(dino, name) <= 1:
+            raise ValueError(f"dino.{name} is {getattr(dino, name)}; it must be in [0, 1]")
+    if dino.freeze_last_layer_epochs >= settings.epochs:
+        raise ValueError(
+            f"dino.freeze_last_layer_epochs is {dino.freeze_last_layer_epochs:g} in a run of "
+            f"{settings.epochs} epochs; the last layer would never learn: lower it, or raise epochs"
+        )
+    check_size("crops.global_size", crops.global_size, settings.model.patch)
+    if crops.local_count:
+        check_size("crops.local_size", crops.local_size, settings.model.patch)
+
+
 def build_model(settings: Settings) -> DINOModel:
     """The student at its start: backbone, initialized as the settings say, and head.
 
     Draws from torch's global random state, except for the skipless initialization, which draws from `settings.seed`.
     """
-    wanted = settings.model
-    overrides = {name: getattr(wanted, name) for name in ("dim", "depth", "heads") if getattr(wanted, name) is not None}
-    backbone = VisionTransformer(
-        **(SIZES[wanted.size] | overrides),
-        patch=wanted.patch,
-        residual=wanted.residual,
-        registers=wanted.registers,
-        layer_scale=wanted.layer_scale,
-        drop_path=wanted.drop_path,
-        image_size=settings.crops.global_size,
-        attention=wanted.attention,
-        checkpoint_activations=wanted.checkpoint_activations,
-    )
-    preset = initialization_of(wanted)
-    if preset != "default":
-        changes = {
-            name: getattr(wanted, name) for name in ("alpha", "beta", "c", "mlp") if getattr(wanted, name) is not None
-        }
-        skipless_init_(backbone, **(PRESETS[preset] | changes), seed=settings.seed)
+    backbone = build_backbone(settings.model, settings.crops.global_size, settings.seed)
     dino = settings.dino
     head = DINOHead(backbone.dim, dino.prototypes, dino.hidden, dino.bottleneck, dino.norm_last_layer)
-    return DINOModel(backbone, head, wanted.pool)
-
-
-class _Interruption:
-    """Notes SIGTERM and SIGUSR1, which schedulers send before they end a job."""
-
-    def __init__(self) -> None:
-        self.yes = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, *_: Any) -> None:
-        self.yes = True
+    return DINOModel(backbone, head, settings.model.pool)
 
 
 def _resume(
@@ -251,37 +261,11 @@ def _resume(
     optimizer: torch.optim.Optimizer,
 ) -> tuple[int, float]:
     """Load the run's last checkpoint if it is to be resumed and has one; return its steps and seconds so far."""
-    path = Path(settings.out) / "checkpoints" / "last.pt"
-    if not settings.resume or not path.exists():
+    state = state_to_resume(
+        settings, student.backbone.architecture, images, settings.data.path, may_change=("monitor.",)
+    )
+    if state is None:
         return 0, 0.0
-    state = load_checkpoint(path)
-    differing = [
-        f"{name} is {state['architecture'].get(name)!r} there and {value!r} here"
-        for name, value in student.backbone.architecture.items()
-        if state["architecture"].get(name) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"{path} is of another architecture: {', '.join(differing)}; use its settings or another --out"
-        )
-    if state["images"] != images:
-        raise ValueError(
-            f"{path} is of a run on {state['images']:,} images, and {settings.data.path} has {images:,}; give the same "
-            "images, or another --out"
-        )
-    old, new = flat(state["settings"]), flat(plain(settings))
-    may_change = ("out", "device", "wandb", "keep", "log_every", "save_every_epochs", "accumulate")
-    differing = [
-        f"{name} is {old.get(name)!r} there and {value!r} here"
-        for name, value in new.items()
-        if old.get(name) != value
-        and name not in may_change
-        and not name.startswith(("monitor.", "data.", "model.attention", "model.checkpoint"))
-    ]
-    if differing:
-        raise ValueError(
-            f"{path} is of a run with other settings: {', '.join(differing)}; use its own, or another --out"
-        )
     student.load_state_dict(state["student"])
     teacher.load_state_dict(state["teacher"])
     objective.load_state_dict(state["objective"])
@@ -322,66 +306,14 @@ def _to_crops(batch: dict[str, Any], device: torch.device) -> list[Tensor]:
     return [normalize(v.to(device, non_blocking=True)) for v in views]
 
 
-def _workers(settings: Settings, device: torch.device) -> int:
-    if settings.data.workers is not None:
-        return settings.data.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return cores // local_processes if device.type == "cuda" else 0
-
-
-def _has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16 by itself: GPUs from Ampere on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _keep_freed_memory() -> None:
-    """Stop glibc from handing large blocks back to the kernel: to fetch them anew for every tensor of every step costs
-    page faults that take a good part of the step. Elsewhere than on glibc this does nothing."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_threshold, gigabyte = -1, -3, 1 << 30
-        # Older glibc refuses a threshold above 32 MB; to set only the other one would make things worse.
-        if ctypes.CDLL(None).mallopt(mmap_threshold, gigabyte):
-            ctypes.CDLL(None).mallopt(trim_threshold, gigabyte)
-
-
 def parse(arguments: list[str] | None = None) -> Settings:
     """Settings from the command line and the files it names with --config; later ones win."""
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
-
-    class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Keeps the lines of the description."""
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog="ssl/pretrain.py", description=__doc__, exit_on_error=False, formatter_class=HelpFormatter
-    )
-    parser.add_argument("--config", action="config", help="YAML file of settings, as in configs/; flags after it win.")
-    parser.add_class_arguments(Settings, skip={"resume"})
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="Continue from the last checkpoint in `out`, where there is one.",
-    )
-    values = parser.instantiate(parser.parse_args(arguments)).as_dict()
-    values.pop("config", None)
-    return Settings(**values)
+    return parse_settings(Settings, "ssl/pretrain.py", __doc__, arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line: a sentence and exit code 2 for whatever the user can mend."""
-    from jsonargparse import ArgumentError
-
-    try:
-        pretrain(parse(arguments))
-    except (ValueError, OSError, ArgumentError) as error:
-        # An error inside a loader's worker comes with the worker's traceback: its last line is the sentence.
-        sentence = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else " ".join(str(error).split())
-        who = f" (process {distributed.rank()})" if distributed.rank() else ""
-        print(f"error{who}: {sentence}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        distributed.stop()
+    run_command(lambda: pretrain(parse(arguments)))
 
 
 if __name__ == "__main__":

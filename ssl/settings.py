@@ -1,17 +1,11 @@
-"""Every setting of a pretraining run, what it means, and which of them contradict each other."""
+"""Every setting of a pretraining run, and what it means."""
 
 import dataclasses
-import importlib.util
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from skipless.datasets.images import ImageSource
-from skipless.ssl import distributed
-from skipless.ssl.attention import Backend, choose_backend
+from skipless.ssl.attention import Backend
 from skipless.ssl.crops import Crops
 from skipless.ssl.dino import Pool
 from skipless.ssl.initialization import MlpInit
@@ -55,12 +49,20 @@ class ModelSettings:
     for narrow models and small budgets, `paper-dino` is arXiv 2510.00345's for ViT-S on ImageNet."""
     alpha: float | None = None
     """Noise in the query-key product, instead of the initialization's own."""
-    beta: float | None = None
-    """Identity in the query-key product, instead of the initialization's own: larger is more diagonal attention."""
+    beta: float | Literal["auto"] | None = None
+    """Identity in the query-key product, instead of the initialization's own: larger is more diagonal attention. `auto`
+    takes the smallest with which the fresh model keeps nine tenths of its patch tokens' effective rank, measured on 32
+    of the images; the number is what the run's settings then hold."""
     c: float | None = None
     """Scale of the value and output matrices, instead of the initialization's own."""
-    mlp: MlpInit | None = None
-    """suo or mirrored MLP layers, instead of the initialization's own."""
+    mlp: MlpInit | Literal["default"] | None = None
+    """suo or mirrored MLP layers, or ViT's usual ones (default), instead of the initialization's own."""
+    value_output: bool = True
+    """Initialize value and output matrices; false leaves them as ViT's usual ones, to see what that part is worth."""
+    query_key: bool = True
+    """Initialize query and key matrices; false leaves them as ViT's usual ones."""
+    depth_scale: float = 1.0
+    """How many times larger the last block's attention logits start than the first one's, growing geometrically."""
     pool: Pool = "mean"
     """What the DINO head reads: `mean` of the patch tokens, or the class token `cls` (DINO's). Without skip connections
     use mean: near-identity attention starves a class token, and the loss would stay at ln K."""
@@ -147,70 +149,19 @@ class Settings:
     """Log to Weights & Biases too (pip install wandb)."""
 
 
-def check(settings: Settings, images: ImageSource, device: torch.device) -> None:
-    """Contradictions that can be found before anything is built or written."""
-    processes, patch = distributed.world_size(), settings.model.patch
-    for name in ("epochs", "batch_size", "accumulate", "save_every_epochs", "keep", "log_every"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least 1")
-    for name in ("prototypes", "hidden", "bottleneck"):
-        if getattr(settings.dino, name) < 1:
-            raise ValueError(f"dino.{name} is {getattr(settings.dino, name)}; it must be at least 1")
-    for name in ("student_temperature", "teacher_temperature", "warmup_teacher_temperature"):
-        if getattr(settings.dino, name) <= 0:
-            raise ValueError(f"dino.{name} is {getattr(settings.dino, name)}; it must be positive")
-    for name in ("momentum", "centre_momentum"):
-        if not 0 <= getattr(settings.dino, name) <= 1:
-            raise ValueError(f"dino.{name} is {getattr(settings.dino, name)}; it must be in [0, 1]")
-    if settings.clip_grad < 0:
-        raise ValueError(f"clip_grad is {settings.clip_grad:g}; it must be positive, or 0 for no clipping")
-    if settings.optimizer.warmup_epochs >= settings.epochs:
-        raise ValueError(
-            f"optimizer.warmup_epochs is {settings.optimizer.warmup_epochs:g} in a run of {settings.epochs} epochs; "
-            "the learning rate would never reach its peak: lower it, or raise epochs"
-        )
-    if settings.dino.freeze_last_layer_epochs >= settings.epochs:
-        raise ValueError(
-            f"dino.freeze_last_layer_epochs is {settings.dino.freeze_last_layer_epochs:g} in a run of "
-            f"{settings.epochs} epochs; the last layer would never learn: lower it, or raise epochs"
-        )
-    changed = [name for name in ("alpha", "beta", "c", "mlp") if getattr(settings.model, name) is not None]
-    if changed and initialization_of(settings.model) == "default":
-        raise ValueError(f"model.{changed[0]} belongs to the skipless initializations; choose one with model.init")
-    choose_backend(device, settings.model.attention)
-    if settings.wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError("wandb is true, but the package is not installed; pip install wandb, or leave it out")
-    if patch < 1:
-        raise ValueError(f"model.patch is {patch}; it must be at least 1")
-    for name in ("global_size", "local_size"):
-        size = getattr(settings.crops, name)
-        if size % patch and (name == "global_size" or settings.crops.local_count):
-            near = sorted({max(patch, size // patch * patch), (size // patch + 1) * patch})
-            raise ValueError(
-                f"crops.{name} is {size}, which is no multiple of model.patch {patch}; use "
-                + " or ".join(map(str, near))
-            )
-    if settings.batch_size % (processes * settings.accumulate):
-        raise ValueError(
-            f"batch_size {settings.batch_size} cannot be shared out over {processes} processes x {settings.accumulate} "
-            "micro-batches (accumulate); choose a multiple of their product"
-        )
-    if len(images) < settings.batch_size:
-        raise ValueError(
-            f"data.path {images.root} has {len(images)} images, fewer than one batch; lower batch_size "
-            f"({settings.batch_size})"
-        )
-    out = Path(settings.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out is {out}, which is a file; give a folder")
-    if out.exists() and images.root.is_dir() and out.samefile(images.root):
-        raise ValueError(f"out is the folder of the images, {out}; give the run a folder of its own")
-    if any((out / name).exists() for name in ("checkpoints/last.pt", "backbone.json")) and not settings.resume:
-        raise ValueError(f"{out} already holds a run; add --resume to continue it, or give another --out")
-
-
 def initialization_of(model: ModelSettings) -> str:
+    """Name of the initialization: "default" for ViT's usual one, or one of `PRESETS`."""
     return model.init or ("default" if model.residual else "small")
+
+
+def changed_initialization(model: ModelSettings) -> dict[str, Any]:
+    """What the settings change of their initialization, as arguments of `skipless_init_`."""
+    changes = {name: value for name in ("alpha", "beta", "c", "mlp") if (value := getattr(model, name)) is not None}
+    if model.mlp == "default":
+        changes["mlp"] = None
+    if model.depth_scale != 1:
+        changes["depth_scale"] = model.depth_scale
+    return changes | {name: False for name in ("value_output", "query_key") if not getattr(model, name)}
 
 
 def plain(settings: Any) -> dict[str, Any]:

@@ -52,6 +52,7 @@ from skipless.ssl.job import (
     loader_workers,
     parse_settings,
     run_command,
+    settle_beta,
     state_to_resume,
 )
 from skipless.ssl.logs import RunLog
@@ -194,6 +195,7 @@ def train(settings: Settings) -> Path:
         keep_freed_memory()
     images, val_images = open_sets(settings.data)
     check(settings, images, device)
+    settle_beta(settings, images, settings.augmentation.size)
     out = Path(settings.out)
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_bf16(device))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)

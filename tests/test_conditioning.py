@@ -485,7 +485,7 @@ def test_command_compares_initializations(
     conditioning_report.main()
     assert "### Mean share of patch tokens" in capsys.readouterr().out
     assert figure.read_text().startswith("<?xml")
-    images = conditioning_report.read_images(conditioning_report.open_images(photos), 2, 32)
+    images = conditioning_report.normalized_squares(conditioning_report.open_images(photos), 2, 32)
     assert images.shape == (2, 3, 32, 32)
     found = conditioning_report.compare_initializations("tiny", images, seed=0)
     assert list(found) == list(conditioning_report.ARMS)

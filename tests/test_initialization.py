@@ -7,6 +7,8 @@ import timm
 import torch
 
 from skipless.ssl.initialization import PRESETS, choose_beta, query_key_matrices, rank_kept, skipless_init_
+from skipless.ssl.job import build_backbone
+from skipless.ssl.settings import ModelSettings
 from skipless.ssl.vit import VisionTransformer, vit_tiny
 
 D, HEADS, HEAD = 96, 3, 32
@@ -225,3 +227,33 @@ def test_bad_input_is_named() -> None:
         )
     with pytest.raises(ValueError, match="'sou'; choose suo"):
         fresh(mlp="sou")
+
+
+PARTS = ("q", "k", "v", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "usual"),
+    [
+        ({"value_output": False}, {"v", "attn.proj"}),
+        ({"query_key": False}, {"q", "k"}),
+        ({"mlp": "default"}, {"mlp.fc1", "mlp.fc2"}),
+        ({"value_output": False, "query_key": False, "mlp": "default"}, set(PARTS)),
+    ],
+)
+def test_settings_switch_parts_off_one_by_one(changes: dict[str, object], usual: set[str]) -> None:
+    def weights(settings: ModelSettings) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        block = build_backbone(settings, image_size=16, seed=0).blocks[1]
+        found = dict(zip("qkv", block.attn.qkv.weight.detach().chunk(3), strict=True))
+        return found | {name: block.get_submodule(name).weight.detach() for name in PARTS[3:]}
+
+    size = {"dim": D, "depth": 2, "heads": HEADS, "patch": 4}
+    changed = weights(ModelSettings(**size, **changes))  # type: ignore[arg-type]
+    plain, ours = weights(ModelSettings(**size, init="default")), weights(ModelSettings(**size))  # type: ignore[arg-type]
+    for name, weight in changed.items():
+        assert torch.equal(weight, plain[name]) == (name in usual), name
+    # Parts are drawn from one stream, so what comes after a missing one differs; its kind does not.
+    if "mlp" not in changes:
+        assert torch.equal(changed["mlp.fc1"][: 2 * D], -changed["mlp.fc1"][2 * D :])
+    assert not torch.equal(plain["q"], ours["q"])

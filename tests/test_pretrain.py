@@ -15,8 +15,12 @@ import torch
 import yaml
 from PIL import Image
 
+from skipless.datasets.images import open_images
 from skipless.ssl.checkpoints import load_run_backbone
+from skipless.ssl.crops import normalized_squares
 from skipless.ssl.distributed import StepBatches
+from skipless.ssl.initialization import PRESETS, choose_beta
+from skipless.ssl.vit import VisionTransformer
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -202,6 +206,35 @@ def test_monitor_measures_every_block_before_and_after(photos: Path, tmp_path: P
         assert all(lowest <= value <= highest for value in values)
 
 
+def test_monitor_logs_the_conditioning_of_images_without_labels(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = run(*SMALL, f"--data.path={photos / 'blobs'}", f"--out={out}", "--epochs=2", "--monitor.every_epochs=2",
+               "--monitor.conditioning=true", "--model.residual=false", "--model.c=2")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    start, end = logged(out, "monitor/conditioning/value_output_condition")
+    # W_V W_O starts as c^2 = 4 times an orthogonal matrix, and does not stay one.
+    np.testing.assert_allclose(start, [1, 1], rtol=1e-3)
+    assert min(end) > 1.00003
+    np.testing.assert_allclose(logged(out, "monitor/conditioning/value_output_largest")[0], [4, 4], rtol=1e-3)
+    assert len(logged(out, "monitor/conditioning/kurtosis")) == 2
+    assert not logged(out, "monitor/knn")
+
+
+def test_beta_is_chosen_on_the_images_and_a_resumed_run_keeps_it(photos: Path, tmp_path: Path) -> None:
+    out, common = tmp_path / "run", [*SMALL, f"--data.path={photos}", "--model.beta=auto", "--model.residual=false"]
+    done = run(*common, f"--out={out}", processes=2)
+    assert done.returncode == 0, done.stderr
+    beta = yaml.safe_load((out / "settings.yaml").read_text())["model"]["beta"]
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 2, 2, patch=8, residual=False, image_size=32)
+    squares = normalized_squares(open_images(photos), 32, 32)
+    assert beta == choose_beta(model, squares, PRESETS["small"])
+    state = torch.load(out / "checkpoints" / "last.pt", weights_only=True)
+    assert state["settings"]["model"]["beta"] == beta
+    resumed = run(*common, f"--out={out}", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+
+
 def test_unreadable_images_are_listed_and_too_many_stop_the_run(photos: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -239,6 +272,9 @@ def test_unreadable_images_are_listed_and_too_many_stop_the_run(photos: Path, tm
         (["--clip_grad=-1"], ["clip_grad is -1", "0 for no clipping"]),
         (["--optimizer.warmup_epochs=4"], ["optimizer.warmup_epochs is 4", "4 epochs"]),
         (["--model.init=default", "--model.beta=2"], ["model.beta", "model.init"]),
+        (["--model.residual=true", "--model.init=small", "--model.beta=auto"], ["model.beta", "model.residual"]),
+        (["--model.beta=high"], ["model.beta", "high"]),
+        (["--model.depth_scale=0"], ["model.depth_scale is 0", "positive"]),
         (["--out={reference}"], ["already holds a run", "--resume"]),
         (["--out={reference}", "--resume", "--model.dim=64"], ["another architecture", "dim is 32 there and 64 here"]),
         (["--out={reference}", "--resume", "--epochs=9"], ["other settings", "epochs is 4 there and 9 here"]),
