@@ -1,27 +1,39 @@
-"""Unlabelled images from any folder or zip archive: a sorted list of names, and robust decoding to upright 8-bit RGB.
+"""Unlabelled images from a folder, an archive, shards or Hugging Face: a list of names, and robust decoding to upright
+8-bit RGB.
 
-    images = open_images("photos")  # or "photos.zip", read in place
+    images = open_images("photos")  # or photos.zip, shards/, https://host/shards, hf:NAME: see open_images
     len(images), images.names[0]
     images.read(0)  # uint8 [H, W, 3]
 
 No label file is needed. Where the folders right below the root are classes, `labels` and `classes` come from them.
 """
 
+import importlib
 import io
 import os
 import struct
-import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import overload
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+from skipless.datasets.names import EXTENSIONS, Names, folder_classes, is_image
+from skipless.datasets.tar_shards import (
+    INDEX,
+    Shards,
+    expand_braces,
+    read_index,
+    read_shard_member,
+    reason_of,
+    scan_shards,
+)
+from skipless.datasets.zip_members import list_archive, read_zip_member
+
 # What Pillow may try: the formats above, and the ones that are commonly found under a wrong extension.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 
@@ -39,87 +51,162 @@ class UnreadableImage(ValueError):
         return f"{self.path}: {self.reason}"
 
 
-class Names(Sequence[str]):
-    """Read-only sequence of strings in two buffers: a list of millions of `str` would cost ten times the memory, and be
-    copied into every forked worker as its reference counts change."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
-        self._bytes = b"".join(encoded)
-        self._ends = np.cumsum([0] + [len(name) for name in encoded])
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        positions = range(len(self))[index]  # raises IndexError as a list would
-        if isinstance(positions, range):
-            return [self[position] for position in positions]
-        return os.fsdecode(self._bytes[self._ends[positions] : self._ends[positions + 1]])
-
-
 @dataclass(frozen=True, eq=False)
 class ImageSource:
-    """Images of one folder or zip archive, as `open_images` found them. Holds no open file: it can be pickled, forked
-    and used from several threads."""
+    """Images of one place, as `open_images` found them. Holds no open file: it can be pickled, forked and used from
+    several threads. Names and tables are arrays, so that workers share their memory."""
 
     root: Path
-    """The folder or the archive."""
+    """The folder, the archive or the folder of shards. (Of a URL it is what a Path makes of it: print `origin`.)"""
     names: Names
-    """Paths below the root with forward slashes, sorted by code point: the same order on every machine."""
+    """Of a folder or an archive, paths below the root with forward slashes, sorted by code point: the same order on
+    every machine. Of shards the same, from their index, or SHARD.tar/PATH without one; of Hugging Face data
+    SPLIT[ROW]."""
     labels: np.ndarray | None
     """int64 [N], position in `classes`, where every image lies inside a subfolder of the root and there are at least
-    two such subfolders; else None. (A root that holds `train` and `val` has these two as its classes: open one.)"""
+    two such subfolders; else None. (A root that holds `train` and `val` has these two as its classes: open one.) Of
+    shards and Hugging Face data, what they say themselves."""
     classes: tuple[str, ...]
     """Sorted names of the subfolders that hold images; () without labels."""
     members: np.ndarray | None = None
-    """For an archive, int64 [N, 5]: offset of the local header, compressed size, size, method, CRC-32."""
+    """int64 [N, k], what `fetch` needs to find each image; None where the images are files of a folder."""
+    fetch: Callable[..., bytes] | None = None
+    """Called with a row of `members`: the bytes of an image. Raises OSError and ValueError."""
+    origin: str = ""
+    """What was opened, for messages: the path, a tar's folder, the URL or hf:NAME."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def read(self, index: int, min_side: int = 0) -> np.ndarray:
         """Decoded image, uint8 [H, W, 3] RGB (see `decode`). Raises UnreadableImage."""
-        path = self.root / self.names[index]
-        if self.members is None:
-            return read_image(path, min_side)
+        data = self.read_bytes(index)
         try:
-            return decode(_read_member(self.root, *self.members[index].tolist()), min_side)
+            return decode(data, min_side)
+        except ValueError as error:
+            raise UnreadableImage(self.place(index), str(error)) from error
+
+    def read_bytes(self, index: int) -> bytes:
+        """The image's file as it is stored. Raises UnreadableImage."""
+        try:
+            if self.members is None or self.fetch is None:
+                return (self.root / self.names[index]).read_bytes()
+            return self.fetch(*self.members[index].tolist())
         except (OSError, ValueError) as error:
-            raise UnreadableImage(path, getattr(error, "strerror", None) or str(error)) from error
+            raise UnreadableImage(self.place(index), reason_of(error)) from error
+
+    def place(self, index: int) -> str:
+        """Where an image lies, for messages."""
+        return f"{self.origin.rstrip('/')}/{self.names[index]}" if self.origin else str(self.root / self.names[index])
 
 
 def open_images(path: str | Path) -> ImageSource:
-    """Find every image below a folder, or inside a zip archive.
+    """Find every image below a folder, inside a zip archive, in tar shards here or behind a URL, or in a data set of
+    Hugging Face's `datasets`.
 
-    Looks at names only (.jpg, .jpeg, .png, .webp, .bmp in any case), at any depth; follows symbolic links to files and
-    to folders, except back into a folder they lie in; skips hidden files and folders and `__MACOSX`. Files that turn
-    out unreadable are part of the list: `ImageSource.read` raises for them.
+        photos                               a folder
+        photos.zip                           an archive, read in place
+        shards                               a folder of shards that datasets/shard.py wrote, or of any tars in
+                                             WebDataset's format, if it holds no images
+        data/{000000..000146}.tar            such tars by a pattern; or one .tar
+        https://host/shards, s3://...        shards that datasets/shard.py wrote, wherever fsspec can reach them
+        hf:NAME, hf:NAME:SPLIT               a data set on the hub, or a folder that save_to_disk wrote (which needs no
+                                             hf:); without SPLIT, train
 
-    Raises FileNotFoundError for a path that does not exist, ValueError for a file that is no zip archive, a damaged
-    archive, one whose members are encrypted or compressed otherwise than by deflate, and where no image is found.
+    In folders and archives, looks at names only (.jpg, .jpeg, .png, .webp, .bmp in any case), at any depth; follows
+    symbolic links to files and to folders, except back into a folder they lie in; skips hidden files and folders and
+    `__MACOSX`. Files that turn out unreadable are part of the list: `ImageSource.read` raises for them.
+
+    Raises FileNotFoundError for a path that does not exist, ValueError for a file that is no archive, a damaged
+    archive, shard or index, zip members that are encrypted or compressed otherwise than by deflate, a missing package,
+    and where no image is found.
     """
-    if not str(path):
+    text = str(path)
+    if not text:
         raise ValueError("the path of the images is empty: give a folder or a .zip archive")
+    if text.startswith("hf:") and not text.startswith("hf://"):  # which fsspec reads
+        name, _, split = text.removeprefix("hf:").partition(":")
+        return _open_hugging_face(name, split, text)
     root = Path(path).expanduser()
+    origin = text if "://" in text else str(root)
+    members: np.ndarray | None = None
+    fetch: Callable[..., bytes] | None = None
+    tars = expand_braces(str(root))
+    if "://" in text or (root / INDEX).is_file():
+        return _from_shards(root, read_index(origin)[0], origin)
+    if tars != [str(root)] and not root.exists():
+        return _from_shards(root, scan_shards(tars), str(root.parent))
     if root.is_dir():
-        names, members = sorted(_walk(root)), None
+        if (root / "dataset_dict.json").is_file() or (root / "dataset_info.json").is_file():
+            return _open_hugging_face(str(root), "", origin)
+        found = sorted(_walk(root))
+        tars = [] if found else sorted(str(path) for path in root.glob("*.tar") if path.is_file())
+        if tars:
+            return _from_shards(root, scan_shards(tars), origin)
+    elif root.is_file() and root.suffix.lower() == ".tar":
+        return _from_shards(root, scan_shards([str(root)]), str(root.parent))
     elif root.is_file():
-        names, members = _list_archive(root)
+        found, members = list_archive(root)
+        fetch = partial(read_zip_member, root)
     else:
         raise FileNotFoundError(f"{root}: no such folder or zip archive of images")
-    if not names:
+    if not found:
         raise ValueError(f"{root}: no image found (looked for {', '.join(EXTENSIONS)}, in subfolders too)")
-    folders = [name.partition("/")[0] if "/" in name else "" for name in names]
-    classes = tuple(sorted(set(folders)))
-    if len(classes) < 2 or "" in classes:
-        return ImageSource(root, Names(names), None, (), members)
-    number = {name: position for position, name in enumerate(classes)}
-    return ImageSource(root, Names(names), np.array([number[name] for name in folders], np.int64), classes, members)
+    return ImageSource(root, Names(found), *folder_classes(found), members, fetch, origin)
+
+
+def _from_shards(root: Path, shards: Shards, origin: str) -> ImageSource:
+    if not len(shards.names):
+        raise ValueError(f"{root}: no image found in these tars (looked for KEY{', KEY'.join(EXTENSIONS)})")
+    fetch = partial(read_shard_member, shards.files)
+    return ImageSource(root, shards.names, shards.labels, shards.classes, shards.table, fetch, origin)
+
+
+def _open_hugging_face(name: str, split: str, origin: str) -> ImageSource:
+    """The first column of the feature Image, with the first of ClassLabel, if there is one."""
+    try:
+        datasets: Any = importlib.import_module("datasets")
+        load_dataset, load_from_disk = datasets.load_dataset, datasets.load_from_disk
+    except (ImportError, AttributeError):  # without it, a folder of this name can take its place
+        raise ValueError(f"{origin}: Hugging Face data need the package datasets: pip install datasets") from None
+    folder = Path(name).expanduser()
+    try:
+        found: Any = load_from_disk(str(folder)) if folder.is_dir() else load_dataset(name, split=split or "train")
+    except Exception as error:  # unknown name, no network, other files: each has a class of its own
+        raise ValueError(f"{origin}: datasets cannot load this ({reason_of(error)})") from None
+    if isinstance(found, dict):  # splits
+        split = split or "train"
+        if split not in found:
+            raise ValueError(f"{origin} has no split {split}; choose one of {', '.join(found)} as hf:{name}:SPLIT")
+        found = found[split]
+    elif folder.is_dir() and split:
+        raise ValueError(f"{origin}: {name} holds one Dataset, and no splits; open it as hf:{name}")
+    kinds = found.features
+    image = next((column for column, kind in kinds.items() if isinstance(kind, datasets.Image)), None)
+    if image is None:
+        raise ValueError(f"{origin} has no column of the feature Image, only {', '.join(kinds)}")
+    if not len(found):
+        raise ValueError(f"{origin}: no image found, since it has no rows")
+    labels, classes = None, ()
+    label = next((column for column, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)), None)
+    if label is not None:
+        numbers = np.asarray(found[label][:], np.float64)  # a missing label becomes NaN
+        if (numbers >= 0).all():  # the hub gives -1 to those that are kept secret
+            labels, classes = numbers.astype(np.int64), tuple(kinds[label].names)
+    # Undecoded: our reader knows what to do with orientation, transparency and damage.
+    rows = found.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    names = Names([f"{split or found.split or 'train'}[{row}]" for row in range(len(rows))])
+    members = np.arange(len(rows))[:, None]
+    return ImageSource(Path(name), names, labels, classes, members, partial(_read_row, rows, image), origin)
+
+
+def _read_row(rows: Any, column: str, row: int) -> bytes:
+    stored = rows[row][column] or {"bytes": None, "path": None}
+    if stored["bytes"] is not None:
+        return stored["bytes"]
+    if stored["path"] is None:
+        raise ValueError("there is no image in this row")
+    return Path(stored["path"]).read_bytes()
 
 
 def read_image(path: str | Path, min_side: int = 0) -> np.ndarray:
@@ -239,13 +326,6 @@ def _upright_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _is_image(name: str) -> bool:
-    """Whether a path below the root counts: an image by its extension, nothing hidden on the way."""
-    return name.lower().endswith(EXTENSIONS) and not any(
-        part.startswith(".") or part == "__MACOSX" for part in name.split("/")
-    )
-
-
 def _walk(root: Path) -> list[str]:
     """Images below a folder, unsorted. A link back to a folder that contains it is a loop, and not followed."""
     names: list[str] = []
@@ -271,55 +351,6 @@ def _walk(root: Path) -> list[str]:
                 if identity not in ancestors:
                     todo.append((name + "/", ancestors | {identity}))
             # A broken link is listed: better reported as unreadable than left out in silence.
-            elif _is_image(entry.name) and (entry.is_symlink() or entry.is_file()):
+            elif is_image(entry.name) and (entry.is_symlink() or entry.is_file()):
                 names.append(name)
     return names
-
-
-def _list_archive(path: Path) -> tuple[list[str], np.ndarray]:
-    """Sorted names of the images in a zip archive and their table, as ImageSource keeps it."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            found = {_normal(info.filename): info for info in archive.infolist() if not info.is_dir()}
-    except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, ValueError, struct.error) as error:
-        if path.suffix.lower() == ".zip":
-            raise ValueError(f"{path}: damaged zip archive ({error})") from error
-        raise ValueError(f"{path}: is a file, but not a zip archive; give a folder or a .zip of images") from error
-    names = sorted(filter(_is_image, found))
-    table = []
-    for name in names:
-        info = found[name]
-        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError(
-                f"{path}: {name} is encrypted or compressed by a method other than deflate; "
-                "write the archive again, stored or with deflate"
-            )
-        table.append((info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC))
-    return names, np.array(table, np.int64).reshape(-1, 5)
-
-
-def _normal(name: str) -> str:
-    """Path of a member as other writers would have written it: `.\\a\\b.png` and `/a//b.png` become `a/b.png`."""
-    return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
-
-
-def _read_member(archive: Path, offset: int, compressed_size: int, size: int, method: int, crc: int) -> bytes:
-    """Bytes of one member. The archive is opened anew each time (microseconds): nothing to share between processes.
-
-    Python's zipfile would parse the whole directory again in every worker: seconds, and half a kilobyte a member.
-    """
-    with open(archive, "rb") as file:
-        file.seek(offset)
-        header = file.read(30)
-        if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
-            raise ValueError("damaged zip archive (no header where its directory points)")
-        file.seek(sum(struct.unpack("<HH", header[26:30])), os.SEEK_CUR)
-        data = file.read(compressed_size)
-    if method == zipfile.ZIP_DEFLATED:
-        try:
-            data = zlib.decompress(data, -zlib.MAX_WBITS)
-        except zlib.error as error:
-            raise ValueError(f"damaged zip archive ({error})") from error
-    if len(data) != size or zlib.crc32(data) != crc:
-        raise ValueError("damaged zip archive (its checksum does not match)")
-    return data

@@ -105,7 +105,7 @@ class Meter:
         if len(everywhere) > self.settings.data.max_unreadable * len(images):
             shown = "; ".join(sorted(everywhere)[:5])
             raise ValueError(
-                f"{len(everywhere)} of {len(images)} images in {images.root} cannot be read, more than "
+                f"{len(everywhere)} of {len(images)} images in {images.origin} cannot be read, more than "
                 f"data.max_unreadable ({self.settings.data.max_unreadable:g}) allows: {shown}; "
                 f"{self.settings.out}/unreadable.txt has all"
             )

@@ -75,7 +75,7 @@ def labelled_sets(
     if images.labels is None:
         if settings.path:
             raise ValueError(
-                f"monitor.path is {settings.path}, but {images.root} has no class folders to take neighbours from; "
+                f"monitor.path is {settings.path}, but {images.origin} has no class folders to take neighbours from; "
                 "give class folders as data.path, or leave monitor.path out"
             )
         return None
@@ -84,12 +84,12 @@ def labelled_sets(
         number = {name: position for position, name in enumerate(images.classes)}
         query_labels = np.array([number[name] for name in queries.classes])[queries.labels]
         bank_rows, query_rows = np.arange(len(images)), np.arange(len(queries))
-        said = f"images of {queries.root}, neighbours from {images.root}"
+        said = f"images of {queries.origin}, neighbours from {images.origin}"
     else:
         queries, query_labels = images, images.labels
         tenth = np.arange(len(images)) % 10 == 0
         bank_rows, query_rows = np.flatnonzero(~tenth), np.flatnonzero(tenth)
-        said = f"every tenth image of {images.root}, neighbours from the other nine"
+        said = f"every tenth image of {images.origin}, neighbours from the other nine"
     bank_rows, query_rows = (_spread(rows, settings.max_images) for rows in (bank_rows, query_rows))
     bank = LabelledImages(images, bank_rows, images.labels[bank_rows], size)
     return bank, LabelledImages(queries, query_rows, query_labels[query_rows], size), said
@@ -103,7 +103,7 @@ def _labelled_val(images: ImageSource, path: str | None) -> ImageSource | None:
     try:
         found = open_images(path or beside)
         if found.labels is None or not set(found.classes) <= set(images.classes):
-            raise ValueError(f"monitor.path is {path}, which does not have the class folders of {images.root}")
+            raise ValueError(f"monitor.path is {path}, which does not have the class folders of {images.origin}")
         return found
     except (ValueError, FileNotFoundError):
         if path:
@@ -199,7 +199,7 @@ def _describe(
             numbers.append(torch.stack(stats, dim=1).numpy())
     parts = gather_objects((features, labels, numbers))
     if not any(part[1] for part in parts):
-        raise ValueError(f"none of the monitor's images in {images.images.root} can be read")
+        raise ValueError(f"none of the monitor's images in {images.images.origin} can be read")
     joined: Sequence[list] = [[batch for part in parts for batch in part[i]] for i in range(3)]
     return (
         np.concatenate(joined[0], axis=1),

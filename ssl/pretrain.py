@@ -289,7 +289,7 @@ def _introduce(
     processes = distributed.world_size()
     kind = "residual" if settings.model.residual else "skipless"
     log.say(
-        f"{len(images):,} images of {images.root}; {kind} ViT, {millions} parameters; {total:,} steps of "
+        f"{len(images):,} images of {images.origin}; {kind} ViT, {millions} parameters; {total:,} steps of "
         f"{settings.batch_size} images" + (f", from step {start:,}" if start else "")
     )
     why = choose_backend(device, settings.model.attention)[1]

@@ -18,8 +18,9 @@ class DataSettings:
     """Where the images are."""
 
     path: str
-    """Folder of images (searched in all its subfolders; no labels needed) or a zip archive of images. Folders right
-    below it are taken as classes by the monitor, never by training."""
+    """Folder of images (searched in all its subfolders; no labels needed), a zip archive of images, tar shards (their
+    folder, the URL of what datasets/shard.py wrote, or a pattern as in data/{000000..000146}.tar), or hf:NAME:SPLIT for
+    a data set of Hugging Face. Folders right below it are taken as classes by the monitor, never by training."""
     workers: int | None = None
     """Processes per training process that load and crop images; by default all cores shared out on a GPU machine, none
     on a CPU, where training needs the cores itself."""

@@ -6,9 +6,11 @@ import os
 import pickle
 import struct
 import sys
+import types
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -426,6 +428,91 @@ def test_a_damaged_member_is_unreadable_and_its_neighbours_are_not(tmp_path: Pat
             images.read(1)
         for index in (0, 2):
             assert_near(images.read(index), RGB, 0)
+
+
+# Hugging Face ---------------------------------------------------------------------------------------------------------
+
+
+def hugging_face(count: int, labels: list[int] | None, **extra: list[Any]) -> Any:
+    """A data set whose image i is flat, of the colour (i, 2 i, 3 i), in the class folder of its label."""
+    hf = pytest.importorskip("datasets")
+    columns: dict[str, Any] = {"photo": [Image.new("RGB", (5, 4), (i, 2 * i, 3 * i)) for i in range(count)], **extra}
+    features = {name: hf.Value("string") for name in extra} | {"photo": hf.Image()}
+    if labels is not None:
+        columns["kind"] = labels
+        features["kind"] = hf.ClassLabel(names=["ant", "bee"])
+    hf.disable_progress_bars()
+    return hf.Dataset.from_dict(columns, features=hf.Features(features))
+
+
+def test_hugging_face_data_sets_on_disk(tmp_path: Path) -> None:
+    hf = pytest.importorskip("datasets")
+    train, test = hugging_face(3, [1, 0, 1], text=["a", "b", "c"]), hugging_face(2, [-1, -1])
+    hf.DatasetDict(train=train, test=test).save_to_disk(str(tmp_path / "both"))
+    train.save_to_disk(str(tmp_path / "one"))
+    for place in (tmp_path / "both", f"hf:{tmp_path}/both", f"hf:{tmp_path}/both:train", tmp_path / "one"):
+        images = open_images(place)
+        assert list(images.names) == ["train[0]", "train[1]", "train[2]"]
+        assert images.classes == ("ant", "bee")
+        assert images.labels is not None
+        assert images.labels.tolist() == [1, 0, 1]
+        for source in (images, pickle.loads(pickle.dumps(images))):
+            assert [source.read(i)[0, 0].tolist() for i in range(3)] == [[0, 0, 0], [1, 2, 3], [2, 4, 6]]
+    secret = open_images(f"hf:{tmp_path}/both:test")
+    assert (len(secret), secret.labels, secret.classes) == (2, None, ())
+    with pytest.raises(ValueError, match=r"has no split val; choose one of train, test as hf:.*both:SPLIT"):
+        open_images(f"hf:{tmp_path}/both:val")
+    with pytest.raises(ValueError, match="one holds one Dataset, and no splits; open it as hf:"):
+        open_images(f"hf:{tmp_path}/one:train")
+
+
+def test_hugging_face_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the hub would give, with images that stayed files, and some that are not there."""
+    hf = pytest.importorskip("datasets")
+    save(tmp_path / "file.png", (9, 8, 7))
+    paths = [str(tmp_path / "file.png"), str(tmp_path / "gone.png"), None]
+    given = hf.Dataset.from_dict({"image": paths}, features=hf.Features({"image": hf.Image()}))
+    asked = []
+    monkeypatch.setattr(hf, "load_dataset", lambda name, split: asked.append((name, split)) or given)
+    for text in ("hf:someone/insects", "hf:someone/insects:train", "hf:someone/insects:test[:9]"):
+        images = open_images(text)
+    assert asked == [("someone/insects", "train"), ("someone/insects", "train"), ("someone/insects", "test[:9]")]
+    assert images.labels is None
+    assert images.read(0)[0, 0].tolist() == [9, 8, 7]
+    for row, words in ((1, "No such file"), (2, "there is no image in this row")):
+        with pytest.raises(UnreadableImage, match=words) as caught:
+            images.read(row)
+        assert caught.value.path == f"hf:someone/insects:test[:9]/test[:9][{row}]"
+
+
+def test_hugging_face_errors_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = pytest.importorskip("datasets")
+    hf.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "text"))
+    with pytest.raises(ValueError, match=r"text has no column of the feature Image, only text$"):
+        open_images(tmp_path / "text")
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "load_dataset", lambda *_, **__: hugging_face(0, None))
+        with pytest.raises(ValueError, match=r"hf:a/empty: no image found"):
+            open_images("hf:a/empty")
+
+    def offline(name: str, split: str) -> None:
+        raise ConnectionError("the hub cannot be reached\nand more")
+
+    monkeypatch.setattr(hf, "load_dataset", offline)
+    with pytest.raises(ValueError, match=r"^hf:a/b: datasets cannot load this \(the hub cannot be reached\)$"):
+        open_images("hf:a/b")
+
+
+@pytest.mark.parametrize("there", [None, types.ModuleType("datasets")])
+def test_without_the_package_a_sentence_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, there: types.ModuleType | None
+) -> None:
+    """Also where this project's own folder is found in its place, an empty namespace."""
+    monkeypatch.setitem(sys.modules, "datasets", there)
+    with pytest.raises(
+        ValueError, match=r"^hf:a/b: Hugging Face data need the package datasets: pip install datasets$"
+    ):
+        open_images("hf:a/b")
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
