@@ -151,7 +151,9 @@ def resample(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize uint8 [H, W, 3] by bicubic interpolation, antialiased when it shrinks: Pillow's, within 2 grey levels."""
     if image.shape[:2] == (height, width):
         return np.array(image)
-    pixels = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    # With the batch dimension in front, torch sees pixels whose channels come last, and neither copies nor transposes:
+    # half the time. A part of an image is resized where it lies.
+    pixels = torch.from_numpy(np.require(image, requirements=["W"]))[None].permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
@@ -190,22 +192,23 @@ def color_jitter(
     return view
 
 
-LEVELS = np.arange(256, dtype=np.float32)
+INVERTED_BRIGHT = np.concatenate([np.arange(128), np.arange(127, -1, -1)]).astype(np.uint8)
 
 
-def _map_levels(view: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    return cv2.LUT(view, np.rint(levels).clip(0, 255).astype(np.uint8))
+def _scale(view: np.ndarray, factor: float, shift: float = 0.0) -> np.ndarray:
+    """factor * view + shift, rounded and kept within 0..255."""
+    return cv2.addWeighted(view, factor, view, 0, shift)
 
 
 def adjust_brightness(view: np.ndarray, factor: float) -> np.ndarray:
     """Blend with black: 0 is black, 1 the same, 2 twice as bright."""
-    return _map_levels(view, LEVELS * factor)
+    return _scale(view, factor)
 
 
 def adjust_contrast(view: np.ndarray, factor: float) -> np.ndarray:
     """Blend with the mean grey level: 0 is flat, 1 the same, 2 twice the contrast."""
     mean = cv2.mean(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY))[0]
-    return _map_levels(view, LEVELS * factor + mean * (1 - factor))
+    return _scale(view, factor, mean * (1 - factor))
 
 
 def adjust_saturation(view: np.ndarray, factor: float) -> np.ndarray:
@@ -236,7 +239,7 @@ def gaussian_blur(view: np.ndarray, sigma: float) -> np.ndarray:
 
 def solarize(view: np.ndarray) -> np.ndarray:
     """Invert values of 128 and above."""
-    return _map_levels(view, np.where(LEVELS < 128, LEVELS, 255 - LEVELS))
+    return cv2.LUT(view, INVERTED_BRIGHT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,8 +325,8 @@ def normalize(views: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return normalized
 
 
-def normalized_squares(images: Images, count: int, size: int) -> Tensor:
-    """Central squares of images evenly spread over a source, normalised, float32 [count or fewer, 3, size, size].
+def central_squares(images: Images, count: int, size: int) -> Tensor:
+    """Central squares of images evenly spread over a source, uint8 [count or fewer, size, size, 3].
 
     Unreadable images are left out. Raises ValueError where there is no other.
     """
@@ -333,7 +336,12 @@ def normalized_squares(images: Images, count: int, size: int) -> Tensor:
             squares.append(center_crop(images.read(row), size, size))
     if not squares:
         raise ValueError(f"none of {min(count, len(images))} images, evenly spread over the set, can be read")
-    return normalize(torch.from_numpy(np.stack(squares))[None])
+    return torch.from_numpy(np.stack(squares))
+
+
+def normalized_squares(images: Images, count: int, size: int) -> Tensor:
+    """`central_squares` as a network of ours takes them, float32 [count or fewer, 3, size, size]."""
+    return normalize(central_squares(images, count, size)[None])
 
 
 def sheet(image: np.ndarray, crops: Crops, seed: int) -> np.ndarray:
