@@ -69,6 +69,8 @@ class Backbone:
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
     """Of RGB in [0, 1], which the network expects to be normalised by."""
+    arithmetic: str | None = None
+    """How the network computes, where that is not in floating point: what its features depend on beside the weights."""
 
     @property
     def patch(self) -> int:
@@ -96,7 +98,7 @@ class Backbone:
 
     def fingerprint(self) -> str:
         """sha256 of the architecture, the weights as loaded and the normalisation: what features depend on."""
-        return _fingerprint(self.model, [self.mean, self.std])
+        return _fingerprint(self.model, [self.mean, self.std, *([self.arithmetic] if self.arithmetic else [])])
 
     def to(self, device: torch.device | str) -> "Backbone":
         """The same backbone with its weights on a device."""

@@ -72,6 +72,21 @@ def miou_interval(counts: np.ndarray, seed: int = 0, resamples: int = 1000) -> t
         Lower and upper end, in [0, 1]. mIoU is not a mean over images, and rare classes can be missing from a draw, so
         the interval need not lie symmetrically around the figure.
     """
+    low, high = np.percentile(_drawn_miou(counts, seed, resamples), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def miou_drop_interval(
+    before: np.ndarray, after: np.ndarray, seed: int = 0, resamples: int = 1000
+) -> tuple[float, float]:
+    """Likewise of the mIoU of `before` minus that of `after`, both [N, 3, C] of the same images: pairs are drawn."""
+    drops = _drawn_miou(before, seed, resamples) - _drawn_miou(after, seed, resamples)
+    low, high = np.percentile(drops, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _drawn_miou(counts: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+    """mIoU of every resample; for a seed and a number of images, the same images are drawn."""
     n, _, classes = counts.shape
     rng = np.random.default_rng(seed)
     flat = counts.reshape(n, -1).astype(np.float64)
@@ -82,9 +97,8 @@ def miou_interval(counts: np.ndarray, seed: int = 0, resamples: int = 1000) -> t
         union = true + predicted - right
         # A class that a draw lacks has no IoU there, as in `segmentation_scores`.
         iou = np.divide(right, union, out=np.zeros_like(right), where=union > 0)
-        found += (iou.sum(1) / np.maximum((union > 0).sum(1), 1)).tolist()
-    low, high = np.percentile(found, [2.5, 97.5])
-    return float(low), float(high)
+        found.append(iou.sum(1) / np.maximum((union > 0).sum(1), 1))
+    return np.concatenate(found)
 
 
 def box_iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -118,4 +132,13 @@ def bootstrap_interval(hits: np.ndarray, seed: int = 0, resamples: int = 10000) 
     """
     shares = np.random.default_rng(seed).binomial(len(hits), hits.mean(), resamples) / len(hits)
     low, high = np.percentile(shares, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def drop_interval(before: np.ndarray, after: np.ndarray, seed: int = 0, resamples: int = 10000) -> tuple[float, float]:
+    """Likewise of the mean of `before` minus that of `after`, bool [N] both, of the same images: pairs are drawn."""
+    change = before.astype(int) - after.astype(int)
+    shares = [(change == value).mean() for value in (1, -1, 0)]
+    drawn = np.random.default_rng(seed).multinomial(len(change), shares, resamples)
+    low, high = np.percentile((drawn[:, 0] - drawn[:, 1]) / len(change), [2.5, 97.5])
     return float(low), float(high)
