@@ -1,0 +1,248 @@
+"""Images a second from JPEG files to the views that a network sees, stage by stage, against torchvision.
+
+    python benchmarks/loader.py --images VOC2012/JPEGImages --out results/loader
+    python benchmarks/loader.py --images imagenet/val --device cuda --workers 16 --out results/loader_gpu
+
+DINO's multi-crop, 2 x 224 and 8 x 96 pixels. Measured in one process on one thread, interleaved: every round takes the
+same images through every pipeline in turn, and the figures are medians over rounds.
+
+- ours: reading, decoding and cutting of skipless, from a folder, a zip archive and tar shards; and its stages;
+- torchvision: the same augmentation written plainly with torchvision.transforms.v2 on Pillow images, as its
+  documentation shows it, GaussianBlur included (13 pixels wide, which is 3 standard deviations of the largest);
+- torchvision, Pillow's blur: the same, with Pillow's GaussianBlur in its place, as facebookresearch/dino has it, which
+  is faster.
+
+torchvision's pipelines end with normalised float tensors; ours ends with bytes, and turning these into normalised
+floats, which training leaves to its device, is timed as a stage of its own and counted in the ratio.
+
+With --device cuda the augmentation runs there, and what is measured is a whole loader with --workers processes.
+"""
+
+import argparse
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from skipless.datasets.images import ImageSource, open_images
+from skipless.datasets.shard import write_shards
+from skipless.ssl import crops as ours
+from skipless.ssl.provenance import provenance, write_result
+
+STAGES = ("resample", "color_jitter", "grey", "gaussian_blur", "solarize")
+
+
+def pillow_blur(image: Image.Image) -> Image.Image:
+    """DINO's own blur."""
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+
+def torchvision_views(blur: Callable[..., Any], crops: ours.Crops) -> Callable[[Image.Image], list[torch.Tensor]]:
+    """The ten views as float32 [3, S, S], by torchvision.transforms.v2."""
+
+    def view(size: int, scale: tuple[float, float], blurred: float, solarized: float = 0.0) -> v2.Transform:
+        brightness, contrast, saturation, hue = crops.color_jitter
+        return v2.Compose(
+            [
+                v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC),
+                v2.RandomHorizontalFlip(),
+                v2.RandomApply([v2.ColorJitter(brightness, contrast, saturation, hue)], crops.jitter_probability),
+                v2.RandomGrayscale(crops.grey_probability),
+                v2.RandomApply([blur], blurred),
+                *([v2.RandomSolarize(128, solarized)] if solarized else []),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(ours.MEAN, ours.STD),
+            ]
+        )
+
+    first, second, local = crops.blur_probability
+    views = [
+        view(crops.global_size, crops.global_scale, first),
+        view(crops.global_size, crops.global_scale, second, crops.solarize_probability),
+        *[view(crops.local_size, crops.local_scale, local)] * crops.local_count,
+    ]
+    return lambda image: [cut(image) for cut in views]
+
+
+@contextmanager
+def stage_times(seconds: dict[str, float]) -> Iterator[None]:
+    """Within it, the time spent in each of STAGES is added up."""
+    originals = {name: getattr(ours, name) for name in STAGES}
+
+    def timed(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            began = time.perf_counter()
+            result = originals[name](*arguments)
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
+            return result
+
+        return call
+
+    for name in STAGES:
+        setattr(ours, name, timed(name))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(ours, name, original)
+
+
+def our_round(source: ImageSource, crops: ours.Crops, epoch: int) -> float:
+    """Seconds for all images of a source, bytes to uint8 views."""
+    dataset = ours.CropDataset(source, crops, seed=0)
+    began = time.perf_counter()
+    for index in range(len(source)):
+        dataset[epoch, index]
+    return time.perf_counter() - began
+
+
+def stages_round(source: ImageSource, crops: ours.Crops, epoch: int, batch_size: int = 32) -> dict[str, float]:
+    """Seconds for all images by stage: read, decode, each transform, flip and copies, collate, normalize."""
+    seconds = {name: 0.0 for name in ("read", "decode", *STAGES)}
+    min_side, clock = ours.CropDataset(source, crops, seed=0).min_side, time.perf_counter
+    rest = 0.0
+    for first in range(0, len(source), batch_size):
+        samples = []
+        for index in range(first, min(first + batch_size, len(source))):
+            began = clock()
+            source.read_bytes(index)
+            seconds["read"] += clock() - began
+            began = clock()
+            image = source.read(index, min_side)
+            seconds["decode"] += clock() - began
+            began, inside = clock(), sum(seconds[name] for name in STAGES)
+            with stage_times(seconds):
+                views = ours.multicrop(image, crops, np.random.default_rng((0, epoch, index)))
+            rest += clock() - began - (sum(seconds[name] for name in STAGES) - inside)
+            samples.append(ours.Sample(views, index, []))
+        began = clock()
+        batch = ours.collate(samples)
+        seconds["collate"] = seconds.get("collate", 0.0) + clock() - began
+        began = clock()
+        for name in ("global", "local"):
+            ours.normalize(batch[name])
+        seconds["normalize"] = seconds.get("normalize", 0.0) + clock() - began
+    # `source.read` reads once more before it decodes.
+    return seconds | {"decode": seconds["decode"] - seconds["read"], "draws, flips, copies": rest}
+
+
+def measure(images: Path, count: int, rounds: int) -> dict[str, Any]:
+    """Medians over rounds, in images a second."""
+    crops = ours.Crops()
+    baselines = {
+        "torchvision": torchvision_views(v2.GaussianBlur(13, (0.1, 2.0)), crops),
+        "torchvision, Pillow's blur": torchvision_views(v2.Lambda(pillow_blur), crops),
+    }
+    everything = open_images(images)
+    rows = np.linspace(0, len(everything) - 1, min(count, len(everything))).round().astype(int)
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work, "folder")
+        folder.mkdir()
+        for row in rows:
+            (folder / f"{row:08}.jpg").write_bytes(everything.read_bytes(int(row)))
+        with ZipFile(Path(work, "images.zip"), "w") as archive:
+            for path in sorted(folder.iterdir()):
+                archive.write(path, path.name)
+        write_shards(open_images(folder), Path(work, "shards"), workers=1)
+        sources = {name: open_images(Path(work, name)) for name in ("folder", "images.zip", "shards")}
+        sizes = [everything.read(int(row)).shape[:2] for row in rows]
+        by_pipeline: dict[str, list[float]] = {}
+        by_stage: dict[str, list[float]] = {}
+        for number in tqdm(range(rounds + 1), desc="rounds"):  # the first warms up, and does not count
+            found = {}
+            for name, views in baselines.items():
+                began = time.perf_counter()
+                for path in sorted(folder.iterdir()):
+                    with Image.open(path) as opened:
+                        views(opened.convert("RGB"))
+                found[name] = time.perf_counter() - began
+            for name, source in sources.items():
+                found[f"ours, {name}"] = our_round(source, crops, number)
+            stages = stages_round(sources["folder"], crops, number)
+            for name, seconds in (found | {"normalize": stages["normalize"]}).items() if number else ():
+                by_pipeline.setdefault(name, []).append(seconds / len(rows))
+            for name, seconds in stages.items() if number else ():
+                by_stage.setdefault(name, []).append(seconds / len(rows))
+        shutil.rmtree(folder)
+    floats = by_pipeline.pop("normalize")
+    with_floats = [a + b for a, b in zip(by_pipeline["ours, folder"], floats, strict=True)]
+    ratios = {
+        name: [slow / fast for slow, fast in zip(by_pipeline[name], with_floats, strict=True)] for name in baselines
+    }
+    return {
+        "images": len(rows),
+        "median_size": [int(statistics.median(side)) for side in zip(*sizes, strict=True)],
+        "rounds": rounds,
+        "images_per_second": {name: 1 / statistics.median(values) for name, values in by_pipeline.items()}
+        | {"ours, folder, floats too": 1 / statistics.median(with_floats)},
+        "times_as_fast": {
+            name: {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+            for name, values in ratios.items()
+        },
+        "milliseconds_by_stage": {name: 1000 * statistics.median(values) for name, values in by_stage.items()},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result in Markdown."""
+    found = result["details"]
+    lines = [
+        f"2 x 224 and 8 x 96 pixels from {found['images']} JPEGs of about {found['median_size'][1]} x "
+        f"{found['median_size'][0]}, one thread, medians of {found['rounds']} rounds, {result['hardware']}.",
+        "",
+        "| pipeline | images/s |",
+        "|---|---:|",
+        *(f"| {name} | {value:.1f} |" for name, value in found["images_per_second"].items()),
+        "",
+        *(
+            f"Ours, with floats, is {ratio['median']:.1f} times as fast as {name} ({ratio['lowest']:.1f} to "
+            f"{ratio['highest']:.1f})."
+            for name, ratio in found["times_as_fast"].items()
+        ),
+        "",
+        "| stage | ms an image |",
+        "|---|---:|",
+        *(f"| {name} | {value:.2f} |" for name, value in found["milliseconds_by_stage"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Command line: see the docstring of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, help="Folder of JPEGs, of about 500 x 375 pixels.")
+    parser.add_argument("--count", type=int, default=100, help="How many of them, evenly spread (default: 100).")
+    parser.add_argument("--rounds", type=int, default=5, help="Rounds that count; one more warms up (default: 5).")
+    parser.add_argument("--out", type=Path, help="Where to write OUT.json and OUT.md.")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    try:
+        details = measure(arguments.images, arguments.count, arguments.rounds)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    result = {"task": "benchmark", "protocol": "loader/2x224+8x96", "details": details, **provenance("cpu")}
+    text = table(result)
+    if arguments.out:
+        write_result(arguments.out, result, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
