@@ -5,7 +5,8 @@
 
 compares fresh models of one size, residual and skipless, by initialization; or trained ones, given as folders of
 pretraining runs or as their backbone.safetensors. It prints a table and writes OUT.json (for machines), OUT.md (for
-people) and OUT.png. What each measure means is in docs/conditioning.md, how it is computed in ssl/conditioning.py.
+people) and OUT.png. What each measure means is in docs/conditioning.md, how it is computed in ssl/conditioning.py
+and ssl/jacobians.py.
 
 Jacobians take time: for one image of 224 pixels, minutes a model. --cheap leaves them and the gradients out. The
 smallest singular value of an attention Jacobian, and so the condition number, comes out exactly for images of a few
@@ -32,9 +33,10 @@ from tqdm import tqdm
 
 from skipless.datasets.images import open_images
 from skipless.ssl.checkpoints import write_atomically
-from skipless.ssl.conditioning import TOLERANCE, cheap_conditioning, gradient_norms, jacobian_conditioning
+from skipless.ssl.conditioning import cheap_conditioning, gradient_norms
 from skipless.ssl.crops import normalized_squares
 from skipless.ssl.initialization import PRESETS, skipless_init_
+from skipless.ssl.jacobians import TOLERANCE, jacobian_conditioning
 from skipless.ssl.provenance import provenance, write_result
 from skipless.ssl.summarize import dataset_name
 from skipless.ssl.vit import SIZES, VisionTransformer

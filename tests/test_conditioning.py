@@ -16,32 +16,34 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from skipless.ssl import conditioning, conditioning_report
+from skipless.ssl import conditioning_report, jacobians
 from skipless.ssl.checkpoints import export_backbone
 from skipless.ssl.conditioning import (
-    TOLERANCE,
-    AttentionJacobian,
     attention_entropy,
     attention_logits,
-    attention_singular_values,
     cheap_conditioning,
     diagonal_gap,
     diagonal_margin,
     diagonal_share,
-    estimate_singular_values,
     excess_kurtosis,
-    golub_kahan,
     gradient_norms,
-    inverse_of_square,
-    jacobian_conditioning,
-    mlp_singular_values,
-    share_below,
-    smallest_singular_value,
     token_statistics,
     value_output_singular_values,
     walk_blocks,
 )
 from skipless.ssl.initialization import PRESETS, skipless_init_
+from skipless.ssl.jacobians import (
+    TOLERANCE,
+    AttentionJacobian,
+    attention_singular_values,
+    estimate_singular_values,
+    golub_kahan,
+    inverse_of_square,
+    jacobian_conditioning,
+    mlp_singular_values,
+    share_below,
+    smallest_singular_value,
+)
 from skipless.ssl.vit import Block, VisionTransformer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,8 +97,8 @@ def branch_jacobian(block: Block, tokens: Tensor, branch: str) -> np.ndarray:
 
 def estimate(monkeypatch: pytest.MonkeyPatch, factorised: int = 0) -> None:
     """No Jacobian is decomposed; those of up to `factorised` rows are factorised."""
-    monkeypatch.setattr(conditioning, "DECOMPOSED", 0)
-    monkeypatch.setattr(conditioning, "FACTORISED", factorised)
+    monkeypatch.setattr(jacobians, "DECOMPOSED", 0)
+    monkeypatch.setattr(jacobians, "FACTORISED", factorised)
 
 
 MODELS = {
@@ -254,8 +256,8 @@ def test_singular_jacobians_are_told_from_others(
     decomposed: int, factorised: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All tokens the same: attention passes on nothing but their mean, and D of N * D singular values are not 0."""
-    monkeypatch.setattr(conditioning, "DECOMPOSED", decomposed)
-    monkeypatch.setattr(conditioning, "FACTORISED", factorised)
+    monkeypatch.setattr(jacobians, "DECOMPOSED", decomposed)
+    monkeypatch.setattr(jacobians, "FACTORISED", factorised)
     block = first_block(small_model(preset="small"))
     tokens = normalised_tokens(1).expand(TOKENS, D)
     found = attention_singular_values(block, tokens)
@@ -268,7 +270,7 @@ def test_singular_jacobians_are_told_from_others(
 def test_nothing_comes_out_of_a_branch_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(residual=True, layer_scale=0.0)
     for whole in (10**6, 0):
-        monkeypatch.setattr(conditioning, "DECOMPOSED", whole)
+        monkeypatch.setattr(jacobians, "DECOMPOSED", whole)
         found = attention_singular_values(first_block(model), normalised_tokens())
         assert (found.largest, found.smallest, found.bound) == (0, 0, True)
         assert math.isfinite(found.condition)
