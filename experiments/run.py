@@ -276,11 +276,44 @@ def table(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
             f"| {arm} | {chosen[0]['lr']:g} | {tried} | {len(chosen)} | {spread([100 * r['value'] for r in chosen])} | "
             f"{spread(last_block)} | {spread(ranks)} | {spread(shares, 2)} |"
         )
+    lines += conditioning(experiment, rows)
     lines += ["", "| run | learning rate | seed | value | status |", "|---|---:|---:|---:|---|"]
     for r in rows:
         value = "" if r["value"] is None else f"{100 * r['value']:.1f}"
         lines.append(f"| {r['arm']} | {r['lr']:g} | {r['seed']} | {value} | {r['status']} |")
     return "\n".join(lines) + "\n"
+
+
+def conditioning(experiment: Experiment, rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of a table of conditioning at the start and at the end, where runs logged it (--monitor.conditioning)."""
+    columns = {
+        "worst condition of W_V W_O": ("value_output_condition", max),
+        "attention on the diagonal, mean of blocks": ("diagonal_share", statistics.mean),
+        "largest kurtosis": ("kurtosis", max),
+        "last block's mean share": ("mean_share", last_of),
+        "last block's effective rank": ("effective_rank", last_of),
+    }
+    lines = []
+    for arm in experiment.arms:
+        chosen = [r for r in chosen_rows(experiment, rows, arm) if "monitor/conditioning/kurtosis" in r["last"]]
+        cells = []
+        for measure, over_blocks in columns.values():
+            ends = [
+                statistics.mean(over_blocks(r[when][f"monitor/conditioning/{measure}"]) for r in chosen)
+                for when in ("start", "last")
+                if chosen
+            ]
+            cells.append(" -> ".join(f"{value:.3g}" for value in ends))
+        if chosen:
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+    if not lines:
+        return []
+    return ["", f"| arm, start -> end | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns), *lines]
+
+
+def last_of(values: list[float]) -> float:
+    """The last one."""
+    return values[-1]
 
 
 def spread(values: list[float], digits: int = 1) -> str:

@@ -172,3 +172,18 @@ def test_published_experiments_name_flags_that_exist() -> None:
             continue
         for arm, more in experiment.arms.items():
             assert parse([*(word.replace("{data}", "x") for word in [*words, *more]), "--out=x"]), arm
+
+
+def test_conditioning_at_the_start_and_at_the_end_is_tabulated(experiment: Path) -> None:
+    conditioning = """
+lines = [l | {f"monitor/conditioning/{name}": [2.0, l["step"] + 1] for name in ("value_output_condition",
+         "diagonal_share", "kurtosis", "mean_share", "effective_rank")} for l in lines]
+(a.out"""
+    fake = experiment.parent / "fake.py"
+    fake.write_text(FAKE.replace("\n(a.out", conditioning, 1))
+    done = drive(experiment)
+    assert done.returncode == 0, done.stderr
+    table = (experiment.parent / "results" / "trial.md").read_text()
+    # Two blocks, 2 and 1 at the start, 2 and 3 at the end: the worst, the mean, or the last of them.
+    assert "| good | 2 -> 3 | 1.5 -> 2.5 | 2 -> 3 | 1 -> 3 | 1 -> 3 |" in table
+    assert "| broken | 2" not in table
