@@ -4,7 +4,10 @@
 
 To see what the network sees:
 
-    python ssl/crops.py --image photo.jpg --out sheet.png --crops.global_size 224 --seed 0
+    python ssl/crops.py --show photo.jpg --out sheet.png --crops.global_size 224 --seed 0
+
+What is random is drawn first (`draw_views`) and done after (`apply_view`, here, or a whole batch at once in
+ssl/device_crops.py).
 
 The order of the operations is DINO's: crop and resize, flip, colour jitter, grey, blur, solarize. Resizing is
 PyTorch's antialiased bicubic on uint8, within 2 grey levels of Pillow's, which DINO used: OpenCV's cubic does not
@@ -15,13 +18,10 @@ Pillow's approximation by three box filters of the same standard deviation.
 """
 
 import math
-import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -29,12 +29,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from skipless.datasets.images import ImageSource, UnreadableImage, read_image
+from skipless.datasets.images import ImageSource, UnreadableImage
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
 RATIO = (3 / 4, 4 / 3)  # width to height of a crop
 TRIES = 100  # images to try in place of an unreadable one
+
+Read = TypeVar("Read")
 
 
 class Images(Protocol):
@@ -77,6 +79,11 @@ class Crops:
     them."""
     solarize_probability: float = 0.2
     """Share of the second global crops in which values of 128 and above are inverted."""
+    device: Literal["auto", "cpu", "device"] = "auto"
+    """Where the crops are made: by the loader's processes (cpu), or in batches where the model trains (device), which
+    decodes JPEGs there too (nvJPEG) and leaves the loader little to do. auto: by the loader without CUDA; with CUDA the
+    loader decodes, and the device makes the crops. They are the same, to a tenth of a grey level on average. (What
+    runs on CUDA is tested on a CPU, and has not run on a GPU yet.)"""
 
     def __post_init__(self) -> None:
         for name in ("global_size", "local_size"):
@@ -103,6 +110,55 @@ class Crops:
             raise ValueError(f"crops.blur_sigma is ({low}, {high}): it must be two rising positive numbers of pixels")
 
 
+class View(NamedTuple):
+    """All that is random in one view of an image of known size."""
+
+    box: tuple[int, int, int, int]
+    """Top, left, height and width of the crop in pixels."""
+    flip: bool
+    factors: tuple[float, float, float, float]
+    """Of brightness, contrast and saturation; turns of hue. (1, 1, 1, 0) without colour jitter."""
+    order: tuple[int, ...]
+    """Of the four colour operations, as positions in `factors`; () without colour jitter."""
+    grey: bool
+    sigma: float
+    """Of the blur, in pixels; 0 without."""
+    solarize: bool
+
+
+def draw_views(crops: Crops, rows: int, columns: int, rng: np.random.Generator) -> list[View]:
+    """What is random in the views of an image of rows x columns pixels, in the order of `multicrop`.
+
+    The size is that of the decoded image: of a photograph that is decoded at half its size, half the size.
+    """
+    views = []
+    for number in range(2 + crops.local_count):
+        box = crop_box(rows, columns, crops.global_scale if number < 2 else crops.local_scale, rng)
+        flip = rng.random() < 0.5
+        jitter = rng.random() < crops.jitter_probability
+        factors, order = draw_jitter(crops.color_jitter, rng) if jitter else ((1.0, 1.0, 1.0, 0.0), ())
+        grey = rng.random() < crops.grey_probability
+        blur = rng.random() < crops.blur_probability[min(number, 2)]
+        sigma = rng.uniform(*crops.blur_sigma) if blur else 0.0
+        solarize = number == 1 and rng.random() < crops.solarize_probability
+        views.append(View(box, flip, factors, order, grey, sigma, solarize))
+    return views
+
+
+def apply_view(image: np.ndarray, view: View, size: int) -> np.ndarray:
+    """One view of uint8 [H, W, 3], uint8 [size, size, 3]."""
+    top, left, height, width = view.box
+    pixels = resample(image[top : top + height, left : left + width], size, size)
+    if view.flip:
+        pixels = cv2.flip(pixels, 1)
+    pixels = color_jitter(pixels, view.factors, view.order)
+    if view.grey:
+        pixels = grey(pixels)
+    if view.sigma:
+        pixels = gaussian_blur(pixels, view.sigma)
+    return solarize(pixels) if view.solarize else pixels
+
+
 def multicrop(image: np.ndarray, crops: Crops, rng: np.random.Generator) -> list[np.ndarray]:
     """Random views of one image: [global 1, global 2, local 1, ...], each uint8 [S, S, 3] of its own size S.
 
@@ -111,24 +167,10 @@ def multicrop(image: np.ndarray, crops: Crops, rng: np.random.Generator) -> list
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise ValueError(f"the image is {image.dtype} {list(image.shape)}: crops are cut from uint8 [H, W, 3]")
-    views = []
     rows, columns = image.shape[:2]
-    for number in range(2 + crops.local_count):
-        size, scale = (crops.global_size, crops.global_scale) if number < 2 else (crops.local_size, crops.local_scale)
-        top, left, height, width = crop_box(rows, columns, scale, rng)
-        view = resample(image[top : top + height, left : left + width], size, size)
-        if rng.random() < 0.5:
-            view = cv2.flip(view, 1)
-        if rng.random() < crops.jitter_probability:
-            view = color_jitter(view, crops.color_jitter, rng)
-        if rng.random() < crops.grey_probability:
-            view = grey(view)
-        if rng.random() < crops.blur_probability[min(number, 2)]:
-            view = gaussian_blur(view, rng.uniform(*crops.blur_sigma))
-        if number == 1 and rng.random() < crops.solarize_probability:
-            view = solarize(view)
-        views.append(view)
-    return views
+    views = draw_views(crops, rows, columns, rng)
+    sizes = [crops.global_size] * 2 + [crops.local_size] * crops.local_count
+    return [apply_view(image, view, size) for view, size in zip(views, sizes, strict=True)]
 
 
 def crop_box(
@@ -174,22 +216,21 @@ def center_crop(image: np.ndarray, size: int, resize: int) -> np.ndarray:
     return np.ascontiguousarray(resized[top : top + size, left : left + size])
 
 
-def color_jitter(
-    view: np.ndarray, strengths: tuple[float, float, float, float], rng: np.random.Generator
-) -> np.ndarray:
-    """Change brightness, contrast, saturation and hue by random amounts, in random order."""
+def draw_jitter(
+    strengths: tuple[float, float, float, float], rng: np.random.Generator
+) -> tuple[tuple[float, float, float, float], tuple[int, ...]]:
+    """Factors and order (see `View`) of a random change of colours."""
     brightness, contrast, saturation = (rng.uniform(max(0.0, 1 - x), 1 + x) for x in strengths[:3])
     hue = rng.uniform(-strengths[3], strengths[3])
-    for operation in rng.permutation(4):
-        if operation == 0:
-            view = adjust_brightness(view, brightness)
-        elif operation == 1:
-            view = adjust_contrast(view, contrast)
-        elif operation == 2:
-            view = adjust_saturation(view, saturation)
-        else:
-            view = adjust_hue(view, hue)
-    return view
+    return (brightness, contrast, saturation, hue), tuple(rng.permutation(4).tolist())
+
+
+def color_jitter(pixels: np.ndarray, factors: tuple[float, float, float, float], order: tuple[int, ...]) -> np.ndarray:
+    """Change brightness, contrast, saturation and hue, in this order of them."""
+    operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    for operation in order:
+        pixels = operations[operation](pixels, factors[operation])
+    return pixels
 
 
 INVERTED_BRIGHT = np.concatenate([np.arange(128), np.arange(127, -1, -1)]).astype(np.uint8)
@@ -254,12 +295,34 @@ class Sample:
     """`path: reason` of images passed over on the way."""
 
 
+def smallest_side(crops: Crops) -> int:
+    """Short side at which the smallest square crops of a square image need no enlarging."""
+    sides = [crops.global_size / math.sqrt(crops.global_scale[0])]
+    if crops.local_count:
+        sides.append(crops.local_size / math.sqrt(crops.local_scale[0]))
+    return math.ceil(max(sides))
+
+
+def first_readable(images: ImageSource, index: int, read: Callable[[int], Read]) -> tuple[Read, int, list[str]]:
+    """What `read` gives for the first image from `index` on for which it does not raise UnreadableImage; that image;
+    and `path: reason` of the others. Raises ValueError when 100 in a row, or all of a smaller source, cannot be read.
+    """
+    unreadable: list[str] = []
+    for step in range(min(TRIES, len(images))):
+        position = (index + step) % len(images)
+        try:
+            return read(position), position, unreadable
+        except UnreadableImage as error:
+            unreadable.append(str(error))
+    raise ValueError(f"{len(unreadable)} images in a row cannot be read, the first of them {unreadable[0]}")
+
+
 class CropDataset(Dataset[Sample]):
     """Multi-crop views of an image source, for a DataLoader whose sampler yields keys (epoch, index).
 
     The views depend on (seed, epoch, index) alone, whatever the number of workers and the order of the keys. In place
-    of an unreadable image comes the next readable one, with the same random numbers. Raises ValueError when 100 images
-    in a row, or all of a smaller source, cannot be read.
+    of an unreadable image comes the next readable one, with the same random numbers. Raises ValueError where
+    `first_readable` does.
 
         loader = DataLoader(CropDataset(images, Crops(), seed=0), batch_size=64, sampler=keys, collate_fn=collate)
     """
@@ -270,11 +333,7 @@ class CropDataset(Dataset[Sample]):
         self.images = images
         self.crops = crops
         self.seed = seed
-        # Short side at which the smallest square crops of a square image need no enlarging.
-        sides = [crops.global_size / math.sqrt(crops.global_scale[0])]
-        if crops.local_count:
-            sides.append(crops.local_size / math.sqrt(crops.local_scale[0]))
-        self.min_side = math.ceil(max(sides))
+        self.min_side = smallest_side(crops)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -283,17 +342,11 @@ class CropDataset(Dataset[Sample]):
         # Workers share the cores: threads of OpenCV's own would only fight over them.
         cv2.setNumThreads(0)
         epoch, index = int(key[0]), int(key[1])
+        image, position, unreadable = first_readable(
+            self.images, index, lambda position: self.images.read(position, self.min_side)
+        )
         rng = np.random.default_rng((self.seed, epoch, index))
-        unreadable: list[str] = []
-        for step in range(min(TRIES, len(self.images))):
-            position = (index + step) % len(self.images)
-            try:
-                image = self.images.read(position, self.min_side)
-            except UnreadableImage as error:
-                unreadable.append(str(error))
-                continue
-            return Sample(multicrop(image, self.crops, rng), position, unreadable)
-        raise ValueError(f"{len(unreadable)} images in a row cannot be read, the first of them {unreadable[0]}")
+        return Sample(multicrop(image, self.crops, rng), position, unreadable)
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -314,15 +367,18 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
 def normalize(views: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 [V, B, H, W, 3] -> `dtype` [V*B, 3, H, W], view by view, with ImageNet's mean and standard deviation.
 
-    Runs where `views` are, without a transfer or a wait; the arithmetic is float32 or wider whatever `dtype` is.
+    Channels come last in memory, as they do in `views`. Runs where `views` are, without a transfer or a wait; the
+    arithmetic is float32 or wider whatever `dtype` is.
     """
-    pixels = views.flatten(0, 1).permute(0, 3, 1, 2)
-    normalized = torch.empty(pixels.shape, dtype=dtype, device=views.device)
-    # Channel by channel, with Python numbers: a tensor of constants would have to be copied to the device.
+    rows, width = views.flatten(0, 1).flatten(2), views.shape[3]  # [V * B, H, W * 3]
+    wide = torch.promote_types(dtype, torch.float32)
+    # Constants for a whole row of pixels: a dimension of three would be walked one value at a time. Filled with Python
+    # numbers, since a tensor of them would have to be copied to the device.
+    scale, shift = torch.empty(2, width, 3, dtype=wide, device=views.device)
     for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
-        wide = pixels[:, channel].to(torch.promote_types(dtype, torch.float32))
-        normalized[:, channel] = wide.sub_(255 * mean).div_(255 * std)
-    return normalized
+        scale[:, channel], shift[:, channel] = 1 / (255 * std), -mean / std
+    pixels = rows.to(wide).mul_(scale.flatten()).add_(shift.flatten())
+    return pixels.unflatten(2, (width, 3)).permute(0, 3, 1, 2).to(dtype)
 
 
 def central_squares(images: Images, count: int, size: int) -> Tensor:
@@ -344,73 +400,7 @@ def normalized_squares(images: Images, count: int, size: int) -> Tensor:
     return normalize(central_squares(images, count, size)[None])
 
 
-def sheet(image: np.ndarray, crops: Crops, seed: int) -> np.ndarray:
-    """Picture of the views of one image, uint8 [H, W, 3]: four rows, the first four epochs of this seed.
-
-    A row shows the whole image, the two global crops, and the local ones in as many lines as fit beside them.
-    """
-    gap = 4
-    size = max(crops.global_size, crops.local_size if crops.local_count else 0)
-    lines = max(1, (size + gap) // (crops.local_size + gap))
-    columns = math.ceil(crops.local_count / lines)
-    thumbnail = resample(image, crops.global_size, max(1, round(crops.global_size * image.shape[1] / image.shape[0])))
-    width = thumbnail.shape[1] + 2 * crops.global_size + columns * crops.local_size + (4 + columns) * gap
-    canvas = np.full((4 * (size + gap) + gap, width, 3), 255, np.uint8)
-
-    def paste(view: np.ndarray, top: int, left: int) -> int:
-        canvas[top : top + view.shape[0], left : left + view.shape[1]] = view
-        return left + view.shape[1] + gap
-
-    for epoch in range(4):
-        top = gap + epoch * (size + gap)
-        views = multicrop(image, crops, np.random.default_rng((seed, epoch, 0)))
-        left = gap
-        for view in (thumbnail, *views[:2]):
-            left = paste(view, top, left)
-        for number, view in enumerate(views[2:]):
-            line, column = divmod(number, columns)
-            paste(view, top + line * (crops.local_size + gap), left + column * (crops.local_size + gap))
-    return canvas
-
-
-def show(image: Path, out: Path, crops: Crops, seed: int = 0) -> None:
-    """Write a sheet of the views a network sees of one image.
-
-    Args:
-        image: The image file: JPEG, PNG, WebP or BMP.
-        out: Where to write the sheet: .png or .jpg.
-        crops: The augmentation.
-        seed: Another number shows other views.
-    """
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise ValueError(f"--out is {out}: the name of the sheet must end in .png or .jpg")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out is {out}: there is no folder {out.parent}")
-    if seed < 0:
-        raise ValueError(f"--seed is {seed}: it must be 0 or more")
-    picture = sheet(read_image(image), crops, seed)
-    data = cv2.imencode(out.suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()
-    partial = out.with_name(out.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, out)
-    print(
-        f"{out}: {picture.shape[1]} x {picture.shape[0]} pixels; a row: the image, 2 global, {crops.local_count} local"
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description="Write a sheet of the multi-crop views a network sees of one image.")
-    parser.add_function_arguments(show)
-    settings = parser.parse_args(arguments)
-    try:
-        show(**parser.instantiate(settings).as_dict())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
+    from skipless.ssl.crop_sheet import main
+
     main()

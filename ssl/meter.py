@@ -4,7 +4,9 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from skipless.ssl.logs import RunLog
 from skipless.ssl.schedules import Rates
 from skipless.ssl.settings import Settings
 from skipless.ssl.vit import VisionTransformer
+
+Batch = TypeVar("Batch")
 
 
 class Meter:
@@ -33,11 +37,23 @@ class Meter:
         self.micro_batches = self.images = self.suspicions = 0
         self.unreadable: set[str] = set()  # on this process
         self.unreadable_everywhere: set[str] = set()
-        self.seconds_from = time.perf_counter()
+        self.seconds_from, self.waited = time.perf_counter(), 0.0
         crops = settings.crops
         global_view, local_view = (backbone.flops(side, side) for side in (crops.global_size, crops.local_size))
         # Forward of the teacher; forward and backward (twice the forward) of the student.
         self.flops_per_image = 2 * global_view + 3 * (2 * global_view + crops.local_count * local_view)
+
+    def timed(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """The loader's batches; the time it takes to get them counts as waiting for data."""
+        batches = iter(loader)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - asked
+            yield batch
 
     def add(self, result: DINOOutput, unreadable: list[str]) -> None:
         """Count one micro-batch."""
@@ -47,8 +63,8 @@ class Meter:
         self.unreadable.update(unreadable)
 
     def restart_clock(self) -> None:
-        """Leave the time up to now out of images/s."""
-        self.seconds_from, self.images = time.perf_counter(), 0
+        """Leave the time up to now out of images/s and of the wait for data."""
+        self.seconds_from, self.images, self.waited = time.perf_counter(), 0, 0.0
 
     def report(self, step: int, gradient_norm: Tensor, rates: Rates, images: ImageSource) -> None:
         """Write one line of metrics, warn of collapse, and stop where going on is pointless."""
@@ -68,6 +84,7 @@ class Meter:
             "momentum": rates.momentum(step - 1),
             "teacher_temperature": rates.teacher_temperature(step - 1),
             "images_per_second": speed,
+            "data_share": self.waited / seconds,
             "memory_gb": memory_gb(self.device),
         }
         peak = peak_flops(self.device)
@@ -85,7 +102,8 @@ class Meter:
         self.log.metrics(step, step / self.steps_per_epoch, values)
         self.log.progress(
             step,
-            f"loss {values['loss']:.3f} (ln K {ceiling:.2f}), {speed:.0f} images/s, {values['memory_gb']:.1f} GB"
+            f"loss {values['loss']:.3f} (ln K {ceiling:.2f}), {speed:.0f} images/s, "
+            f"data {100 * values['data_share']:.0f} %, {values['memory_gb']:.1f} GB"
             + (f", {100 * values['model_flops_utilisation']:.0f} % of peak FLOPs" if peak else ""),
         )
         self.suspicions = self.suspicions + 1 if sentence and step > rates.warmup else 0

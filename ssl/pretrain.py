@@ -18,6 +18,7 @@ Several machines, on each of them (README.md has the SLURM script):
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from skipless.datasets.images import ImageSource, open_images
 from skipless.ssl import distributed
@@ -34,6 +35,7 @@ from skipless.ssl.attention import choose_backend
 from skipless.ssl.checkpoints import export_backbone, save_checkpoint, write_text
 from skipless.ssl.conditioning import cheap_conditioning
 from skipless.ssl.crops import CropDataset, collate, normalize, normalized_squares
+from skipless.ssl.device_crops import DeviceCropDataset, DeviceCrops, collate_images, crops_on_device, decodes_jpegs
 from skipless.ssl.dino import (
     DINOHead,
     DINOLoss,
@@ -106,16 +108,7 @@ def pretrain(settings: Settings) -> Path:
     steps_per_epoch = len(images) // settings.batch_size
     total = settings.epochs * steps_per_epoch
     workers = loader_workers(settings.data.workers, device)
-    loader = DataLoader(
-        CropDataset(images, settings.crops, settings.seed),
-        batch_sampler=distributed.StepBatches(
-            len(images), settings.batch_size, settings.accumulate, settings.seed, start, total
-        ),
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=distributed.leave_signals_to_main,
-    )
+    loader, to_crops = make_loader(settings, images, device, torch.bfloat16 if bf16 else torch.float32, start, total)
     rates = Rates(settings, steps_per_epoch, total)
     first_process = distributed.rank() == 0
     if first_process:
@@ -160,14 +153,14 @@ def pretrain(settings: Settings) -> Path:
         meter.restart_clock()
 
     monitor(start)
-    batches = iter(loader)
+    batches = meter.timed(loader)
     for step in range(start, total):
         set_rates(optimizer, rates.lr(step), rates.weight_decay(step), rates.last_layer_frozen(step))
         # Randomness of a step depends on (seed, step, rank) alone, so there is no random state to save.
         torch.manual_seed((settings.seed * total + step) * distributed.world_size() + distributed.rank())
         for micro in range(settings.accumulate):
             batch = next(batches)
-            crops = _to_crops(batch, device)
+            crops = to_crops(batch)
             last_micro = micro == settings.accumulate - 1
             hold_reduction = (
                 nullcontext() if last_micro or not isinstance(model, DistributedDataParallel) else model.no_sync()
@@ -252,6 +245,36 @@ def build_model(settings: Settings) -> DINOModel:
     return DINOModel(backbone, head, settings.model.pool)
 
 
+def make_loader(
+    settings: Settings, images: ImageSource, device: torch.device, dtype: torch.dtype, start: int, total: int
+) -> tuple[DataLoader[Any], Callable[[dict[str, Any]], list[Tensor]]]:
+    """The batches from step `start` to `total`, and what makes the crops of one on the device: [views * B, 3, S, S],
+    normalised, globals first, locals second if there are any. `dtype` is that of crops made on the device."""
+
+    def cropped_by_loader(batch: dict[str, Any]) -> list[Tensor]:
+        views = [batch["global"]] + ([batch["local"]] if batch["local"] is not None else [])
+        return [normalize(v.to(device, non_blocking=True)) for v in views]
+
+    dataset: Dataset[Any] = CropDataset(images, settings.crops, settings.seed)
+    to_crops: Callable[[dict[str, Any]], list[Tensor]] = cropped_by_loader
+    on_device = crops_on_device(settings.crops, device)
+    if on_device:
+        decoding = settings.crops.device == "device" and decodes_jpegs(device)
+        dataset = DeviceCropDataset(images, settings.crops, settings.seed, jpegs=decoding)
+        to_crops = DeviceCrops(dataset, device, dtype)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=distributed.StepBatches(
+            len(images), settings.batch_size, settings.accumulate, settings.seed, start, total
+        ),
+        num_workers=loader_workers(settings.data.workers, device),
+        collate_fn=collate_images if on_device else collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=distributed.leave_signals_to_main,
+    )
+    return loader, to_crops
+
+
 def _resume(
     settings: Settings,
     images: int,
@@ -262,7 +285,7 @@ def _resume(
 ) -> tuple[int, float]:
     """Load the run's last checkpoint if it is to be resumed and has one; return its steps and seconds so far."""
     state = state_to_resume(
-        settings, student.backbone.architecture, images, settings.data.path, may_change=("monitor.",)
+        settings, student.backbone.architecture, images, settings.data.path, may_change=("monitor.", "crops.device")
     )
     if state is None:
         return 0, 0.0
@@ -293,17 +316,12 @@ def _introduce(
         f"{settings.batch_size} images" + (f", from step {start:,}" if start else "")
     )
     why = choose_backend(device, settings.model.attention)[1]
-    log.say(f"{processes} process{'es' if processes > 1 else ''} on {device}; attention: {why}")
+    where = f"on {device}" if crops_on_device(settings.crops, device) else "by the loader"
+    log.say(f"{processes} process{'es' if processes > 1 else ''} on {device}; attention: {why}; crops: made {where}")
     if settings.monitor.every_epochs:
         log.say(
             f"k-NN monitor: {monitored}" if monitored else "k-NN monitor: off, since the images have no class folders"
         )
-
-
-def _to_crops(batch: dict[str, Any], device: torch.device) -> list[Tensor]:
-    """Normalised crops [views * B, 3, S, S], globals first, locals second if there are any."""
-    views = [batch["global"]] + ([batch["local"]] if batch["local"] is not None else [])
-    return [normalize(v.to(device, non_blocking=True)) for v in views]
 
 
 def parse(arguments: list[str] | None = None) -> Settings:

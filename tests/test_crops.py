@@ -1,7 +1,10 @@
 """Multi-crop views: each operation against torchvision, the law of their parameters, and the loading of batches."""
 
+import hashlib
 import math
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import permutations
@@ -16,20 +19,23 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import binomtest, chisquare, ks_2samp, kstest
 from torch.utils.data import DataLoader
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import ColorJitter, GaussianBlur, RandomResizedCrop
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.v2 import functional
 
 from skipless.datasets.images import ImageSource, open_images
 from skipless.ssl import crops as module
+from skipless.ssl.crop_sheet import main
 from skipless.ssl.crops import (
     CropDataset,
     Crops,
+    View,
+    apply_view,
     center_crop,
     collate,
     color_jitter,
     crop_box,
-    main,
+    draw_views,
     multicrop,
     normalize,
     resample,
@@ -177,52 +183,99 @@ def test_boxes_lie_inside(height: int, width: int, low: float, seed: int) -> Non
     assert left + columns <= width
 
 
-def factors(strengths: tuple[float, float, float, float], recover: Callable[[np.ndarray], float]) -> list[float]:
-    flat = np.full((1, 1, 3), (100, 120, 60), np.uint8)
-    return [recover(color_jitter(flat, strengths, rng(3, number))[0, 0].astype(float)) for number in range(1500)]
+def as_text(view: View) -> str:
+    """A view's parameters to nine digits."""
+    factors = " ".join(f"{factor:.9f}" for factor in view.factors)
+    return f"{view.box} {view.flip:d} {factors} {view.order} {view.grey:d} {view.sigma:.9f} {view.solarize:d}"
 
 
-def test_brightness_factors_are_uniform() -> None:
-    assert kstest(factors((0.4, 0, 0, 0), lambda v: v[1] / 120), "uniform", (0.6, 0.8)).pvalue > 1e-3
+def test_a_seed_keeps_its_views() -> None:
+    """Recorded when the views were drawn and made in one go: runs of then can be continued and compared."""
+    assert [as_text(view) for view in draw_views(Crops(local_count=2), 90, 120, rng(0, 1, 2))] == [
+        "(11, 10, 78, 70) 1 1.075603693 1.156197398 1.066986442 0.035042305 (1, 3, 0, 2) 0 1.335450512 0",
+        "(5, 32, 60, 76) 1 1.157238245 1.070093535 1.165980195 -0.043602502 (2, 1, 0, 3) 0 1.506117035 0",
+        "(35, 44, 52, 60) 0 0.681643980 1.348569250 0.945722645 0.053785371 (1, 0, 2, 3) 0 0.605711601 0",
+        "(39, 42, 40, 43) 1 0.984600039 0.883574189 1.187018678 -0.000173622 (0, 2, 1, 3) 0 0.000000000 0",
+    ]
+    digest = hashlib.sha256()
+    for number in range(50):
+        for view in draw_views(Crops(), 90 + number, 120, rng(3, 1, number)):
+            digest.update(as_text(view).encode())
+    assert digest.hexdigest() == "d7bd24affaf3f4e7c5da3b73fa240de560bd40a3674628f70d6bac68156177af"
+    # Of the pixels their means: versions of OpenCV may round otherwise.
+    views = multicrop(photo(), Crops(global_size=40, local_size=20, local_count=2), rng(0, 1, 2))
+    means = [(152.12, 164.9, 119.58), (154.78, 187.79, 136.39), (55.68, 111.24, 68.68), (121.84, 154.08, 81.09)]
+    np.testing.assert_allclose([view.mean((0, 1)) for view in views], means, atol=0.7)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[list[View]]:
+    """2,000 images' views, two global ones and three local ones."""
+    return [draw_views(Crops(local_count=3), 375, 500, rng(8, number)) for number in range(2000)]
+
+
+def test_colour_factors_follow_the_law_of_torchvision(drawn: list[list[View]]) -> None:
+    torch.manual_seed(0)
+    strengths = [(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]
+    theirs = [ColorJitter.get_params(*strengths) for _ in range(2000)]
+    for views in zip(*drawn, strict=True):
+        ours = [view for view in views if view.order]
+        assert binomtest(len(ours), 2000, 0.8).pvalue > 1e-3
+        for position in range(4):
+            factors = [view.factors[position] for view in ours]
+            assert ks_2samp(factors, [float(their[1 + position]) for their in theirs]).pvalue > 1e-3
+        orders = Counter(view.order for view in ours)
+        assert set(orders) == set(permutations(range(4)))
+        assert chisquare(list(orders.values())).pvalue > 1e-3
+        assert all(view.factors == (1, 1, 1, 0) for view in views if not view.order)
 
 
 def test_strengths_above_one_do_not_turn_negative() -> None:
-    shares = factors((1.5, 0, 0, 0), lambda v: v[1] / 120)
-    assert kstest([share for share in shares if share < 2], "uniform", (0, 2)).pvalue > 1e-3
+    jitters = [module.draw_jitter((1.5, 0, 0, 0), rng(3, number)) for number in range(1500)]
+    assert kstest([factors[0] for factors, _ in jitters], "uniform", (0, 2.5)).pvalue > 1e-3
 
 
-def test_saturation_factors_are_uniform() -> None:
-    # green minus blue is 60 and scales with the factor; steps of one level in 48 blur the ends
-    spread = factors((0, 0, 0.4, 0), lambda v: (v[1] - v[2]) / 60)
-    assert kstest(np.array(spread) + rng(0).uniform(-1, 1, 1500) / 120, "uniform", (0.6, 0.8)).pvalue > 1e-3
+def test_blur_follows_the_law_of_torchvision(drawn: list[list[View]]) -> None:
+    torch.manual_seed(0)
+    theirs = [GaussianBlur.get_params(0.1, 2.0) for _ in range(2000)]
+    for number, probability in enumerate([1.0, 0.1, 0.5, 0.5, 0.5]):
+        sigmas = [views[number].sigma for views in drawn if views[number].sigma]
+        assert binomtest(len(sigmas), 2000, probability).pvalue > 1e-3
+        assert ks_2samp(sigmas, theirs).pvalue > 1e-3
 
 
-def test_hue_shifts_fill_their_range() -> None:
-    pure = np.full((1, 1, 3), (255, 0, 0), np.uint8)
-    hues = [
-        cv2.cvtColor(color_jitter(pure, (0, 0, 0, 0.1), rng(4, number)), cv2.COLOR_RGB2HSV)[0, 0, 0]
-        for number in range(800)
-    ]
-    turns = np.where(np.array(hues) > 90, np.array(hues) - 180.0, hues) / 180
-    assert np.abs(turns).max() == pytest.approx(0.1, abs=0.01)
-    assert kstest(turns + rng(0).uniform(-0.5, 0.5, 800) / 180, "uniform", (-0.1, 0.2)).pvalue > 1e-3
+def test_the_other_operations_have_their_probabilities(drawn: list[list[View]]) -> None:
+    for number, solarized in enumerate([0.0, 0.2, 0.0, 0.0, 0.0]):
+        views = [views[number] for views in drawn]
+        for count, probability in (
+            (sum(view.flip for view in views), 0.5),
+            (sum(view.grey for view in views), 0.2),
+            (sum(view.solarize for view in views), solarized),
+        ):
+            assert binomtest(count, 2000, probability).pvalue > 1e-3
 
 
-def test_the_order_of_the_colour_operations_is_uniform(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    for name in ("brightness", "contrast", "saturation", "hue"):
-        monkeypatch.setattr(module, f"adjust_{name}", lambda view, _, name=name: order.append(name) or view)
-    seen: Counter[tuple[str, ...]] = Counter()
-    for number in range(1200):
-        order.clear()
-        color_jitter(photo(2, 2), (0.4, 0.4, 0.2, 0.1), rng(7, number))
-        seen[tuple(order)] += 1
-    assert set(seen) == set(permutations(("brightness", "contrast", "saturation", "hue")))
-    assert chisquare(list(seen.values())).pvalue > 1e-3
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)])
+def test_colours_change_in_the_order_asked_for(order: tuple[int, ...]) -> None:
+    factors = (1.3, 0.7, 1.2, 0.25)
+    changes = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation,
+               functional.adjust_hue)  # fmt: skip
+    expected = tensor(photo())
+    for operation in order:
+        expected = changes[operation](expected, factors[operation])
+    error = np.abs(color_jitter(photo(), factors, order).astype(int) - expected.permute(1, 2, 0).numpy())
+    assert error.mean() < 2  # hue's steps; another order is 5 and more off
+    assert color_jitter(photo(), (1, 1, 1, 0), order).tobytes() == photo().tobytes()
+    assert color_jitter(photo(), factors, ()).tobytes() == photo().tobytes()
 
 
-def test_no_strength_changes_nothing() -> None:
-    assert np.array_equal(color_jitter(photo(), (0, 0, 0, 0), rng(0)), photo())
+def test_a_view_is_its_operations_one_after_the_other() -> None:
+    view = View((10, 20, 50, 60), True, (1.0, 1.0, 1.0, 0.0), (), True, 1.0, True)
+    pixels = tensor(photo())
+    pixels = functional.resized_crop(pixels, 10, 20, 50, 60, [32, 32], transforms.InterpolationMode.BICUBIC)
+    pixels = functional.rgb_to_grayscale(functional.horizontal_flip(pixels), 3)
+    pixels = functional.solarize(functional.gaussian_blur(pixels, [9, 9], [1.0, 1.0]), 128)
+    assert difference(apply_view(photo(), view, 32), pixels) <= 3
 
 
 def test_a_whole_view_is_the_image_or_its_mirror_image() -> None:
@@ -472,6 +525,16 @@ def test_the_command_writes_a_sheet(tmp_path: Path, local: list[str]) -> None:
         colors = {color for _, color in sheet.getcolors()}
     assert colors == {(250, 10, 10), (255, 255, 255)}  # red, not blue
     assert sorted(os.listdir(tmp_path)) == ["a.png", "sheet.png"]
+
+
+def test_the_file_is_a_command(tmp_path: Path) -> None:
+    Image.new("RGB", (60, 40), (250, 10, 10)).save(tmp_path / "a.png")
+    script = Path(__file__).parent.parent / "ssl" / "crops.py"
+    command = [sys.executable, str(script), "--show", "a.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("crops.png: ")
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "crops.png"]
 
 
 @pytest.mark.parametrize(

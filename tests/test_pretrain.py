@@ -112,6 +112,15 @@ def test_two_processes_balance_and_measure_as_one(photos: Path, tmp_path: Path) 
     np.testing.assert_allclose(logged(two, "monitor/knn")[0], logged(one, "monitor/knn")[0], atol=1e-6)
 
 
+def test_crops_made_where_the_model_trains_are_the_same_crops(photos: Path, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = run("--data.path", photos, "--out", out, *SMALL, "--crops.device=device", "--data.workers=1")
+    assert result.returncode == 0, result.stderr
+    assert "crops: made on cpu" in result.stderr
+    np.testing.assert_allclose(losses(out), losses(reference), atol=0.05, rtol=0)
+    assert all(0 < share < 1 for share in logged(out, "data_share"))
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
 
