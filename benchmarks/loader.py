@@ -15,7 +15,9 @@ same images through every pipeline in turn, and the figures are medians over rou
 torchvision's pipelines end with normalised float tensors; ours ends with bytes, and turning these into normalised
 floats, which training leaves to its device, is timed as a stage of its own and counted in the ratio.
 
-With --device cuda the augmentation runs there, and what is measured is a whole loader with --workers processes.
+With --device cuda nothing of that: what is measured is a whole loader with --workers processes whose crops are made on
+the GPU, JPEGs decoded by the processes and by the GPU in turn, from files to views, without a training step. First it
+compares the GPU's views of a batch with those of a CPU.
 """
 
 import argparse
@@ -35,12 +37,14 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from skipless.datasets.images import ImageSource, open_images
 from skipless.datasets.shard import write_shards
 from skipless.ssl import crops as ours
+from skipless.ssl.device_crops import DeviceCropDataset, DeviceCrops, collate_images, decodes_jpegs, make_views
 from skipless.ssl.provenance import provenance, write_result
 
 STAGES = ("resample", "color_jitter", "grey", "gaussian_blur", "solarize")
@@ -198,6 +202,76 @@ def measure(images: Path, count: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def measure_on_gpu(images: Path, count: int, rounds: int, workers: int, batch_size: int) -> dict[str, Any]:
+    """Images a second from files to views on the GPU, medians over rounds, and how far the views are from a CPU's."""
+    crops, device = ours.Crops(), torch.device("cuda")
+    source = open_images(images)
+    keys = [[(0, i % len(source)) for i in range(first, first + batch_size)] for first in range(0, count, batch_size)]
+    cases = {"decoded by the loader": False, "decoded by the GPU": True}
+    if not decodes_jpegs(device):
+        del cases["decoded by the GPU"]
+
+    def loader(jpegs: bool) -> tuple[DataLoader[Any], DeviceCrops]:
+        dataset = DeviceCropDataset(source, crops, 0, jpegs)
+        batches = DataLoader(
+            dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate_images, pin_memory=True
+        )
+        return batches, DeviceCrops(dataset, device, torch.bfloat16)
+
+    batch = collate_images([DeviceCropDataset(source, crops, 0, False)[key] for key in keys[0]])
+    images_on_gpu = DeviceCrops(DeviceCropDataset(source, crops, 0, False), device, torch.float32).decode(batch)
+    differences = [
+        255 * 0.225 * (ours_.cpu() - theirs).abs().flatten()
+        for ours_, theirs in zip(
+            make_views(images_on_gpu, batch["parameters"], crops, torch.float32, torch.float16),
+            make_views([image.cpu() for image in images_on_gpu], batch["parameters"], crops),
+            strict=True,
+        )
+    ]
+    by_case: dict[str, list[float]] = {}
+    for number in tqdm(range(rounds + 1), desc="rounds"):
+        for name, jpegs in cases.items():
+            batches, to_crops = loader(jpegs)
+            began, seen = 0.0, 0
+            for position, batch in enumerate(batches):
+                to_crops(batch)
+                if position == len(keys) // 4:  # workers have started
+                    torch.cuda.synchronize()
+                    began, seen = time.perf_counter(), 0
+                seen += batch_size
+            torch.cuda.synchronize()
+            if number:
+                by_case.setdefault(name, []).append((seen - batch_size) / (time.perf_counter() - began))
+    return {
+        "images": count,
+        "rounds": rounds,
+        "workers": workers,
+        "batch": batch_size,
+        "images_per_second": {name: statistics.median(values) for name, values in by_case.items()},
+        "grey_levels_from_cpu": {
+            "mean": statistics.mean(d.mean().item() for d in differences),
+            "largest": max(d.max().item() for d in differences),
+        },
+    }
+
+
+def gpu_table(result: dict[str, Any]) -> str:
+    """The result of `measure_on_gpu` in Markdown."""
+    found = result["details"]
+    lines = [
+        f"2 x 224 and 8 x 96 pixels from {found['images']:,} JPEGs, batches of {found['batch']}, {found['workers']} "
+        f"loader processes, medians of {found['rounds']} rounds, {result['hardware']}.",
+        "",
+        "| JPEGs | images/s |",
+        "|---|---:|",
+        *(f"| {name} | {value:.0f} |" for name, value in found["images_per_second"].items()),
+        "",
+        f"Views differ from a CPU's by {found['grey_levels_from_cpu']['mean']:.2f} grey levels on average, "
+        f"{found['grey_levels_from_cpu']['largest']:.0f} at most.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def table(result: dict[str, Any]) -> str:
     """The result in Markdown."""
     found = result["details"]
@@ -228,17 +302,26 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="Folder of JPEGs, of about 500 x 375 pixels.")
     parser.add_argument("--count", type=int, default=100, help="How many of them, evenly spread (default: 100).")
     parser.add_argument("--rounds", type=int, default=5, help="Rounds that count; one more warms up (default: 5).")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="Where crops are made.")
+    parser.add_argument("--workers", type=int, default=16, help="With cuda: processes of the loader (default: 16).")
+    parser.add_argument("--batch_size", type=int, default=128, help="With cuda: images of a batch (default: 128).")
     parser.add_argument("--out", type=Path, help="Where to write OUT.json and OUT.md.")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    cuda = arguments.device == "cuda"
     try:
-        details = measure(arguments.images, arguments.count, arguments.rounds)
+        if cuda:
+            count = max(arguments.count, 100 * arguments.batch_size)
+            details = measure_on_gpu(arguments.images, count, arguments.rounds, arguments.workers, arguments.batch_size)
+        else:
+            details = measure(arguments.images, arguments.count, arguments.rounds)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    result = {"task": "benchmark", "protocol": "loader/2x224+8x96", "details": details, **provenance("cpu")}
-    text = table(result)
+    about = provenance(arguments.device)
+    result = {"task": "benchmark", "protocol": "loader/2x224+8x96", "details": details, **about}
+    text = gpu_table(result) if cuda else table(result)
     if arguments.out:
         write_result(arguments.out, result, text)
     print(text)
