@@ -45,6 +45,7 @@ from skipless.datasets.images import ImageSource, open_images
 from skipless.datasets.shard import write_shards
 from skipless.ssl import crops as ours
 from skipless.ssl.device_crops import DeviceCropDataset, DeviceCrops, collate_images, decodes_jpegs, make_views
+from skipless.ssl.job import keep_freed_memory
 from skipless.ssl.provenance import provenance, write_result
 
 STAGES = ("resample", "color_jitter", "grey", "gaussian_blur", "solarize")
@@ -309,6 +310,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    keep_freed_memory()  # as training on a CPU does; both sides have it
     cuda = arguments.device == "cuda"
     try:
         if cuda:

@@ -34,6 +34,7 @@ from skipless.datasets.images import ImageSource, UnreadableImage
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
 RATIO = (3 / 4, 4 / 3)  # width to height of a crop
+LOG_RATIO = (math.log(RATIO[0]), math.log(RATIO[1]))
 TRIES = 100  # images to try in place of an unreadable one
 
 Read = TypeVar("Read")
@@ -139,10 +140,15 @@ def draw_views(crops: Crops, rows: int, columns: int, rng: np.random.Generator) 
         factors, order = draw_jitter(crops.color_jitter, rng) if jitter else ((1.0, 1.0, 1.0, 0.0), ())
         grey = rng.random() < crops.grey_probability
         blur = rng.random() < crops.blur_probability[min(number, 2)]
-        sigma = rng.uniform(*crops.blur_sigma) if blur else 0.0
+        sigma = _uniform(rng, *crops.blur_sigma) if blur else 0.0
         solarize = number == 1 and rng.random() < crops.solarize_probability
         views.append(View(box, flip, factors, order, grey, sigma, solarize))
     return views
+
+
+def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    """What rng.uniform gives, several times faster."""
+    return low + (high - low) * rng.random()
 
 
 def apply_view(image: np.ndarray, view: View, size: int) -> np.ndarray:
@@ -180,8 +186,8 @@ def crop_box(
     arXiv 1409.4842, section 6): area uniform in `scale`, logarithm of the ratio uniform, ten tries, then the largest
     central crop of a ratio within bounds."""
     for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        area = height * width * _uniform(rng, *scale)
+        ratio = math.exp(_uniform(rng, *LOG_RATIO))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
@@ -195,7 +201,8 @@ def resample(image: np.ndarray, height: int, width: int) -> np.ndarray:
         return np.array(image)
     # With the batch dimension in front, torch sees pixels whose channels come last, and neither copies nor transposes:
     # half the time. A part of an image is resized where it lies.
-    pixels = torch.from_numpy(np.require(image, requirements=["W"]))[None].permute(0, 3, 1, 2)
+    source = image if image.flags.writeable else np.array(image)
+    pixels = torch.from_numpy(source)[None].permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
@@ -220,8 +227,8 @@ def draw_jitter(
     strengths: tuple[float, float, float, float], rng: np.random.Generator
 ) -> tuple[tuple[float, float, float, float], tuple[int, ...]]:
     """Factors and order (see `View`) of a random change of colours."""
-    brightness, contrast, saturation = (rng.uniform(max(0.0, 1 - x), 1 + x) for x in strengths[:3])
-    hue = rng.uniform(-strengths[3], strengths[3])
+    brightness, contrast, saturation = (_uniform(rng, max(0.0, 1 - x), 1 + x) for x in strengths[:3])
+    hue = _uniform(rng, -strengths[3], strengths[3])
     return (brightness, contrast, saturation, hue), tuple(rng.permutation(4).tolist())
 
 
@@ -233,6 +240,8 @@ def color_jitter(pixels: np.ndarray, factors: tuple[float, float, float, float],
     return pixels
 
 
+IDENTITY = np.eye(3)
+LUMA = np.array([0.299, 0.587, 0.114])  # of ITU-R BT.601
 INVERTED_BRIGHT = np.concatenate([np.arange(128), np.arange(127, -1, -1)]).astype(np.uint8)
 
 
@@ -254,7 +263,7 @@ def adjust_contrast(view: np.ndarray, factor: float) -> np.ndarray:
 
 def adjust_saturation(view: np.ndarray, factor: float) -> np.ndarray:
     """Blend with the grey picture: 0 is grey, 1 the same, 2 twice as colourful."""
-    return cv2.transform(view, factor * np.eye(3) + (1 - factor) * np.array([0.299, 0.587, 0.114]))
+    return cv2.transform(view, factor * IDENTITY + (1 - factor) * LUMA)
 
 
 def adjust_hue(view: np.ndarray, turns: float) -> np.ndarray:
@@ -377,7 +386,11 @@ def normalize(views: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     scale, shift = torch.empty(2, width, 3, dtype=wide, device=views.device)
     for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
         scale[:, channel], shift[:, channel] = 1 / (255 * std), -mean / std
-    pixels = rows.to(wide).mul_(scale.flatten()).add_(shift.flatten())
+    pixels = torch.empty(rows.shape, dtype=wide, device=views.device)
+    # On a CPU in pieces that stay in its cache, twice as fast.
+    piece = len(rows) if views.is_cuda else max(1, 2**17 // max(1, rows[:1].numel()))
+    for source, target in zip(rows.split(piece), pixels.split(piece), strict=True):
+        torch.addcmul(shift.flatten(), source.to(wide), scale.flatten(), out=target)
     return pixels.unflatten(2, (width, 3)).permute(0, 3, 1, 2).to(dtype)
 
 
