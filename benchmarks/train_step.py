@@ -6,15 +6,15 @@
 
 Model, crops, head and batch are those of a recipe; data are random and on the device already. The cases are residual
 and skipless, AdamW and SOAP, each by the library's step and by `plain_dino.py`. Cases are interleaved: every round
-takes --steps steps of each case, all of them are timed one by one, and figures are medians over all rounds but the
-first. SOAP is judged over whole periods of its preconditioner: its average step and its slowest against its median.
+takes --steps steps of each case, all of them are timed one by one, and images a second are those of the average step of
+all rounds but the first, so that the slow steps of SOAP count: with --steps a multiple of 10, each period of its
+preconditioner once. Beside it the slowest step against the median.
 
-Before it, --check steps (200 by default) of both ways from the same weights on the same crops, in float32 with the same
-clipping: the losses must agree, and the result holds both curves.
+Before it, --check steps (200 by default) of both ways, skipless with AdamW, from the same weights on the same crops, in
+float32 with the same clipping: the losses must agree, and the result holds both curves.
 """
 
 import argparse
-import copy
 import math
 import statistics
 import sys
@@ -177,16 +177,16 @@ def table(result: dict[str, Any]) -> str:
         f"{details['architecture']}, batch {details['batch']}, on {result['hardware']}; {details['rounds']} rounds of "
         f"{details['steps']} steps, interleaved.",
         "",
-        "| model | optimizer | step | images/s | mean ms | slowest step / median | times plain |",
-        "|---|---|---|---:|---:|---:|---:|",
+        "| model | optimizer | step | images/s | mean ms | slowest step / median | times plain | MFU |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     speed = {(r["model"], r["optimizer"], r["step"]): r["images_per_second"] for r in details["cases"]}
     for r in details["cases"]:
         ratio = r["images_per_second"] / speed[r["model"], r["optimizer"], "plain"]
         lines.append(
             f"| {r['model']} | {r['optimizer']} | {r['step']} | {r['images_per_second']:.1f} | {r['mean_ms']:.0f} | "
-            f"{r['slowest_over_median']:.2f} | {ratio:.2f} |"
-            + (f" {100 * r['model_flops_utilisation']:.1f} % MFU |" if r.get("model_flops_utilisation") else "")
+            f"{r['slowest_over_median']:.2f} | {ratio:.2f} | "
+            + (f"{100 * r['model_flops_utilisation']:.1f} % |" if r.get("model_flops_utilisation") else "|")
         )
     mean = {(r["model"], r["optimizer"]): r["mean_ms"] for r in details["cases"] if r["step"] == "library"}
     for model in ("residual", "skipless"):
@@ -230,7 +230,7 @@ def main() -> None:
         "batch": settings.batch_size,
         "rounds": arguments.rounds,
         "steps": arguments.steps,
-        "curves": copy.deepcopy(curves),
+        "curves": curves,
         "largest_difference": largest,
         "cases": time_cases(arguments, device),
     }

@@ -34,6 +34,8 @@ from pathlib import Path
 from skipless.datasets.downloads import Archive, DamagedArchive, download, verify
 from skipless.datasets.public_sets import DATA_SETS, IMAGENET_TERMS, DataSet, Part
 
+FETCHED = ".fetched"
+"""File in ROOT/downloads that lists what was fetched: nothing else there is ever removed."""
 RATE = 20e6
 """Bytes a second that the estimate of time assumes."""
 
@@ -60,6 +62,10 @@ def prepare(
     of a part, and for what the reader refuses; OSError for folders that cannot be written.
     """
     data, root = table[name], Path(root).expanduser()
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"{root} is a file: give a folder as --root")
+    if mirror is not None and "://" not in mirror:
+        raise ValueError(f"mirror is {mirror!r}: give an address, as in https://host/archives")
     own = Path(archives).expanduser() if archives else None
     if own is not None and not own.is_dir():
         raise FileNotFoundError(f"{own}: no such folder of archives")
@@ -75,13 +81,15 @@ def prepare(
 
     for part in missing:
         paths = [_obtain(archive, own, downloads, mirror) for archive in part.archives]
-        ours = [path for path in paths if path.parent == downloads and downloads != own]
-        _build(part, paths, ours, root)
+        # What this command did not fetch, in ROOT/downloads too, may be its user's only copy.
+        fetched = _fetched(downloads)
+        ours = [path for path in paths if path.parent == downloads and path.name in fetched]
+        _build(part, paths, [path for path in ours if not _has_checksum(path, part)], root)
         if not keep_archives:
             for path in ours:
                 path.unlink()
-    if downloads.is_dir() and not any(downloads.iterdir()):
-        downloads.rmdir()
+    if downloads.is_dir() and {path.name for path in downloads.iterdir()} <= {FETCHED}:
+        shutil.rmtree(downloads)
     data.read(root)
     print(f"{name} is in {root}: {_describe(data.parts)}.")
     print(f"next: {data.next.format(root=shlex.quote(str(root)))}")
@@ -165,10 +173,19 @@ def _find(archive: Archive, own: Path | None, downloads: Path) -> Path | None:
     return next((f / archive.name for f in (own, downloads) if f is not None and (f / archive.name).is_file()), None)
 
 
+def _fetched(downloads: Path) -> list[str]:
+    """Names of the archives in ROOT/downloads that this command fetched, now or before it was interrupted."""
+    record = downloads / FETCHED
+    return record.read_text(encoding="utf-8").splitlines() if record.exists() else []
+
+
 def _obtain(archive: Archive, own: Path | None, downloads: Path, mirror: str | None) -> Path:
     found = _find(archive, own, downloads)
     if found is None:
-        return download(archive, downloads, mirror)
+        path = download(archive, downloads, mirror)
+        with open(downloads / FETCHED, "a", encoding="utf-8") as file:
+            file.write(f"{path.name}\n")
+        return path
     try:
         verify(archive, found)
     except DamagedArchive as error:
@@ -176,8 +193,14 @@ def _obtain(archive: Archive, own: Path | None, downloads: Path, mirror: str | N
     return found
 
 
-def _build(part: Part, paths: Sequence[Path], ours: Sequence[Path], root: Path) -> None:
-    """Make a part beside its place, and move it there once it is complete. Damaged archives of ours go."""
+def _has_checksum(path: Path, part: Part) -> bool:
+    """Whether the archive was compared with a published checksum: fetched again, it would be the same."""
+    return any(archive.checksum is not None for archive in part.archives if archive.name == path.name)
+
+
+def _build(part: Part, paths: Sequence[Path], doubtful: Sequence[Path], root: Path) -> None:
+    """Make a part beside its place, and move it there once it is complete. Where it does not become complete, the
+    doubtful ones among its archives go."""
     place = root / part.place
     work = place.parent / f".{place.name}.unfinished"
     shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
@@ -192,9 +215,13 @@ def _build(part: Part, paths: Sequence[Path], ours: Sequence[Path], root: Path) 
                 )
         result.rename(place)
     except DamagedArchive as error:
-        for path in ours:
+        for path in doubtful:
             path.unlink()
-        advice = "it was removed: run the same command again" if ours else "nothing was changed; get the archive anew"
+        advice = (
+            f"{_names(doubtful)} was removed: run the same command again"
+            if doubtful
+            else "the archives were left as they are; get them anew if they may be damaged"
+        )
         raise ValueError(f"{error}; {advice}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -322,7 +322,10 @@ def _build_tiny_imagenet(archives: Sequence[Path], work: Path, root: Path) -> Pa
     unpack(archives[0], work, keep=lambda name: wanted.fullmatch(name) is not None)
     found = work / "tiny-imagenet-200"
     for line in (found / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines():
-        name, wnid = line.split("\t")[:2]
+        name, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if not re.fullmatch(r"n\d+", wnid) or not re.fullmatch(r"\w+\.JPEG", name):
+            raise DamagedArchive(f"{archives[0].name}: val_annotations.txt names {name!r} of class {wnid!r}")
         (found / "val" / wnid).mkdir(exist_ok=True)
         (found / "val" / "images" / name).rename(found / "val" / wnid / name)
     (found / "val" / "images").rmdir()

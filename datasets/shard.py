@@ -15,9 +15,9 @@ KEY is the path of the image below FOLDER without its extension; further dots in
 WebDataset ends a key at the first. Without --short-side the files are copied byte for byte. With it, images whose short
 side is longer are turned upright, resized (by averaging over areas) and encoded as JPEG; the others are copied.
 
-The folder OUT appears whole or not at all, and the same images and settings give the same bytes, whatever --workers
-is. It can be copied anywhere, to a web server or to a bucket: give its URL as --data.path. The server must support
-range requests; https works as it is, s3:// and gs:// need the packages s3fs and gcsfs.
+The folder OUT appears whole or not at all, and the same images and settings give the same tars, whatever --workers is.
+It can be copied anywhere, to a web server or to a bucket: give its URL as --data.path. The server must support range
+requests; https works as it is, s3:// and gs:// need the packages s3fs and gcsfs.
 """
 
 import argparse
@@ -46,6 +46,8 @@ from skipless.datasets.images import ImageSource, Names, UnreadableImage, decode
 from skipless.datasets.tar_shards import BLOCK, INDEX, Shards, read_index, split_key, write_index
 
 QUALITY = 90
+# Unreadable images, as a share of all, above which something else must be wrong, as a disk that fails. Ten may be.
+MOST_UNREADABLE = 0.01
 IMAGES_PER_TASK = 16
 # By how a file begins: an extension may be wrong, and a data set's rows have none.
 KINDS = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"BM", "bmp"), (b"GIF8", "gif"))
@@ -112,9 +114,12 @@ def write_shards(
     # Resolved, so that the temporary folder lies beside the real one also where `out` is a symlink.
     out = Path(out).expanduser().resolve()
     text, ends = source.names.arrays()
+    digest = hashlib.sha256(text.tobytes() + ends.tobytes() + "\0".join(source.classes).encode())
+    digest.update(b"" if source.labels is None else source.labels.tobytes())
+    digest.update(_contents(source))
     about = {
         "images": len(source),
-        "names": hashlib.sha256(text.tobytes() + ends.tobytes()).hexdigest(),
+        "content": digest.hexdigest(),
         "short_side": short_side,
         "quality": quality if short_side else None,
         "shard_size": shard_size,
@@ -134,6 +139,11 @@ def write_shards(
         shards, unreadable = _write(source, images, unfinished, shard_size)
         if not len(shards.names):
             raise ValueError(f"{source.origin}: none of its images can be read, the first being {unreadable[0]}")
+        if len(unreadable) > max(10, MOST_UNREADABLE * len(source)):
+            raise ValueError(
+                f"{source.origin}: {len(unreadable):,} of {len(source):,} images cannot be read, more than "
+                f"{100 * MOST_UNREADABLE:g} %, the first being {unreadable[0]}; nothing was written"
+            )
         if unreadable:
             (unfinished / "unreadable.txt").write_text("\n".join(unreadable) + "\n", encoding="utf-8")
         write_index(unfinished, shards, about)
@@ -143,6 +153,15 @@ def write_shards(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return len(shards.names), unreadable
+
+
+def _contents(source: ImageSource) -> bytes:
+    """What tells images from others of the same names: sizes and times of the files of a folder; of an archive, tars or
+    Hugging Face data the table of its members and where it lies."""
+    if source.members is not None:
+        return source.members.tobytes() + source.origin.encode()
+    status = [os.stat(source.root / name) for name in source.names if (source.root / name).exists()]
+    return np.array([(found.st_size, found.st_mtime_ns) for found in status], np.int64).tobytes()
 
 
 def _write(source: ImageSource, images: Iterator[Packed], folder: Path, shard_size: int) -> tuple[Shards, list[str]]:
@@ -310,10 +329,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:  # the last from a ~user that does not exist
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    out = Path(settings.out)
+    out = Path(settings.out).expanduser()
     tars = sorted(out.glob("shard-*.tar"))
     megabytes = sum(tar.stat().st_size for tar in tars) / 1e6
     print(f"{out}: {count:,} images in {len(tars)} shards, {megabytes:,.1f} MB")

@@ -199,7 +199,7 @@ def _members(file: BinaryIO, place: str) -> Iterator[tuple[bytes, int, int]]:
             size = _number(header[124:136])
             # The checksum is the sum of the header's bytes, its own eight taken for spaces.
             whole = len(header) == BLOCK
-            fits = whole and sum(header) - sum(header[148:156]) + 8 * 32 == _number(header[148:156])
+            fits = whole and size >= 0 and sum(header) - sum(header[148:156]) + 8 * 32 == _number(header[148:156])
         except ValueError:
             fits = False
         if not fits:
@@ -222,7 +222,10 @@ def _members(file: BinaryIO, place: str) -> Iterator[tuple[bytes, int, int]]:
             else:
                 records = _pax_records(content, place)
                 path = records.get(b"path", path)
-                size_of_next = int(records.get(b"size", b"-1"))
+                digits = records.get(b"size", b"-1")
+                if not digits.isdigit() and digits != b"-1":
+                    raise ValueError(f"{place}: damaged extended header")
+                size_of_next = int(digits)
             continue
         if kind in (b"g", b"K"):  # for all members, or for the target of a link
             continue

@@ -16,8 +16,10 @@ cost less: the claim of arXiv 2605.25880, here for one checkpoint. Reported are
 
 The arithmetic is the simplest that hardware does fast: symmetric, rounded to nearest, one scale for each output channel
 of a weight and one for each layer's input, set by the largest magnitude in 64 training images; what is larger is cut.
-Products are summed without error. The patch embedding, norms, softmax and the products in attention stay in floating
-point, as is usual.
+Products are summed without error. Neighbours, and the heads of segmentation, see features of the same arithmetic as the
+images they are asked about, so a drop is what remains after refitting. In a residual model the tokens after a block
+contain the skip path, which is never rounded: compare its layers, not its tokens, with a skipless one's. The patch
+embedding, norms, softmax and the products in attention stay in floating point, as is usual.
 """
 
 import copy
@@ -120,7 +122,9 @@ def round_to_bits(x: Tensor, largest: Tensor, bits: int) -> Tensor:
 def sqnr(exact: Tensor, quantized: Tensor) -> float:
     """Signal to quantization noise, 10 log10(|exact|^2 / |exact - quantized|^2) in dB; infinite where there is none."""
     signal, noise = (x.double().square().sum().item() for x in (exact, exact - quantized))
-    return 10 * math.log10(signal / noise) if noise else math.inf
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -176,7 +180,8 @@ def quantize(backbone: Backbone, weight_bits: int, activation_bits: int, largest
             return (round_to_bits(inputs[0], limit, activation_bits),)
 
         layer.register_forward_pre_hook(round_input)
-    scales = {name: value.item() for name, value in largest.items()}
+    # To six digits: a GPU that rounds otherwise tomorrow is to find today's features.
+    scales = {name: f"{value.item():.6g}" for name, value in largest.items()}
     return replace(backbone, model=model, arithmetic=f"{weight_bits} {activation_bits} {scales}")
 
 
@@ -295,6 +300,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         | {"drop_interval_95": miou_drop_interval(found_by["float"].counts, found.counts, settings.seed)}
         for name, found in found_by.items()
     }
+    details = finite(details)
     details |= {"train_images": len(train), "classes": len(val.classes), "schemes": list(SCHEMES)}
     if masks:
         details["segmentation_images"] = [len(images) for images in masks]
@@ -311,6 +317,15 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         if out:
             print(f"\nwritten: {out / 'quantization.json'}, quantization.md")
     return result
+
+
+def finite(value: Any) -> Any:
+    """The same tree with None for what JSON has no number for: infinite and undefined ones, of layers that are zero."""
+    if isinstance(value, dict):
+        return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def report(result: dict[str, Any]) -> str:
@@ -344,8 +359,8 @@ def report(result: dict[str, Any]) -> str:
         "|---:|" + "---:|" * (len(LAYERS) + 1),
     ]
     for number, (layers, block) in enumerate(zip(details["layers"], details["blocks"], strict=True)):
-        cells = [f"{_decibels(layers[name])} ({layers[f'kurtosis {name}']:.1f})" for name in LAYERS]
-        cells.append(f"{_decibels(block['sqnr'])} ({block['kurtosis']:.1f})")
+        cells = [f"{_decibels(layers[name])} ({_number(layers[f'kurtosis {name}'])})" for name in LAYERS]
+        cells.append(f"{_decibels(block['sqnr'])} ({_number(block['kurtosis'])})")
         lines.append(f"| {number + 1} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -355,8 +370,12 @@ def _drop(entry: dict[str, Any]) -> str:
     return f"{-100 * entry['drop']:+.1f}, {-100 * high:+.1f} to {-100 * low:+.1f}"
 
 
-def _decibels(values: list[float]) -> str:
-    return " / ".join(f"{value:.0f}" for value in values)
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _decibels(values: list[float | None]) -> str:
+    return " / ".join("-" if value is None else f"{value:.0f}" for value in values)
 
 
 def parse(arguments: list[str] | None = None) -> Settings:

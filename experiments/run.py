@@ -295,7 +295,11 @@ def conditioning(experiment: Experiment, rows: list[dict[str, Any]]) -> list[str
     }
     lines = []
     for arm in experiment.arms:
-        chosen = [r for r in chosen_rows(experiment, rows, arm) if "monitor/conditioning/kurtosis" in r["last"]]
+        chosen = [
+            r
+            for r in chosen_rows(experiment, rows, arm)
+            if all("monitor/conditioning/kurtosis" in r[when] for when in ("start", "last"))
+        ]
         cells = []
         for measure, over_blocks in columns.values():
             ends = [

@@ -83,8 +83,8 @@ class Crops:
     device: Literal["auto", "cpu", "device"] = "auto"
     """Where the crops are made: by the loader's processes (cpu), or in batches where the model trains (device), which
     decodes JPEGs there too (nvJPEG) and leaves the loader little to do. auto: by the loader without CUDA; with CUDA the
-    loader decodes, and the device makes the crops. They are the same, to a tenth of a grey level on average. (What
-    runs on CUDA is tested on a CPU, and has not run on a GPU yet.)"""
+    loader decodes and the device makes the crops, if those of a test picture come out as they should. They are the
+    same, to a tenth of a grey level on average. (What runs on CUDA is tested on a CPU; it has not run on a GPU.)"""
 
     def __post_init__(self) -> None:
         for name in ("global_size", "local_size"):

@@ -19,6 +19,7 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import cv2
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from skipless.datasets.images import ImageSource, UnreadableImage, decode
-from skipless.ssl.crops import MEAN, STD, Crops, View, draw_views, first_readable, smallest_side
+from skipless.ssl.crops import MEAN, STD, Crops, View, apply_view, draw_views, first_readable, normalize, smallest_side
 
 CHUNK = 2**25  # largest number of values in a tensor of pixels
 CONTRAST, SATURATION, HUE = 1, 2, 3  # positions in View.factors
@@ -37,7 +38,29 @@ CONTRAST, SATURATION, HUE = 1, 2, 3  # positions in View.factors
 
 def crops_on_device(crops: Crops, device: torch.device) -> bool:
     """Whether the crops are to be made where the model trains: see `Crops.device`."""
-    return crops.device == "device" or (crops.device == "auto" and device.type == "cuda")
+    return crops.device == "device" or (crops.device == "auto" and device.type == "cuda" and makes_same_crops(device))
+
+
+@lru_cache(maxsize=8)
+def makes_same_crops(device: torch.device) -> bool:
+    """Whether the crops that this device makes of a test picture are those of ssl/crops.py, to a grey level on average.
+
+    Looked at before `auto` relies on a device: crops that are wrong would train a worse network without an error.
+    """
+    crops = Crops(global_size=48, local_size=24, local_count=4)
+    coarse = np.random.default_rng(0).integers(0, 255, (9, 12, 3), dtype=np.uint8)
+    image = cv2.resize(coarse, (160, 120), interpolation=cv2.INTER_CUBIC)
+    views = draw_views(crops, image.shape[0], image.shape[1], np.random.default_rng(1))
+    parameters = torch.tensor([[as_row(view) for view in views]])
+    pixels = torch.from_numpy(image).permute(2, 0, 1).to(device)
+    products = torch.float16 if device.type == "cuda" else torch.float32
+    made = make_views([pixels], parameters, crops, products=products)
+    for found, group, size in zip(made, (views[:2], views[2:]), (crops.global_size, crops.local_size), strict=True):
+        stacked = np.stack([apply_view(image, view, size) for view in group])
+        difference = (found.cpu() - normalize(torch.from_numpy(stacked)[:, None])).abs()
+        if not difference.mean() * 255 * max(STD) < 1:
+            return False
+    return True
 
 
 # What the loader's processes do ---------------------------------------------------------------------------------------

@@ -34,6 +34,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Settings that came after the first runs, with the value that runs without them had.
+LATER: dict[str, Any] = {
+    "model.value_output": True,
+    "model.query_key": True,
+    "model.depth_scale": 1.0,
+}
+
 
 def check_run(settings: "AnySettings", images: int, source: str, root: Path, device: torch.device) -> None:
     """Contradictions that can be found before anything is built or written.
@@ -60,6 +67,11 @@ def check_run(settings: "AnySettings", images: int, source: str, root: Path, dev
     changed = [*changed_initialization(settings.model)]
     if changed and initialization_of(settings.model) == "default":
         raise ValueError(f"model.{changed[0]} belongs to the skipless initializations; choose one with model.init")
+    idle = {"value_output": ("c",), "query_key": ("alpha", "beta", "depth_scale")}
+    for part, names in idle.items():
+        given = [name for name in names if name in changed]
+        if given and not getattr(settings.model, part):
+            raise ValueError(f"model.{given[0]} has no effect with model.{part} false; leave one of them out")
     if settings.model.beta == "auto" and settings.model.residual:
         raise ValueError("model.beta auto is for skipless models, and model.residual is true; give a number")
     if not settings.model.depth_scale > 0:
@@ -131,13 +143,13 @@ def settle_beta(settings: "AnySettings", images: Images, image_size: int) -> Non
     """
     if settings.model.beta != "auto":
         return
-    before = Path(settings.out) / "settings.yaml"
-    if settings.resume and before.exists():
-        settings.model.beta = yaml.safe_load(before.read_text())["model"]["beta"]
-        return
-    # On the CPU, by one process: all have to start from the same number, whatever their machines round to.
+    # By one process, on its CPU: all have to start from the same number, whatever their machines see and round to.
     beta = 0.0
-    if distributed.rank() == 0:
+    out = Path(settings.out)
+    goes_on = settings.resume and (out / "settings.yaml").exists() and (out / "checkpoints" / "last.pt").exists()
+    if distributed.rank() == 0 and goes_on:
+        beta = yaml.safe_load((out / "settings.yaml").read_text())["model"]["beta"]
+    elif distributed.rank() == 0:
         torch.manual_seed(settings.seed)
         start = replace(settings.model, beta=1.0)
         backbone = build_backbone(start, image_size, settings.seed)
@@ -181,7 +193,7 @@ def state_to_resume(
             f"{path} is of a run on {state['images']:,} images, and {source} has {images:,}; give the same "
             "images, or another --out"
         )
-    old, new = flat(state["settings"]), flat(plain(settings))
+    old, new = LATER | flat(state["settings"]), flat(plain(settings))
     free = ("out", "device", "wandb", "keep", "log_every", "save_every_epochs", "accumulate", *may_change)
     groups = ("data.", "model.attention", "model.checkpoint", *(name for name in may_change if name.endswith(".")))
     differing = [

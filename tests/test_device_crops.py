@@ -386,8 +386,18 @@ def test_a_negative_seed_is_refused(source: ImageSource) -> None:
         DeviceCropDataset(source, SMALL, -1, jpegs=True)
 
 
-def test_auto_is_the_device_on_cuda_alone() -> None:
+def test_the_test_picture_tells_right_crops_from_wrong_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    device_crops.makes_same_crops.cache_clear()
+    assert device_crops.makes_same_crops(CPU)
+    device_crops.makes_same_crops.cache_clear()
+    monkeypatch.setattr(device_crops, "gaussian_blur", lambda pixels, *_: pixels)
+    assert not device_crops.makes_same_crops(CPU)
+    device_crops.makes_same_crops.cache_clear()
+
+
+def test_auto_is_the_device_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(device_crops, "makes_same_crops", lambda device: True)
     assert [crops_on_device(Crops(device=choice), cuda) for choice in ("auto", "cpu", "device")] == [True, False, True]
     assert [crops_on_device(Crops(device=choice), CPU) for choice in ("auto", "cpu", "device")] == [False, False, True]
 

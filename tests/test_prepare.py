@@ -24,6 +24,7 @@ from skipless.datasets import downloads, public_sets
 from skipless.datasets import prepare as command
 from skipless.datasets.ade20k import ade20k
 from skipless.datasets.coco import coco20k, coco_stuff
+from skipless.datasets.downloads import DamagedArchive
 from skipless.datasets.official_counts import BOX_COUNTS, COUNTS
 from skipless.datasets.prepare import main, prepare
 from skipless.datasets.public_sets import DATA_SETS, DataSet, Part
@@ -501,12 +502,18 @@ def download_from(folder: Path) -> Callable[..., Path]:
     return download
 
 
+def test_archives_that_were_not_fetched_stay_wherever_they_lie(tmp_path: Path) -> None:
+    table = miniature("ade20k", tmp_path / "data" / "downloads")
+    prepare("ade20k", tmp_path / "data", table=table)
+    assert [path.name for path in (tmp_path / "data" / "downloads").iterdir()] == ["ADEChallengeData2016.zip"]
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_archives_go_unless_they_are_to_be_kept(tmp_path: Path, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     table = miniature("voc12", tmp_path / "site")
     monkeypatch.setattr(command, "download", download_from(tmp_path / "site"))
     prepare("voc12", tmp_path / "data", mirror="http://site", keep_archives=keep, table=table)
-    left = ["VOCtrainval_11-May-2012.tar", "benchmark.tgz"] if keep else None
+    left = [".fetched", "VOCtrainval_11-May-2012.tar", "benchmark.tgz"] if keep else None
     folder = tmp_path / "data" / "downloads"
     assert (sorted(path.name for path in folder.iterdir()) if folder.exists() else None) == left
 
@@ -540,7 +547,8 @@ def test_stopped_while_unpacking(
     assert caught.value.code == 130
     assert "same command goes on" in capsys.readouterr().err
     assert set(tree(tmp_path / "data")) == {
-        "VOCdevkit", "downloads", "downloads/VOCtest_06-Nov-2007.tar", "downloads/VOCtrainval_06-Nov-2007.tar",
+        "VOCdevkit", "downloads", "downloads/.fetched",
+        "downloads/VOCtest_06-Nov-2007.tar", "downloads/VOCtrainval_06-Nov-2007.tar",
     }  # fmt: skip
     # A process that was killed leaves its folder, too, which the next one replaces.
     (tmp_path / "data/VOCdevkit/.VOC2007.unfinished/VOCdevkit/VOC2007/JPEGImages").mkdir(parents=True)
@@ -557,13 +565,18 @@ def test_archive_that_lacks_images(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     table = miniature("ade20k", tmp_path / "mine")
     data = table["ade20k"]
     table = {"ade20k": replace(data, parts=(replace(data.parts[0], expected={"train": 3, "val": 1}),))}
-    with pytest.raises(ValueError, match=r"gives 2 of 3 for ADEChallengeData2016 \(train\); nothing was changed"):
+    with pytest.raises(ValueError, match=r"gives 2 of 3 for ADEChallengeData2016 \(train\); the archives were left"):
         prepare("ade20k", tmp_path / "data", archives=tmp_path / "mine", table=table)
     assert tree(tmp_path / "data") == {}
     monkeypatch.setattr(command, "download", download_from(tmp_path / "mine"))
-    with pytest.raises(ValueError, match="it was removed: run the same command again"):
+    # One that fits its published checksum would be the same if it were fetched again.
+    with pytest.raises(ValueError, match="the archives were left"):
         prepare("ade20k", tmp_path / "data", mirror="http://site", table=table)
-    assert tree(tmp_path / "data") == {"downloads": None}
+    part = table["ade20k"].parts[0]
+    unsure = replace(part, archives=(replace(part.archives[0], checksum=None),))
+    with pytest.raises(ValueError, match="zip was removed: run the same command again"):
+        prepare("ade20k", tmp_path / "data", table={"ade20k": replace(data, parts=(unsure,))})
+    assert [path.name for path in (tmp_path / "data" / "downloads").iterdir()] == [".fetched"]
 
 
 def test_wrong_archives_of_the_user_are_left_alone(tmp_path: Path) -> None:
@@ -636,3 +649,15 @@ def test_table_is_sound() -> None:
     assert expected["VOCdevkit/VOC2012"] == {"train": 1464, "val": 1449, "trainval": BOX_COUNTS["voc12", "trainval"]}
     assert expected["coco/train2014"] == {"train2014": COUNTS["coco20k", "train2014"]}
     assert archives()["coco_20k_filenames.txt"].size == 41 * 19817 + 19817  # train2014/COCO_train2014_(12 digits).jpg
+
+
+@pytest.mark.parametrize("line", ["authorized_keys\t../../../victim", "../up.JPEG\tn01", "alone.JPEG"])
+def test_annotations_cannot_move_files_elsewhere(tmp_path: Path, line: str) -> None:
+    archive = tmp_path / "tiny.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.writestr("tiny-imagenet-200/val/val_annotations.txt", line + "\n")
+        packed.writestr("tiny-imagenet-200/val/images/authorized_keys", b"x")
+    (tmp_path / "work").mkdir()
+    with pytest.raises(DamagedArchive, match=r"names .* of class"):
+        public_sets._build_tiny_imagenet([archive], tmp_path / "work", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.zip", "work"}

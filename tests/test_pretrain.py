@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -283,6 +284,7 @@ def test_unreadable_images_are_listed_and_too_many_stop_the_run(photos: Path, tm
         (["--model.init=default", "--model.beta=2"], ["model.beta", "model.init"]),
         (["--model.residual=true", "--model.init=small", "--model.beta=auto"], ["model.beta", "model.residual"]),
         (["--model.beta=high"], ["model.beta", "high"]),
+        (["--model.residual=false", "--model.query_key=false", "--model.beta=2"], ["model.beta", "model.query_key"]),
         (["--model.depth_scale=0"], ["model.depth_scale is 0", "positive"]),
         (["--out={reference}"], ["already holds a run", "--resume"]),
         (["--out={reference}", "--resume", "--model.dim=64"], ["another architecture", "dim is 32 there and 64 here"]),
@@ -305,6 +307,22 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(
         assert word.format(**places) in lines[0]
     assert not (tmp_path / "out").exists()
     assert {path: path.stat().st_mtime_ns for path in reference.rglob("*")} == before
+
+
+def test_a_run_of_before_a_setting_existed_is_resumed(photos: Path, reference: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(reference, out)
+    path = out / "checkpoints" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    for name in ("value_output", "query_key", "depth_scale"):
+        del state["settings"]["model"][name]
+    path.unlink()
+    torch.save(state, path)
+    done = run(*SMALL, f"--data.path={photos}", f"--out={out}", "--resume")
+    assert done.returncode == 0, done.stderr
+    other = run(*SMALL, f"--data.path={photos}", f"--out={out}", "--resume", "--model.depth_scale=2")
+    assert other.returncode == 2
+    assert "depth_scale is 1.0 there and 2.0 here" in other.stderr
 
 
 def test_other_images_are_not_resumed_on(photos: Path, reference: Path, tmp_path: Path) -> None:

@@ -16,7 +16,15 @@ from PIL import Image
 
 from skipless.eval.backbones import Backbone, load_backbone
 from skipless.eval.metrics import drop_interval, miou_drop_interval, miou_interval
-from skipless.eval.quantization import largest_inputs, layer_errors, linear_layers, quantize, round_to_bits, sqnr
+from skipless.eval.quantization import (
+    finite,
+    largest_inputs,
+    layer_errors,
+    linear_layers,
+    quantize,
+    round_to_bits,
+    sqnr,
+)
 from skipless.ssl.checkpoints import export_backbone
 from skipless.ssl.initialization import PRESETS, skipless_init_
 from skipless.ssl.vit import VisionTransformer
@@ -122,6 +130,15 @@ def test_errors_and_kurtosis_of_a_layer_are_those_of_numpy_and_scipy(backbone: B
     decibels = 10 * np.log10((exact**2).sum() / ((exact - coarse) ** 2).sum())
     assert errors["layers"][0]["attn.qkv"][2] == pytest.approx(decibels, abs=0.05)
     assert len(errors["layers"]) == len(errors["blocks"]) == 2
+
+
+def test_layers_that_are_zero_leave_no_number_that_json_lacks(backbone: Backbone) -> None:
+    torch.nn.init.zeros_(backbone.model.blocks[0].mlp.fc2.weight)  # type: ignore[union-attr]
+    errors = layer_errors(backbone, images(2), largest_inputs(backbone, images(2)))
+    assert errors["layers"][0]["mlp.fc2"] == [math.inf] * 3
+    assert finite(errors)["layers"][0]["mlp.fc2"] == [None] * 3
+    json.dumps(finite(errors), allow_nan=False)
+    assert sqnr(torch.zeros(3), torch.ones(3)) == -math.inf
 
 
 def test_interval_of_a_drop_is_that_of_pairs() -> None:

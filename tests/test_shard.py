@@ -243,6 +243,27 @@ def test_packs_are_not_mixed(photos: Path, tmp_path: Path, capsys: pytest.Captur
 # The command ----------------------------------------------------------------------------------------------------------
 
 
+def test_other_images_of_the_same_names_are_another_pack(tmp_path: Path) -> None:
+    for name, value in (("a", 10), ("b", 200)):
+        (tmp_path / name).mkdir()
+        pixels = np.random.default_rng(value).integers(0, 255, (20, value + 10, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name / "1.png")
+    write_shards(open_images(tmp_path / "a"), tmp_path / "out", workers=1)
+    with pytest.raises(ValueError, match="holds another pack, with content"):
+        write_shards(open_images(tmp_path / "b"), tmp_path / "out", workers=1)
+
+
+def test_a_disk_that_fails_makes_no_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(40):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")
+    source = open_images(tmp_path)
+    for number in range(11):
+        (tmp_path / f"{number}.png").unlink()
+    with pytest.raises(ValueError, match="11 of 40 images cannot be read, more than 1 %"):
+        write_shards(source, tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (photos / "dog.s/zz.png").write_bytes(b"")
     main([str(photos), str(tmp_path / "out"), "--short-side", "4", "--quality", "80", "--shard-size", "4KB"])
@@ -427,6 +448,18 @@ def test_sizes_beyond_octal_digits_are_read() -> None:
     entry = tarfile.TarInfo("a")
     entry.size = 9 * 2**30
     assert tar_shards._number(entry.tobuf(tarfile.GNU_FORMAT)[124:136]) == 9 * 2**30
+
+
+def test_a_size_below_zero_is_no_tar(tmp_path: Path) -> None:
+    """It would have the listing go round for ever."""
+    entry = tarfile.TarInfo("a.jpg")
+    header = bytearray(entry.tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = b"-0000001000\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "x.tar").write_bytes(bytes(header) + b"\0" * 1024)
+    with pytest.raises(ValueError, match="no tar header at byte 0"):
+        scan_shards([str(tmp_path / "x.tar")])
 
 
 def test_foreign_shards(tmp_path: Path) -> None:
