@@ -335,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = Path(settings.out).expanduser()
     tars = sorted(out.glob("shard-*.tar"))
     megabytes = sum(tar.stat().st_size for tar in tars) / 1e6
-    print(f"{out}: {count:,} images in {len(tars)} shards, {megabytes:,.1f} MB")
+    print(f"{out}: {count:,} images in {len(tars)} shard{'s' if len(tars) != 1 else ''}, {megabytes:,.1f} MB")
     if unreadable:
         print(f"left out {len(unreadable):,} unreadable images, listed in {out / 'unreadable.txt'}, such as:")
         print("\n".join(f"  {line}" for line in unreadable[:3]))

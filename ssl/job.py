@@ -131,18 +131,21 @@ def build_backbone(model: ModelSettings, image_size: int, seed: int) -> VisionTr
     return backbone
 
 
-def settle_beta(settings: "AnySettings", images: Images, image_size: int) -> None:
+def settle_beta(settings: "AnySettings", images: Images, image_size: int) -> str | None:
     """Put a number in the place of `model.beta: auto`: that of the run that is resumed, or else `choose_beta`'s.
 
     Args:
         images: those to train on; 32 of them, evenly spread, are looked at.
         image_size: side of the squares that are cut out of them, in pixels.
 
+    Returns:
+        What it was chosen on, for a message; None where it was given.
+
     Raises:
         ValueError: no beta keeps the rank; fewer than one image can be read.
     """
     if settings.model.beta != "auto":
-        return
+        return None
     # By one process, on its CPU: all have to start from the same number, whatever their machines see and round to.
     beta = 0.0
     out = Path(settings.out)
@@ -156,6 +159,7 @@ def settle_beta(settings: "AnySettings", images: Images, image_size: int) -> Non
         arguments = PRESETS[initialization_of(start)] | changed_initialization(start)
         beta = choose_beta(backbone, normalized_squares(images, 32, image_size), arguments, seed=settings.seed)
     settings.model.beta = distributed.gather_objects(beta)[0]
+    return "the images when the run began" if goes_on else f"{min(32, len(images))} of the images"
 
 
 def state_to_resume(

@@ -77,7 +77,7 @@ def pretrain(settings: Settings) -> Path:
         keep_freed_memory()
     images = open_images(settings.data.path)
     check(settings, images, device)
-    settle_beta(settings, images, settings.crops.global_size)
+    beta_chosen = settle_beta(settings, images, settings.crops.global_size)
     out = Path(settings.out)
     sets = labelled_sets(images, settings.monitor, settings.crops.global_size)
     squares = None
@@ -117,6 +117,8 @@ def pretrain(settings: Settings) -> Path:
     log = RunLog(out, plain(settings), start, total, active=first_process, wandb=settings.wandb)
     meter = Meter(settings, student.backbone, device, steps_per_epoch, log)
     _introduce(log, settings, images, student, device, sets[2] if sets else None, start, total)
+    if beta_chosen:
+        log.say(f"model.beta is {settings.model.beta:g}: chosen on {beta_chosen}")
     interrupted = Interruption()
 
     def save(step: int) -> None:

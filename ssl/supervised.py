@@ -195,7 +195,7 @@ def train(settings: Settings) -> Path:
         keep_freed_memory()
     images, val_images = open_sets(settings.data)
     check(settings, images, device)
-    settle_beta(settings, images, settings.augmentation.size)
+    beta_chosen = settle_beta(settings, images, settings.augmentation.size)
     out = Path(settings.out)
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_bf16(device))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -233,6 +233,8 @@ def train(settings: Settings) -> Path:
     log = RunLog(out, plain(settings), start, total, active=first_process, wandb=settings.wandb)
     meter = Meter(settings, classifier.backbone, device, steps_per_epoch, log)
     _introduce(log, settings, images, val_images, classifier, device, start, total)
+    if beta_chosen:
+        log.say(f"model.beta is {settings.model.beta:g}: chosen on {beta_chosen}")
     interrupted = Interruption()
     validation: dict[str, float] = {}
 

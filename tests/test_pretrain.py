@@ -239,6 +239,7 @@ def test_beta_is_chosen_on_the_images_and_a_resumed_run_keeps_it(photos: Path, t
     model = VisionTransformer(32, 2, 2, patch=8, residual=False, image_size=32)
     squares = normalized_squares(open_images(photos), 32, 32)
     assert beta == choose_beta(model, squares, PRESETS["small"])
+    assert f"model.beta is {beta:g}: chosen on 32 of the images" in done.stdout + done.stderr
     state = torch.load(out / "checkpoints" / "last.pt", weights_only=True)
     assert state["settings"]["model"]["beta"] == beta
     resumed = run(*common, f"--out={out}", "--resume")
