@@ -10,11 +10,13 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from skipless.datasets.images import UnreadableImage, decode, open_images, read_image
+
+SetName = Literal["folder", "cifar10", "cifar100", "arrays", "huggingface"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +54,40 @@ class _Rows:
 
     def __call__(self, index: int) -> np.ndarray:
         return self.read(int(self.rows[index]))
+
+
+def open_splits(
+    name: SetName, root: str, train_split: str, split: str | None, image: str = "image", label: str = "label"
+) -> tuple[LabelledSet, LabelledSet]:
+    """The split whose labels are learned from, and the one to classify.
+
+    Args:
+        name, root: what kind of data, and where.
+        split: by default val, for CIFAR test, for huggingface validation.
+        image, label: huggingface: the columns.
+
+    Raises:
+        ValueError, FileNotFoundError: data that are not there, or two splits of different classes.
+    """
+
+    def of(part: str) -> LabelledSet:
+        if name == "folder":
+            return class_folders(root, part)
+        if name == "arrays":
+            return arrays(root, part)
+        if name == "huggingface":
+            return hugging_face(root, part, image, label)
+        return cifar(root, part, int(name.removeprefix("cifar")))
+
+    default = {"cifar10": "test", "cifar100": "test", "huggingface": "validation"}.get(name, "val")
+    train, val = of(train_split), of(split or default)
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise ValueError(
+            f"{train.name}: {train.split} and {val.split} must have the same classes, and "
+            f"{', '.join(odd[:4]) or 'their order'} is not in both"
+        )
+    return train, val
 
 
 def class_folders(root: str | Path, split: str) -> LabelledSet:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from skipless.datasets.labelled import LabelledSet, arrays, cifar, class_folders, hugging_face
+from skipless.datasets.labelled import LabelledSet, SetName, open_splits
 from skipless.eval.backbones import Backbone
 from skipless.eval.features import Features, extract
 from skipless.eval.metrics import bootstrap_interval
@@ -25,7 +25,7 @@ class DataSettings:
     """folder: the folder that holds train/CLASS/*.jpg and val/CLASS/*.jpg (or train.zip, val.zip). cifar10, cifar100:
     the one that holds the authors' Python version. arrays: the one that holds train.npz and val.npz, with the arrays
     images (uint8 [N, H, W, 3]) and labels. huggingface: a folder that save_to_disk wrote, or a name on the hub."""
-    name: Literal["folder", "cifar10", "cifar100", "arrays", "huggingface"] = "folder"
+    name: SetName = "folder"
     """Where the data come from."""
     split: str | None = None
     """Split that is classified: by default val, for CIFAR test, for huggingface validation."""
@@ -44,23 +44,7 @@ def open_labelled(data: DataSettings) -> tuple[LabelledSet, LabelledSet]:
         ValueError, FileNotFoundError: data that are not there, or two splits of different classes.
     """
 
-    def of(split: str) -> LabelledSet:
-        if data.name == "folder":
-            return class_folders(data.root, split)
-        if data.name == "arrays":
-            return arrays(data.root, split)
-        if data.name == "huggingface":
-            return hugging_face(data.root, split, data.image, data.label)
-        return cifar(data.root, split, int(data.name.removeprefix("cifar")))
-
-    default = {"cifar10": "test", "cifar100": "test", "huggingface": "validation"}.get(data.name, "val")
-    train, val = of(data.train_split), of(data.split or default)
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise ValueError(
-            f"{train.name}: {train.split} and {val.split} must have the same classes, and "
-            f"{', '.join(odd[:4]) or 'their order'} is not in both"
-        )
+    train, val = open_splits(data.name, data.root, data.train_split, data.split, data.image, data.label)
     if train.split == val.split and distributed.rank() == 0:
         print(f"warning: {val.split} is both learned from and classified: images find themselves", flush=True)
     return train, val

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
 from skipless.datasets.images import UnreadableImage
-from skipless.datasets.labelled import LabelledSet, arrays, cifar, class_folders, hugging_face
+from skipless.datasets.labelled import LabelledSet, SetName, open_splits
 from skipless.ssl import distributed
 from skipless.ssl.attention import choose_backend
 from skipless.ssl.checkpoints import export_backbone, save_checkpoint, write_text
@@ -75,7 +75,7 @@ class DataSettings:
     """folder: the folder that holds train/CLASS/*.jpg and val/CLASS/*.jpg (or train.zip, val.zip). cifar10, cifar100:
     the one that holds the authors' Python version. arrays: the one that holds train.npz and val.npz, with the arrays
     images (uint8 [N, H, W, 3]) and labels. huggingface: a folder that save_to_disk wrote, or a name on the hub."""
-    name: Literal["folder", "cifar10", "cifar100", "arrays", "huggingface"] = "folder"
+    name: SetName = "folder"
     """Where the data come from."""
     split: str | None = None
     """Split to validate on: by default val, for CIFAR test, for huggingface validation."""
@@ -193,7 +193,8 @@ def train(settings: Settings) -> Path:
     device = distributed.start(settings.device)
     if device.type == "cpu":
         keep_freed_memory()
-    images, val_images = open_sets(settings.data)
+    data = settings.data
+    images, val_images = open_splits(data.name, data.root, data.train_split, data.split, data.image, data.label)
     check(settings, images, device)
     beta_chosen = settle_beta(settings, images, settings.augmentation.size)
     out = Path(settings.out)
@@ -324,33 +325,6 @@ def train(settings: Settings) -> Path:
             log.say(f"done: the backbone is {out / 'backbone.safetensors'}")
     log.close()
     return out
-
-
-def open_sets(data: DataSettings) -> tuple[LabelledSet, LabelledSet]:
-    """The images to train and to validate on.
-
-    Raises:
-        ValueError, FileNotFoundError: data that are not there, or two splits of different classes.
-    """
-
-    def of(split: str) -> LabelledSet:
-        if data.name == "folder":
-            return class_folders(data.root, split)
-        if data.name == "arrays":
-            return arrays(data.root, split)
-        if data.name == "huggingface":
-            return hugging_face(data.root, split, data.image, data.label)
-        return cifar(data.root, split, int(data.name.removeprefix("cifar")))
-
-    default = {"cifar10": "test", "cifar100": "test", "huggingface": "validation"}.get(data.name, "val")
-    train, val = of(data.train_split), of(data.split or default)
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise ValueError(
-            f"{train.name}: {train.split} and {val.split} must have the same classes, and "
-            f"{', '.join(odd[:4]) or 'their order'} is not in both"
-        )
-    return train, val
 
 
 def check(settings: Settings, images: LabelledSet, device: torch.device) -> None:
