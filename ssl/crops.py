@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import cv2
@@ -242,7 +243,6 @@ def color_jitter(pixels: np.ndarray, factors: tuple[float, float, float, float],
 
 IDENTITY = np.eye(3)
 LUMA = np.array([0.299, 0.587, 0.114])  # of ITU-R BT.601
-INVERTED_BRIGHT = np.concatenate([np.arange(128), np.arange(127, -1, -1)]).astype(np.uint8)
 
 
 def _scale(view: np.ndarray, factor: float, shift: float = 0.0) -> np.ndarray:
@@ -273,7 +273,11 @@ def adjust_hue(view: np.ndarray, turns: float) -> np.ndarray:
     if steps == 0:
         return view
     hsv = cv2.cvtColor(view, cv2.COLOR_RGB2HSV_FULL)
-    hsv[..., 0] += np.uint8(steps)  # wraps
+    shift = np.zeros(hsv.shape[1:], np.uint8)
+    shift[:, 0] = steps
+    # Wraps. Row upon row of adjacent bytes: adding to the first of every three is seven times slower.
+    rows = hsv.reshape(len(hsv), -1)
+    np.add(rows, shift.ravel(), out=rows)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
@@ -283,13 +287,31 @@ def grey(view: np.ndarray) -> np.ndarray:
 
 
 def gaussian_blur(view: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur with a standard deviation in pixels, cut at 3 of them."""
-    return cv2.GaussianBlur(view, (0, 0), sigma)
+    """Gaussian blur with a standard deviation in pixels, cut at 3 of them.
+
+    The bytes of OpenCV's GaussianBlur (a level off in one image of 25, where a weight is rounded otherwise), which for
+    wide kernels takes three times as long.
+    """
+    kernel = blur_kernel(sigma)
+    return cv2.sepFilter2D(view, -1, kernel, kernel)
+
+
+def blur_kernel(sigma: float) -> np.ndarray:
+    """A Gaussian in multiples of 1/256 that add up to 1, float64 [K] with odd K of about six standard deviations.
+
+    Each weight takes over the rounding error of those further out, as in OpenCV.
+    """
+    reach = (round(6 * sigma + 1) | 1) // 2
+    weights = [math.exp(-0.5 * (distance / sigma) ** 2) for distance in range(reach, -1, -1)]
+    total = 2 * sum(weights) - weights[-1]
+    tails = [round(256 * tail / total) for tail in accumulate(weights[:-1])]
+    half = [wide - narrow for wide, narrow in zip(tails, [0, *tails], strict=False)]
+    return np.array([*half, 256 - 2 * sum(half), *half[::-1]]) / 256
 
 
 def solarize(view: np.ndarray) -> np.ndarray:
     """Invert values of 128 and above."""
-    return cv2.LUT(view, INVERTED_BRIGHT)
+    return cv2.min(view, cv2.bitwise_not(view))
 
 
 @dataclass(frozen=True, eq=False)
