@@ -5,13 +5,16 @@
         --out results/train_step_vits16
 
 Model, crops, head and batch are those of a recipe; data are random and on the device already. The cases are residual
-and skipless, AdamW and SOAP, each by the library's step and by `plain_dino.py`. Cases are interleaved: every round
-takes --steps steps of each case, all of them are timed one by one, and images a second are those of the average step of
-all rounds but the first, so that the slow steps of SOAP count: with --steps a multiple of 10, each period of its
-preconditioner once. Beside it the slowest step against the median.
+and skipless, AdamW and SOAP, each stepped in three ways: plainly (`plain_dino.py`), by the library, and by the library
+compiled (on CUDA) or with the products of linear layers in bf16 (on a CPU whose processor is fast at that). On CUDA all
+is in bf16 by autocast, on a CPU else in float32. Cases are interleaved: every round takes --steps steps of each case,
+all of them are timed one by one, and images a second are those of the average step of all rounds but the first, so that
+the slow steps of SOAP count: with --steps a multiple of 10, each period of its preconditioner once. Beside it the
+slowest step against the median.
 
 Before it, --check steps (200 by default) of both ways, skipless with AdamW, from the same weights on the same crops, in
-float32 with the same clipping: the losses must agree, and the result holds both curves.
+float32 with the same clipping: the losses must agree, and the result holds both curves; on a CPU with bf16 also the
+curve with these products.
 """
 
 import argparse
@@ -19,7 +22,6 @@ import math
 import statistics
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from skipless.ssl.dino import DINOLoss, DINOModel, make_teacher, update_teacher
-from skipless.ssl.job import has_bf16, keep_freed_memory
+from skipless.ssl.job import keep_freed_memory
 from skipless.ssl.meter import peak_flops
 from skipless.ssl.optimizers import make_optimizer, set_rates
-from skipless.ssl.pretrain import build_model, parse
+from skipless.ssl.precision import autocast, has_bf16
+from skipless.ssl.pretrain import build_model, compiled, parse
 from skipless.ssl.provenance import provenance, write_result
 from skipless.ssl.settings import Settings, plain
 
@@ -60,24 +63,27 @@ def crops_of(settings: Settings, device: torch.device, seed: int = 0) -> list[Te
 class Step:
     """One case: a student, its teacher and an optimizer; each call is one training step and returns the loss."""
 
-    def __init__(self, settings: Settings, device: torch.device, bf16: bool, fast: bool, clip_by: Any = "parameter"):
+    def __init__(self, settings: Settings, device: torch.device, bf16: bool, way: str, clip_by: Any = "parameter"):
         torch.manual_seed(0)
         self.student: DINOModel = build_model(settings).to(device)
         self.teacher = make_teacher(self.student)
         self.optimizer = make_optimizer(self.student, settings.optimizer)
         dino = settings.dino
         loss = (dino.prototypes, dino.student_temperature, dino.centre_momentum)
-        self.fast, self.clip_by, self.views = fast, clip_by, 2 + settings.crops.local_count
-        self.objective: nn.Module = (DINOLoss(*loss) if fast else PlainLoss(*loss)).to(device)
-        self.autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+        self.fast, self.clip_by, self.views = way != "plain", clip_by, 2 + settings.crops.local_count
+        self.objective: nn.Module = (DINOLoss(*loss) if self.fast else PlainLoss(*loss)).to(device)
+        self.autocast = autocast(device, bf16)
         self.clip = settings.clip_grad
+        if way == "compiled":
+            self.student.backbone.attention = self.teacher.backbone.attention = "sdpa"
+        self.student_logits, self.teacher_logits = compiled(self.student, self.teacher, way == "compiled")
 
     def __call__(self, crops: list[Tensor]) -> Tensor:
         set_rates(self.optimizer, LR, WEIGHT_DECAY, freeze_last_layer=False)
         with self.autocast:
             with torch.no_grad():
-                targets = self.teacher(crops[:1]) if self.fast else plain_logits(self.teacher, crops[:1])
-            logits = self.student(crops) if self.fast else plain_logits(self.student, crops)
+                targets = self.teacher_logits(crops[:1]) if self.fast else plain_logits(self.teacher, crops[:1])
+            logits = self.student_logits(crops) if self.fast else plain_logits(self.student, crops)
             found = self.objective(logits, targets, self.views, TEMPERATURE)
         loss = found.loss if self.fast else found
         loss.backward()
@@ -96,8 +102,10 @@ class Step:
 
 
 def loss_curves(settings: Settings, device: torch.device, steps: int) -> dict[str, list[float]]:
-    """Losses of both ways from the same weights on the same crops, float32."""
-    cases = {name: Step(settings, device, False, fast, "model") for name, fast in (("library", True), ("plain", False))}
+    """Losses of both ways from the same weights on the same crops, float32; and of the library in bf16 on a CPU."""
+    cases = {way: Step(settings, device, False, way, "model") for way in ("library", "plain")}
+    if device.type == "cpu" and has_bf16(device):
+        cases["bf16 products"] = Step(settings, device, True, "library", "model")
     curves: dict[str, list[float]] = {name: [] for name in cases}
     for step in tqdm(range(steps), desc="loss curves"):
         crops = crops_of(settings, device, seed=step % 8)
@@ -110,11 +118,12 @@ def time_cases(arguments: argparse.Namespace, device: torch.device) -> list[dict
     """Seconds of every step of every case, interleaved, and what they amount to."""
     bf16, cuda = has_bf16(device), device.type == "cuda"
     rows = []
-    cases = [(r, o, fast) for r in (True, False) for o in ("adamw", "soap") for fast in (True, False)]
+    third = ["compiled"] if cuda else ["bf16 products"] * bf16
+    cases = [(r, o, way) for r in (True, False) for o in ("adamw", "soap") for way in ("plain", "library", *third)]
     built = {}
-    for residual, optimizer, fast in cases:
+    for residual, optimizer, way in cases:
         settings = settings_of(arguments.config, arguments.batch_size, residual, optimizer)
-        built[residual, optimizer, fast] = Step(settings, device, bf16, fast)
+        built[residual, optimizer, way] = Step(settings, device, bf16 if cuda else way == "bf16 products", way)
     crops = crops_of(settings, device)
     seconds: dict[tuple, list[float]] = {case: [] for case in cases}
     memory: dict[tuple, float] = {}
@@ -133,14 +142,14 @@ def time_cases(arguments: argparse.Namespace, device: torch.device) -> list[dict
             if cuda:
                 memory[case] = (torch.cuda.max_memory_allocated() - before) / 2**30
     peak = peak_flops(device)
-    for residual, optimizer, fast in cases:
-        times, model = seconds[residual, optimizer, fast], built[residual, optimizer, fast].student
+    for residual, optimizer, way in cases:
+        times, model = seconds[residual, optimizer, way], built[residual, optimizer, way].student
         # Average over whole periods of the preconditioner, so that every period's slow step counts once.
         mean, median = statistics.mean(times), statistics.median(times)
         row: dict[str, Any] = {
             "model": "residual" if residual else "skipless",
             "optimizer": optimizer,
-            "step": "library" if fast else "plain",
+            "step": way,
             "images_per_second": settings.batch_size / mean,
             "mean_ms": 1000 * mean,
             "median_ms": 1000 * median,
@@ -148,7 +157,7 @@ def time_cases(arguments: argparse.Namespace, device: torch.device) -> list[dict
         }
         if cuda:
             flops = settings.batch_size * flops_per_image(model, settings)
-            row |= {"activations_gb": memory[residual, optimizer, fast]}
+            row |= {"activations_gb": memory[residual, optimizer, way]}
             row |= {"model_flops_utilisation": flops / mean / peak if peak else None}
         rows.append(row)
     return rows
@@ -192,9 +201,10 @@ def table(result: dict[str, Any]) -> str:
     for model in ("residual", "skipless"):
         lines.append(f"\nSOAP's average step, {model}: {mean[model, 'soap'] / mean[model, 'adamw']:.2f} times AdamW's.")
     if details["curves"]["library"]:
+        differences = [f"{value:.1e} ({way})" for way, value in details["largest_difference"].items()]
         lines.append(
-            f"\nLosses of both ways over {len(details['curves']['library'])} steps in float32 differ by at most "
-            f"{details['largest_difference']:.1e}."
+            f"\nLosses over {len(details['curves']['library'])} steps differ from the library's in float32 by at most "
+            f"{', '.join(differences)}."
         )
     return "\n".join(lines) + "\n"
 
@@ -223,7 +233,12 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     curves = loss_curves(settings, device, arguments.check)
-    largest = max((abs(a - b) for a, b in zip(curves["library"], curves["plain"], strict=True)), default=math.nan)
+    exact = curves["library"]
+    largest = {
+        way: max((abs(a - b) for a, b in zip(exact, curve, strict=True)), default=math.nan)
+        for way, curve in curves.items()
+        if way != "library"
+    }
     backbone = build_model(settings).backbone
     details = {
         "architecture": f"{backbone.dim} wide, {backbone.depth} blocks, patch {backbone.patch}",

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -129,22 +129,15 @@ class DINOLoss(nn.Module):
             temperature: of the teacher's softmax.
 
         The mean over all pairs (teacher view t, student view s != t) of H(p_t, q_s) = -<p_t, log q_s>, where log q =
-        z - logsumexp(z), z = logits / student_temperature. As it is bilinear, the sum over all pairs is
-        <sum_t p_t, sum_s log q_s>, less the pairs t = s: no pair is ever formed.
+        z - logsumexp(z), z = logits / student_temperature.
         """
         p = self._assign(teacher.detach(), temperature).unflatten(0, (2, -1))  # [2, B, K]
-        z = (student.float() / self.student_temperature).unflatten(0, (views, -1))  # [V, B, K]
-        batch = p.shape[1]
-        log_norm = torch.logsumexp(z, dim=-1)  # [V, B]
-        # sum_s <p, log q_s> = <p, sum_s z_s> - sum_s logsumexp(z_s), since p sums to 1.
-        all_pairs = (p.sum(0) * z.sum(0)).sum() - 2 * log_norm.sum()
-        same_view = (p * z[:2]).sum() - log_norm[:2].sum()
-        loss = -(all_pairs - same_view) / (2 * (views - 1) * batch)
+        loss = _CrossEntropy.apply(student.unflatten(0, (views, -1)), p, self.student_temperature)
 
         with torch.no_grad():
             self._logit_sum += teacher.float().sum(0)
             self._logit_count += len(teacher)
-            entropy = torch.special.entr(p).sum() / (2 * batch)
+            entropy = torch.special.entr(p).sum() / len(teacher)
             usage = torch.special.entr(p.mean((0, 1))).sum()
         return DINOOutput(loss, entropy, loss.detach() - entropy, usage)
 
@@ -162,6 +155,38 @@ class DINOLoss(nn.Module):
         self.centre.lerp_(mean, 1 - self.centre_momentum)
         self._logit_sum.zero_()
         self._logit_count = 0
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """DINOLoss's mean over pairs, view by view, and its gradient in the same pass.
+
+    As H is linear in p, the teachers of a student view are summed before they meet it, and no pair is ever formed. Of
+    the size of all logits there is only their gradient, in their own dtype: autograd would hold several copies in
+    float32, gigabytes with 65,536 prototypes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, p: Tensor, temperature: float) -> Tensor:
+        """Logits [V, B, K], teacher's distributions [2, B, K] -> the loss, in float32 or wider."""
+        views, batch, _ = logits.shape
+        share = 1 / (2 * (views - 1) * batch)
+        gradient = torch.empty_like(logits)
+        loss = p.new_zeros(())
+        both = p.sum(0)
+        for number, view in enumerate(logits):
+            target, teachers = (both - p[number], 1) if number < 2 else (both, 2)
+            z = view.to(p.dtype) / temperature
+            log_norm = z.logsumexp(dim=-1, keepdim=True)
+            loss += teachers * log_norm.sum() - (target * z).sum()
+            # teachers * softmax(z) - target
+            gradient[number] = z.sub_(log_norm).exp_().mul_(teachers).sub_(target).mul_(share / temperature)
+        ctx.save_for_backward(gradient)
+        return loss * share
+
+    @staticmethod
+    def backward(ctx: Any, *of_loss: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * of_loss[0].to(gradient.dtype), None, None
 
 
 @torch.no_grad()

@@ -234,11 +234,6 @@ def loader_workers(wanted: int | None, device: torch.device) -> int:
     return cores // local_processes if device.type == "cuda" else 0
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16 by itself: GPUs from Ampere on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def keep_freed_memory() -> None:
     """Stop glibc from handing large blocks back to the kernel: to fetch them anew for every tensor of every step costs
     page faults that take a good part of the step. Elsewhere than on glibc this does nothing."""

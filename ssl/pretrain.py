@@ -18,7 +18,7 @@ Several machines, on each of them (README.md has the SLURM script):
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ from skipless.ssl.job import (
     build_backbone,
     check_run,
     check_size,
-    has_bf16,
     keep_freed_memory,
     loader_workers,
     parse_settings,
@@ -60,9 +59,12 @@ from skipless.ssl.logs import RunLog
 from skipless.ssl.meter import Meter
 from skipless.ssl.monitor import describe_blocks, labelled_sets, measure_blocks
 from skipless.ssl.optimizers import make_optimizer, set_rates
+from skipless.ssl.precision import autocast, has_bf16
 from skipless.ssl.provenance import provenance
 from skipless.ssl.schedules import Rates
 from skipless.ssl.settings import Settings, plain
+
+Logits = Callable[[Sequence[Tensor]], Tensor]
 
 
 def pretrain(settings: Settings) -> Path:
@@ -77,6 +79,8 @@ def pretrain(settings: Settings) -> Path:
         keep_freed_memory()
     images = open_images(settings.data.path)
     check(settings, images, device)
+    if settings.compile:
+        settings.model.attention = "sdpa"  # xformers' kernels would cut the graph
     beta_chosen = settle_beta(settings, images, settings.crops.global_size)
     out = Path(settings.out)
     sets = labelled_sets(images, settings.monitor, settings.crops.global_size)
@@ -84,17 +88,18 @@ def pretrain(settings: Settings) -> Path:
     if settings.monitor.conditioning and settings.monitor.every_epochs:
         squares = normalized_squares(images, 16, settings.crops.global_size).to(device)
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_bf16(device))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    low_precision = autocast(device, bf16)
 
     torch.manual_seed(settings.seed)
     student = build_model(settings).to(device)
-    model: nn.Module = student
+    parallel = None
     if distributed.world_size() > 1:
         # Makes all students equal, so it comes before the teacher is copied from one.
-        model = DistributedDataParallel(
+        parallel = DistributedDataParallel(
             student, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
     teacher = make_teacher(student)
+    student_logits, teacher_logits = compiled(parallel or student, teacher, settings.compile)
     objective = DINOLoss(
         settings.dino.prototypes,
         settings.dino.student_temperature,
@@ -144,7 +149,7 @@ def pretrain(settings: Settings) -> Path:
             return
         by_name: dict[str, list[float]] = {}
         if sets:
-            with autocast:
+            with low_precision:
                 blocks = measure_blocks(teacher.backbone, *sets[:2], settings.monitor.k, settings.model.pool, workers)
             by_name |= {f"monitor/{name}": [block[name] for block in blocks] for name in blocks[0]}
             log.say(f"epoch {step / steps_per_epoch:g}: {describe_blocks(blocks, settings.monitor.k)}")
@@ -164,15 +169,13 @@ def pretrain(settings: Settings) -> Path:
             batch = next(batches)
             crops = to_crops(batch)
             last_micro = micro == settings.accumulate - 1
-            hold_reduction = (
-                nullcontext() if last_micro or not isinstance(model, DistributedDataParallel) else model.no_sync()
-            )
+            hold_reduction = parallel.no_sync() if parallel and not last_micro else nullcontext()
             with hold_reduction:
-                with autocast:
+                with low_precision:
                     with torch.no_grad():
-                        targets = teacher(crops[:1])
+                        targets = teacher_logits(crops[:1])
                     result = objective(
-                        model(crops), targets, 2 + settings.crops.local_count, rates.teacher_temperature(step)
+                        student_logits(crops), targets, 2 + settings.crops.local_count, rates.teacher_temperature(step)
                     )
                 (result.loss / settings.accumulate).backward()
             meter.add(result, batch["unreadable"])
@@ -217,6 +220,10 @@ def check(settings: Settings, images: ImageSource, device: torch.device) -> None
     """Contradictions that can be found before anything is built or written."""
     check_run(settings, len(images), "data.path", images.root, device)
     dino, crops = settings.dino, settings.crops
+    if settings.compile and settings.model.attention == "xformers":
+        raise ValueError(
+            "compile is true and model.attention is 'xformers', which cannot be compiled: leave model.attention on auto"
+        )
     for name in ("prototypes", "hidden", "bottleneck"):
         if getattr(dino, name) < 1:
             raise ValueError(f"dino.{name} is {getattr(dino, name)}; it must be at least 1")
@@ -245,6 +252,14 @@ def build_model(settings: Settings) -> DINOModel:
     dino = settings.dino
     head = DINOHead(backbone.dim, dino.prototypes, dino.hidden, dino.bottleneck, dino.norm_last_layer)
     return DINOModel(backbone, head, settings.model.pool)
+
+
+def compiled(student: nn.Module, teacher: nn.Module, wanted: bool) -> tuple[Logits, Logits]:
+    """The forward passes of training, compiled if wanted: each as one graph, once. The networks stay as they are, for
+    checkpoints, and for measurements on images of other sizes, each of which would have to be compiled anew."""
+    if not wanted:
+        return student, teacher
+    return torch.compile(student, dynamic=False), torch.compile(teacher, dynamic=False)
 
 
 def make_loader(
@@ -287,7 +302,11 @@ def _resume(
 ) -> tuple[int, float]:
     """Load the run's last checkpoint if it is to be resumed and has one; return its steps and seconds so far."""
     state = state_to_resume(
-        settings, student.backbone.architecture, images, settings.data.path, may_change=("monitor.", "crops.device")
+        settings,
+        student.backbone.architecture,
+        images,
+        settings.data.path,
+        may_change=("monitor.", "crops.device", "compile"),
     )
     if state is None:
         return 0, 0.0

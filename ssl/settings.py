@@ -132,7 +132,11 @@ class Settings:
     """Gradients whose norm over all parameters is larger are scaled down to it; 0 turns this off. (DINO clips each
     parameter's gradient by itself, which is weaker.)"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto is bf16 on GPUs that have it (Ampere and later), fp32 elsewhere. Parameters are float32 in both."""
+    """auto is bf16 where it is fast: on GPUs from Ampere on, and on CPUs with AMX (Xeons since 2023), where it is
+    the products of linear layers alone; fp32 elsewhere. Parameters are float32 in both."""
+    compile: bool = False
+    """Compile student and teacher (torch.compile), for GPUs: minutes at the start, fewer and larger kernels after.
+    Attention is then torch's. (It has not run on a GPU yet.)"""
     seed: int = 0
     """Of initialization, order of the images and crops."""
     device: str = "auto"

@@ -47,7 +47,6 @@ from skipless.ssl.job import (
     build_backbone,
     check_run,
     check_size,
-    has_bf16,
     keep_freed_memory,
     loader_workers,
     parse_settings,
@@ -58,6 +57,7 @@ from skipless.ssl.job import (
 from skipless.ssl.logs import RunLog
 from skipless.ssl.meter import memory_gb, peak_flops
 from skipless.ssl.optimizers import OptimizerSettings, make_optimizer, set_rates
+from skipless.ssl.precision import autocast, has_bf16
 from skipless.ssl.provenance import provenance
 from skipless.ssl.schedules import cosine
 from skipless.ssl.settings import ModelSettings as BackboneSettings
@@ -163,7 +163,8 @@ class Settings:
     clip_grad: float = 1.0
     """Gradients whose norm over all parameters is larger are scaled down to it; 0 turns this off."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto is bf16 on GPUs that have it (Ampere and later), fp32 elsewhere. Parameters are float32 in both."""
+    """auto is bf16 where it is fast: on GPUs from Ampere on, and on CPUs with AMX (Xeons since 2023), where it is
+    the products of linear layers alone; fp32 elsewhere. Parameters are float32 in both."""
     seed: int = 0
     """Of initialization, order of the images, augmentation and mixing."""
     device: str = "auto"
@@ -199,7 +200,7 @@ def train(settings: Settings) -> Path:
     beta_chosen = settle_beta(settings, images, settings.augmentation.size)
     out = Path(settings.out)
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_bf16(device))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    low_precision = autocast(device, bf16)
 
     torch.manual_seed(settings.seed)
     classifier = build_classifier(settings, len(images.classes)).to(device)
@@ -258,7 +259,7 @@ def train(settings: Settings) -> Path:
         due = step > 0 and step % (steps_per_epoch * settings.validate_every_epochs) == 0
         known = distributed.any_process(log.has(step, "val/top1"))
         if step == total or (due and not known):
-            with autocast:
+            with low_precision:
                 validation.update(validate(classifier, val_images, augmentation.size, workers))
             if not known:
                 log.metrics(step, step / steps_per_epoch, {f"val/{name}": x for name, x in validation.items()})
@@ -285,7 +286,7 @@ def train(settings: Settings) -> Path:
                 nullcontext() if last_micro or not isinstance(model, DistributedDataParallel) else model.no_sync()
             )
             with hold_reduction:
-                with autocast:
+                with low_precision:
                     logits = model(views)
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=augmentation.label_smoothing)
                 (loss / settings.accumulate).backward()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from skipless.ssl.attention import Backend, Groups, attention, choose_backend
+from skipless.ssl.precision import for_checkpoint
 
 Kind = Literal["tokens", "keys", "queries", "values"]
 
@@ -257,9 +258,10 @@ class VisionTransformer(nn.Module):
         embedded = [self._embed(images) for images in crops]
         groups = tuple((t.shape[0], t.shape[1]) for t in embedded)
         x = torch.cat([t.flatten(0, 1) for t in embedded])
+        again: dict[str, Any] = {} if x.is_cuda else {"context_fn": for_checkpoint}
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, groups, backend, use_reentrant=False)
+                x = checkpoint(block, x, groups, backend, use_reentrant=False, **again)
             else:
                 x = block(x, groups, backend)
         x = self.norm(x)

@@ -68,6 +68,22 @@ def test_gradient_equals_that_of_the_double_loop() -> None:
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
 
 
+def test_loss_keeps_no_more_than_one_copy_of_the_logits() -> None:
+    saved: list[int] = []
+
+    def weigh(x: torch.Tensor) -> torch.Tensor:
+        saved.append(x.numel() * x.element_size())
+        return x
+
+    logits = torch.randn(6 * 4, 1000).bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(weigh, lambda x: x):
+        loss = DINOLoss(1000)(logits, torch.randn(2 * 4, 1000), 6, 0.04).loss
+    assert sum(saved) <= logits.numel() * 2
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.dtype == torch.bfloat16
+
+
 def test_centre_moves_once_per_step_over_all_micro_batches() -> None:
     objective = DINOLoss(2, centre_momentum=0.9)
     for teacher in ([[1.0, 0.0], [3.0, 0.0]], [[5.0, 2.0], [7.0, 2.0]]):
