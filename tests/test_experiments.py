@@ -162,16 +162,17 @@ def test_interrupted_a_real_run_leaves_a_checkpoint_and_is_taken_up_again(tmp_pa
     assert 0 < steps[0] < steps[1]
 
 
-def test_published_experiments_name_flags_that_exist() -> None:
-    from skipless.ssl.pretrain import parse
+def test_published_experiments_name_flags_that_exist_and_go_together() -> None:
+    from skipless.ssl import pretrain, supervised
+    from skipless.ssl.job import check_run
 
+    parse = {"ssl/pretrain.py": pretrain.parse, "ssl/supervised.py": supervised.parse}
     for path in sorted((ROOT / "experiments").glob("*.yaml")):
         experiment = run_py["read_experiment"](path)
         script, *words = experiment.command
-        if script != "ssl/pretrain.py":
-            continue
-        for arm, more in experiment.arms.items():
-            assert parse([*(word.replace("{data}", "x") for word in [*words, *more]), "--out=x"]), arm
+        for more in experiment.arms.values():
+            settings = parse[script]([*(word.replace("{data}", "x") for word in [*words, *more]), "--out=x"])
+            check_run(settings, 10**6, "data", Path("x"), torch.device("cpu"))
 
 
 def test_conditioning_at_the_start_and_at_the_end_is_tabulated(experiment: Path) -> None:
