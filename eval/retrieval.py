@@ -50,7 +50,7 @@ from skipless.eval.metrics import confusion_matrix, image_counts, miou_interval,
 from skipless.eval.neighbours import require_faiss, unit
 from skipless.eval.results import keep_other_result, result_of
 from skipless.eval.segmentation import DATA, DataSettings, choose_blocks
-from skipless.eval.segmentation_quick import image_of_pair, label_shares, resize_logits
+from skipless.eval.segmentation_quick import image_of_pair, label_shares, predict
 from skipless.eval.segmentation_report import PICTURES, draw, report
 from skipless.ssl import distributed
 from skipless.ssl.distributed import all_reduce_sum, gather_objects, leave_signals_to_main, rank, world_size
@@ -369,7 +369,7 @@ def segment(
             found = torch.from_numpy(in_context_labels(*search(x), labels, temperature)).to(device)
             for index, of_image in zip(batch, found.chunk(len(batch)), strict=True):
                 mask = torch.from_numpy(images.read_matched_mask(index)).to(device)
-                prediction = resize_logits(of_image.T.unflatten(1, queries.grid)[None], mask.shape)[0].argmax(0)
+                prediction = predict(of_image.T.unflatten(1, queries.grid), mask.shape)
                 of_image_alone = confusion_matrix(mask, prediction, classes)
                 confusion += of_image_alone
                 counts[index] = image_counts(of_image_alone)

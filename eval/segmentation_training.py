@@ -31,7 +31,7 @@ from skipless.eval.segmentation_augmentation import (
     scale_and_crop,
     size_within,
 )
-from skipless.eval.segmentation_quick import Outcome, resize_logits
+from skipless.eval.segmentation_quick import Outcome, predict, resize_logits
 from skipless.eval.windows import sliding_logits
 from skipless.ssl.checkpoints import write_atomically
 from skipless.ssl.distributed import (
@@ -306,7 +306,7 @@ def score_heads(
         if not logits.isfinite().all():
             raise ValueError(f"{images.images[index]}: {_not_finite(backbone)}")
         for number, of_choice in enumerate(logits):
-            prediction = resize_logits(of_choice[None], truth.shape)[0].argmax(0)
+            prediction = predict(of_choice, truth.shape)
             confusion = confusion_matrix(truth, prediction, classes)
             confusions[number] += confusion
             counts[number, index] = image_counts(confusion)
