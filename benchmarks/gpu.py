@@ -1,14 +1,18 @@
-"""Everything that only a GPU can show, in one command: correctness against float64 first, then speed, then a whole run.
+"""Everything that only a GPU can show, in one command: correctness against float64 first, then speed, then whole runs.
 
-    python benchmarks/gpu.py --out results/gpu.json
+    python benchmarks/gpu.py --images VOC2012/JPEGImages --out results/gpu
 
 1. Attention through xformers and through SDPA, in bf16, against float64, forward and backward, residual and skipless.
-2. Images per second, model FLOPs utilisation and memory of a ViT-S/16 training step (2 x 224 + 8 x 96 pixels,
-   K = 65,536), data on the device; backends interleaved, medians of seven.
-3. `ssl/pretrain.py` on synthetic scenes in bf16: trains, is monitored, is interrupted and resumed.
-4. Segmentation (quick) and object discovery (LOST, TokenCut) with the trained backbone, on the GPU and on the CPU: the
+2. `ssl/pretrain.py` on synthetic scenes in bf16, as it is and compiled: trains, is monitored, interrupted and resumed.
+3. The other benchmarks with --device cuda, each leaving its own result beside this one's: the training step of ViT-S/16
+   and ViT-B/16 against DINO's written plainly, packed and compiled, with AdamW and SOAP, and 200 steps of loss in
+   float32; its profile; SOAP; attention.
+4. With --images, a folder of JPEGs: the loader; and `ssl/pretrain.py` on them, compiled, whose images a second are to
+   be compared with the step's alone.
+5. Segmentation (quick) and object discovery (LOST, TokenCut) with the trained backbone, on the GPU and on the CPU: the
    figures must agree; segmentation by mmseg with a short schedule, on the GPU.
 
+OUT.json is written after every part, so that a time limit loses nothing but the part it falls in; --parts chooses some.
 The speed of TokenCut on a GPU is measured by benchmarks/discovery.py --device cuda.
 """
 
@@ -21,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +35,7 @@ from torch import Tensor
 from skipless.datasets.scenes import write_scenes
 from skipless.ssl.attention import Backend, choose_backend
 from skipless.ssl.checkpoints import write_text
-from skipless.ssl.dino import DINOHead, DINOLoss, DINOModel, make_teacher, update_teacher
 from skipless.ssl.initialization import PRESETS, skipless_init_
-from skipless.ssl.meter import peak_flops
-from skipless.ssl.optimizers import OptimizerSettings, make_optimizer
 from skipless.ssl.provenance import provenance
 from skipless.ssl.vit import VisionTransformer, vit_small
 
@@ -73,86 +75,70 @@ def check_backend(residual: bool, backend: Backend) -> dict[str, float]:
     }
 
 
-class Step:
-    """One training step on random crops, for timing."""
-
-    def __init__(self, residual: bool, backend: Backend, optimizer: str, batch: int):
-        backbone = make(residual)
-        backbone.attention = backend
-        self.student = DINOModel(backbone, DINOHead(backbone.dim, 65536)).cuda()
-        self.teacher = make_teacher(self.student)
-        self.objective = DINOLoss(65536).cuda()
-        self.optimizer = make_optimizer(self.student, OptimizerSettings(name=optimizer))  # type: ignore[arg-type]
-        self.crops, self.batch = crops(batch), batch
-        views = 2 * backbone.flops(224, 224)
-        self.flops = batch * (views + 3 * (views + 8 * backbone.flops(96, 96)))
-
-    def __call__(self) -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            with torch.no_grad():
-                targets = self.teacher(self.crops[:1])
-            result = self.objective(self.student(self.crops), targets, 10, 0.04)
-        result.loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 3.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.objective.update_centre()
-        update_teacher(self.teacher, self.student, 0.996)
+def benchmarks(out: Path) -> dict[str, Any]:
+    """Exit codes and seconds of the other benchmarks, whose results lie beside `out`."""
+    recipe = "--config=configs/vits16_skipless_soap.yaml"
+    commands = {
+        "train_step_vits16": ["train_step.py", recipe, "--batch_size=128"],
+        "train_step_vitb16": ["train_step.py", recipe, "--size=base", "--batch_size=64", "--check=0"],
+        "profile_vits16": ["step_profile.py", recipe, "--batch_size=128"],
+        "soap_vits16": ["soap.py", "--model=small"],
+        "attention": ["attention.py", "--batch=64"],
+    }
+    return {name: timed([*words, "--device=cuda", f"--out={out}_{name}"]) for name, words in commands.items()}
 
 
-def time_steps(batch: int, rounds: int = 7, steps: int = 10) -> list[dict[str, Any]]:
-    """Each combination of model, backend and optimizer; interleaved, so that all see the same state of the machine."""
-    peak = peak_flops(torch.device("cuda"))
-    backends: list[Backend] = ["sdpa"]
-    if choose_backend("cuda")[0] == "xformers":
-        backends.append("xformers")
-    cases = [(r, b, o) for r in (True, False) for b in backends for o in ("adamw", "soap")]
-    built = {case: Step(*case, batch) for case in cases}
-    seconds: dict[tuple, list[float]] = {case: [] for case in cases}
-    memory: dict[tuple, float] = {}
-    for round_number in range(rounds + 1):
-        for case, step in built.items():
-            torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            for _ in range(steps):
-                step()
-            torch.cuda.synchronize()
-            if round_number:  # the first round warms up
-                seconds[case].append((time.perf_counter() - began) / steps)
-                memory[case] = torch.cuda.max_memory_allocated() / 2**30
-    rows = []
-    for residual, backend, optimizer in cases:
-        median = statistics.median(seconds[residual, backend, optimizer])
-        flops = built[residual, backend, optimizer].flops
-        rows.append(
-            {
-                "model": "residual" if residual else "skipless",
-                "attention": backend,
-                "optimizer": optimizer,
-                "images_per_second": batch / median,
-                "model_flops_utilisation": flops / median / peak if peak else None,
-                "peak_allocated_gb_with_all_cases_resident": memory[residual, backend, optimizer],
-            }
-        )
-    return rows
+def timed(words: list[str]) -> dict[str, Any]:
+    """Run a benchmark; its exit code and seconds."""
+    began = time.perf_counter()
+    code = subprocess.run([sys.executable, str(ROOT / "benchmarks" / words[0]), *words[1:]], cwd=ROOT).returncode
+    return {"exit_code": code, "seconds": time.perf_counter() - began}
 
 
-def whole_run(folder: Path) -> dict[str, Any]:
+def real_images(images: Path, out: Path, folder: Path) -> dict[str, Any]:
+    """The loader alone, and images a second of ViT-S/16's training on a folder of JPEGs."""
+    found: dict[str, Any] = {
+        "loader": timed(["loader.py", f"--images={images}", "--device=cuda", "--workers=16", f"--out={out}_loader"])
+    }
+    for crops in ("auto", "device"):
+        run = folder / f"jpegs-{crops}"
+        command = [
+            sys.executable, ROOT / "ssl" / "pretrain.py", "--config", ROOT / "configs" / "vits16_skipless_soap.yaml",
+            "--data.path", images, "--out", run, "--device=cuda", "--batch_size=128", "--epochs=8", "--log_every=10",
+            "--optimizer.warmup_epochs=1", "--monitor.every_epochs=0", "--compile=true", f"--crops.device={crops}",
+        ]  # fmt: skip
+        code = subprocess.run(list(map(str, command))).returncode
+        entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] if not code else []
+        steady = entries[len(entries) // 2 :]
+        found[f"pretraining, crops {crops}"] = {
+            "exit_code": code,
+            **{
+                name: statistics.median(entry[name] for entry in steady if name in entry)
+                for name in ("images_per_second", "data_share", "model_flops_utilisation")
+                if any(name in entry for entry in steady)
+            },
+        }
+    return found
+
+
+def whole_run(folder: Path, compiled: bool) -> dict[str, Any]:
     """Pretrain on scenes, interrupt by SIGUSR1, resume to the end; the monitor's accuracy and the time."""
-    write_scenes(folder / "scenes", train=2000, val=400, size=128)
+    if not (folder / "scenes").exists():
+        write_scenes(folder / "scenes", train=2000, val=400, size=128)
+    out = folder / ("compiled" if compiled else "run")
     command = [
         sys.executable, ROOT / "ssl" / "pretrain.py", "--config", ROOT / "configs" / "demo.yaml",
-        "--data.path", folder / "scenes" / "train", "--out", folder / "run", "--device=cuda", "--resume",
+        "--data.path", folder / "scenes" / "train", "--out", out, "--device=cuda", "--resume",
+        f"--compile={str(compiled).lower()}",
     ]  # fmt: skip
     began = time.perf_counter()
     process = subprocess.Popen(list(map(str, command)))
-    while process.poll() is None and not list((folder / "run" / "checkpoints").glob("step-*.pt")):
+    while process.poll() is None and not list((out / "checkpoints").glob("step-*.pt")):
         time.sleep(0.2)
     process.send_signal(signal.SIGUSR1)
     first = process.wait()
     second = subprocess.run(list(map(str, command))).returncode
-    entries = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     knn = [entry["monitor/knn"][-1] for entry in entries if "monitor/knn" in entry]
     speed = [entry["images_per_second"] for entry in entries if "loss" in entry]
     return {
@@ -198,8 +184,10 @@ def evaluations(folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Command line: see the docstring of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/gpu.json"), help="Result file.")
-    parser.add_argument("--batch", type=int, default=64, help="Images per training step (default: 64).")
+    parser.add_argument("--out", type=Path, default=Path("results/gpu"), help="OUT.json, and others that begin so.")
+    parser.add_argument("--images", type=Path, help="A folder of JPEGs, of some 500 x 375 pixels.")
+    names = ["attention", "runs", "benchmarks", "images", "evaluations"]
+    parser.add_argument("--parts", nargs="+", choices=names, default=names, help="Which (default: all).")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: torch finds no CUDA here; this benchmark needs a GPU", file=sys.stderr)
@@ -208,23 +196,30 @@ def main() -> None:
     if choose_backend("cuda")[0] == "xformers":
         backends.append("xformers")
     result: dict[str, Any] = {"task": "cuda", **provenance("cuda"), "attention": choose_backend("cuda")[1]}
-    result["relative_errors"] = {
-        f"{'residual' if residual else 'skipless'}, {backend}": check_backend(residual, backend)
-        for residual in (True, False)
-        for backend in backends
-    }
-    print(json.dumps(result, indent=1), flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    result["steps"] = time_steps(arguments.batch)
-    print(json.dumps(result["steps"], indent=1), flush=True)
-    write_text(arguments.out, json.dumps(result, indent=1) + "\n")
-    with tempfile.TemporaryDirectory() as folder:
-        result["whole_run"] = whole_run(Path(folder))
-        print(json.dumps(result["whole_run"], indent=1), flush=True)
-        write_text(arguments.out, json.dumps(result, indent=1) + "\n")
-        result["evaluations"] = evaluations(Path(folder))
-    print(json.dumps(result["evaluations"], indent=1))
-    write_text(arguments.out, json.dumps(result, indent=1) + "\n")
+    out = arguments.out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    def part(name: str, work: Callable[[], Any]) -> None:
+        result[name] = work()
+        print(json.dumps(result[name], indent=1), flush=True)
+        write_text(Path(f"{out}.json"), json.dumps(result, indent=1) + "\n")
+
+    if "attention" in arguments.parts:
+        pairs = [(residual, backend) for residual in (True, False) for backend in backends]
+        kind = {True: "residual", False: "skipless"}
+        part("relative_errors", lambda: {f"{kind[r]}, {b}": check_backend(r, b) for r, b in pairs})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if {"runs", "evaluations"} & set(arguments.parts):
+            part("whole_run", lambda: whole_run(folder, compiled=False))
+        if "runs" in arguments.parts:
+            part("whole_run_compiled", lambda: whole_run(folder, compiled=True))
+        if "benchmarks" in arguments.parts:
+            part("benchmarks", lambda: benchmarks(out))
+        if "images" in arguments.parts and arguments.images:
+            part("real_images", lambda: real_images(arguments.images.resolve(), out, folder))
+        if "evaluations" in arguments.parts:
+            part("evaluations", lambda: evaluations(folder))
 
 
 if __name__ == "__main__":

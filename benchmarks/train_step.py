@@ -12,9 +12,9 @@ all of them are timed one by one, and images a second are those of the average s
 the slow steps of SOAP count: with --steps a multiple of 10, each period of its preconditioner once. Beside it the
 slowest step against the median.
 
-Before it, --check steps (200 by default) of both ways, skipless with AdamW, from the same weights on the same crops, in
-float32 with the same clipping: the losses must agree, and the result holds both curves; on a CPU with bf16 also the
-curve with these products.
+Before it, --check steps (200 by default) of both ways, skipless with AdamW, from the same weights on the same crops of
+at most 32 images, in float32 with the same clipping: the losses must agree, and the result holds both curves; on a CPU
+with bf16 also the curve with these products.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import math
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,13 @@ from skipless.ssl.settings import Settings, plain
 LR, WEIGHT_DECAY, TEMPERATURE, MOMENTUM = 1e-4, 0.04, 0.04, 0.996
 
 
-def settings_of(config: Path, batch_size: int | None, residual: bool, optimizer: str) -> Settings:
+def settings_of(
+    config: Path, batch_size: int | None, residual: bool, optimizer: str, size: str | None = None
+) -> Settings:
     """A recipe with another model and optimizer; initialization follows the model."""
     words = [f"--config={config}", "--data.path=none", "--out=none", f"--model.residual={str(residual).lower()}"]
     words += [f"--optimizer.name={optimizer}"] + ([f"--batch_size={batch_size}"] if batch_size else [])
+    words += [f"--model.size={size}"] if size else []
     words += [f"--model.init={'default' if residual else 'small'}"]
     return parse(words)
 
@@ -103,6 +107,7 @@ class Step:
 
 def loss_curves(settings: Settings, device: torch.device, steps: int) -> dict[str, list[float]]:
     """Losses of both ways from the same weights on the same crops, float32; and of the library in bf16 on a CPU."""
+    settings = replace(settings, batch_size=min(settings.batch_size, 32))
     cases = {way: Step(settings, device, False, way, "model") for way in ("library", "plain")}
     if device.type == "cpu" and has_bf16(device):
         cases["bf16 products"] = Step(settings, device, True, "library", "model")
@@ -122,7 +127,7 @@ def time_cases(arguments: argparse.Namespace, device: torch.device) -> list[dict
     cases = [(r, o, way) for r in (True, False) for o in ("adamw", "soap") for way in ("plain", "library", *third)]
     built = {}
     for residual, optimizer, way in cases:
-        settings = settings_of(arguments.config, arguments.batch_size, residual, optimizer)
+        settings = settings_of(arguments.config, arguments.batch_size, residual, optimizer, arguments.size)
         built[residual, optimizer, way] = Step(settings, device, bf16 if cuda else way == "bf16 products", way)
     crops = crops_of(settings, device)
     seconds: dict[tuple, list[float]] = {case: [] for case in cases}
@@ -213,6 +218,7 @@ def main() -> None:
     """Command line: see the docstring of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="A recipe of configs/.")
+    parser.add_argument("--size", help="tiny, small, base ...; by default the recipe's.")
     parser.add_argument("--batch_size", type=int, help="Images a step; by default the recipe's.")
     parser.add_argument("--rounds", type=int, default=5, help="Rounds that count; one more warms up (default: 5).")
     parser.add_argument("--steps", type=int, default=10, help="Steps of each case a round (default: 10).")
@@ -228,7 +234,7 @@ def main() -> None:
         keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        settings = settings_of(arguments.config, arguments.batch_size, False, "adamw")
+        settings = settings_of(arguments.config, arguments.batch_size, False, "adamw", arguments.size)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
