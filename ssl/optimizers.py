@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from skipless.ssl.soap import SOAP
+
 
 @dataclass
 class OptimizerSettings:
@@ -31,7 +33,8 @@ class OptimizerSettings:
     """Decay rates of the moments; by default (0.9, 0.999) for adamw and (0.95, 0.95) for soap. For muon, those of its
     adamw part, by default (0.9, 0.999)."""
     precondition_every: int = 10
-    """soap only: steps between refreshes of the eigenbasis."""
+    """soap only: steps between two refreshes of a matrix's eigenbasis. The matrices take turns, so all steps take about
+    the same time; only the first, which finds all eigenbases, is slow."""
     max_precondition_dim: int = 10000
     """soap only: longer sides of a matrix stay without a preconditioner. Lower it to save time on CPU."""
 
@@ -89,14 +92,13 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
         return Muon(muon_groups(model), lr=settings.lr, betas=settings.betas or (0.9, 0.999))
     groups = parameter_groups(model)
     if settings.name == "soap":
-        from pytorch_optimizer import SOAP  # takes seconds to import
-
         return SOAP(
             groups,
             lr=settings.lr,
             betas=settings.betas or (0.95, 0.95),
             precondition_frequency=settings.precondition_every,
             max_precondition_dim=settings.max_precondition_dim,
+            spread=True,
         )
     fused = next(model.parameters()).device.type == "cuda"
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas or (0.9, 0.999), fused=fused)

@@ -20,8 +20,7 @@ def provenance(device: torch.device | str) -> dict[str, Any]:
         "commit": of the source tree, with "+changes" where it has uncommitted ones; None outside of a git checkout}.
     """
     packages = (
-        "torch", "torchvision", "numpy", "scikit-learn", "opencv-python-headless", "pytorch-optimizer", "faiss-cpu",
-        "faiss-gpu",
+        "torch", "torchvision", "numpy", "scikit-learn", "opencv-python-headless", "faiss-cpu", "faiss-gpu",
     )  # fmt: skip
     versions = {"python": platform.python_version()}
     for name in packages:

@@ -178,8 +178,8 @@ class Settings:
     keep: int = 2
     """Checkpoints kept; older ones are deleted."""
     log_every: int = 10
-    """Steps between two lines of metrics. Between them the host does not wait for the GPU (but for soap, whose
-    eigenbases do)."""
+    """Steps between two lines of metrics. Between them the host does not wait for the GPU (but in soap's first
+    step, for the eigenbases)."""
     wandb: bool = False
     """Log to Weights & Biases too (pip install wandb)."""
 
