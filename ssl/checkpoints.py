@@ -34,16 +34,21 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step}.pt"
     write_atomically(path, lambda beside: torch.save(state, beside))
-    link = folder / ".last.pt"
-    link.unlink(missing_ok=True)
-    link.symlink_to(path.name)
-    os.replace(link, folder / "last.pt")
+    point_last_at(folder, path.name)
     for unfinished in folder.glob(".step-*.pt.*"):  # of a process that was killed while it wrote
         unfinished.unlink()
     by_step = sorted(folder.glob("step-*.pt"), key=lambda p: int(p.stem.removeprefix("step-")))
     for old in by_step[:-keep]:
         old.unlink()
     return path
+
+
+def point_last_at(folder: Path, name: str) -> None:
+    """Make `folder`/last.pt a link to `name` in the same folder, atomically."""
+    link = folder / ".last.pt"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    os.replace(link, folder / "last.pt")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -61,7 +66,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({reason}); it is damaged or of another kind"
         ) from None
-    if not isinstance(state, dict) or "student" not in state:
+    if not isinstance(state, dict) or not {"student", "shards"} & state.keys():
         raise ValueError(f"{path} is no checkpoint of a pretraining run: it has no student; give one from checkpoints/")
     return state
 

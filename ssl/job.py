@@ -39,6 +39,7 @@ LATER: dict[str, Any] = {
     "model.value_output": True,
     "model.query_key": True,
     "model.depth_scale": 1.0,
+    "shard": False,
 }
 
 

@@ -19,7 +19,6 @@ Several machines, on each of them (README.md has the SLURM script):
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from skipless.datasets.images import ImageSource, open_images
-from skipless.ssl import distributed
+from skipless.ssl import distributed, sharding
 from skipless.ssl.attention import choose_backend
 from skipless.ssl.checkpoints import export_backbone, save_checkpoint, write_text
 from skipless.ssl.conditioning import cheap_conditioning
@@ -93,12 +92,14 @@ def pretrain(settings: Settings) -> Path:
     torch.manual_seed(settings.seed)
     student = build_model(settings).to(device)
     parallel = None
-    if distributed.world_size() > 1:
+    if distributed.world_size() > 1 and not settings.shard:
         # Makes all students equal, so it comes before the teacher is copied from one.
         parallel = DistributedDataParallel(
             student, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
     teacher = make_teacher(student)
+    if settings.shard:
+        sharding.shard(student, teacher, bf16)
     student_logits, teacher_logits = compiled(parallel or student, teacher, settings.compile)
     objective = DINOLoss(
         settings.dino.prototypes,
@@ -127,7 +128,7 @@ def pretrain(settings: Settings) -> Path:
     interrupted = Interruption()
 
     def save(step: int) -> None:
-        if first_process:
+        if first_process or settings.shard:
             state = {
                 "step": step,
                 "seconds": seconds_before + time.perf_counter() - began,
@@ -139,7 +140,8 @@ def pretrain(settings: Settings) -> Path:
                 "settings": plain(settings),
                 "images": len(images),
             }
-            save_checkpoint(out / "checkpoints", step, state, settings.keep)
+            write = sharding.save_shards if settings.shard else save_checkpoint
+            write(out / "checkpoints", step, state, settings.keep)
 
     def monitor(step: int) -> None:
         """Measure where it is due and has not been measured (by the run that is resumed)."""
@@ -147,14 +149,15 @@ def pretrain(settings: Settings) -> Path:
         logged = distributed.any_process(log.has(step, "monitor/knn" if sets else "monitor/conditioning/kurtosis"))
         if not due or logged or (sets is None and squares is None):
             return
+        backbone = sharding.full_backbone(teacher)
         by_name: dict[str, list[float]] = {}
         if sets:
             with low_precision:
-                blocks = measure_blocks(teacher.backbone, *sets[:2], settings.monitor.k, settings.model.pool, workers)
+                blocks = measure_blocks(backbone, *sets[:2], settings.monitor.k, settings.model.pool, workers)
             by_name |= {f"monitor/{name}": [block[name] for block in blocks] for name in blocks[0]}
             log.say(f"epoch {step / steps_per_epoch:g}: {describe_blocks(blocks, settings.monitor.k)}")
         if squares is not None:
-            found = cheap_conditioning(teacher.backbone, squares)
+            found = cheap_conditioning(backbone, squares)
             by_name |= {f"monitor/conditioning/{name}": values for name, values in found.items()}
         log.metrics(step, step / steps_per_epoch, by_name)
         meter.restart_clock()
@@ -169,8 +172,7 @@ def pretrain(settings: Settings) -> Path:
             batch = next(batches)
             crops = to_crops(batch)
             last_micro = micro == settings.accumulate - 1
-            hold_reduction = parallel.no_sync() if parallel and not last_micro else nullcontext()
-            with hold_reduction:
+            with sharding.hold_reduction(parallel or student, not last_micro):
                 with low_precision:
                     with torch.no_grad():
                         targets = teacher_logits(crops[:1])
@@ -179,7 +181,7 @@ def pretrain(settings: Settings) -> Path:
                     )
                 (result.loss / settings.accumulate).backward()
             meter.add(result, batch["unreadable"])
-        norm = nn.utils.clip_grad_norm_(student.parameters(), settings.clip_grad or math.inf)
+        norm = sharding.clip_gradients(student.parameters(), settings.clip_grad or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         objective.update_centre()
@@ -201,6 +203,7 @@ def pretrain(settings: Settings) -> Path:
             log.say(f"interrupted after step {done}: checkpoint written; continue with --resume")
             break
     else:
+        backbone = sharding.full_backbone(teacher)
         if first_process:
             about = {
                 "pool": settings.model.pool,
@@ -210,7 +213,7 @@ def pretrain(settings: Settings) -> Path:
                 **provenance(device),
                 "settings": plain(settings),
             }
-            export_backbone(out, teacher.backbone, about)
+            export_backbone(out, backbone, about)
             log.say(f"done: the teacher's backbone is {out / 'backbone.safetensors'}")
     log.close()
     return out
@@ -219,6 +222,7 @@ def pretrain(settings: Settings) -> Path:
 def check(settings: Settings, images: ImageSource, device: torch.device) -> None:
     """Contradictions that can be found before anything is built or written."""
     check_run(settings, len(images), "data.path", images.root, device)
+    sharding.check_shard(settings)
     dino, crops = settings.dino, settings.crops
     if settings.compile and settings.model.attention == "xformers":
         raise ValueError(
@@ -310,10 +314,13 @@ def _resume(
     )
     if state is None:
         return 0, 0.0
-    student.load_state_dict(state["student"])
-    teacher.load_state_dict(state["teacher"])
     objective.load_state_dict(state["objective"])
-    optimizer.load_state_dict(state["optimizer"])
+    if settings.shard:
+        sharding.load_shards(Path(settings.out) / "checkpoints", student, teacher, optimizer)
+    else:
+        student.load_state_dict(state["student"])
+        teacher.load_state_dict(state["teacher"])
+        optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["seconds"]
 
 

@@ -137,6 +137,10 @@ class Settings:
     compile: bool = False
     """Compile student and teacher (torch.compile), for GPUs: minutes at the start, fewer and larger kernels after.
     Attention is then torch's. (It has not run on a GPU yet.)"""
+    shard: bool = False
+    """Shard parameters, gradients, optimizer state and teacher over all processes (FSDP2), for models that crowd or do
+    not fit one GPU, as ViT-g does; smaller ones are better off without. Under torchrun, with optimizer.name adamw. The
+    loss curve is the same, checkpoints are folders; docs/scaling.md says when it pays."""
     seed: int = 0
     """Of initialization, order of the images and crops."""
     device: str = "auto"
