@@ -17,11 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from skipless.ssl import distributed
@@ -31,7 +27,11 @@ from skipless.ssl.dino import DINOModel
 from skipless.ssl.vit import VisionTransformer
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import Shard
+
     from skipless.ssl.settings import Settings
+
+# torch's modules for sharding are imported where they are needed: they take a second, at every start of every run.
 
 SHARDED = ("student", "teacher", "optimizer")  # what of a run's state is written in parts
 
@@ -77,6 +77,9 @@ def shard(student: DINOModel, teacher: DINOModel, bf16: bool) -> None:
             updated, and gradients are reduced in float32. The rest is gathered in float32, so that embeddings, the
             final norm and prototypes are what they are without sharding. Without effect on a CPU.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     device = student.backbone.pos_embed.device.type
     mesh = init_device_mesh(device, (distributed.world_size(),))
     blocks_policy = MixedPrecisionPolicy()
@@ -100,12 +103,19 @@ def shard(student: DINOModel, teacher: DINOModel, bf16: bool) -> None:
         fully_shard(model, mesh=mesh, reshard_after_forward=not keep, shard_placement_fn=_placement)
 
 
-def _placement(parameter: nn.Parameter) -> Shard | None:
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` has cut it."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def _placement(parameter: nn.Parameter) -> "Shard | None":
     """The axis to cut, None for the first one.
 
     Of an axis of length 1 (tokens, positions) all processes but one would get padding, as large as the whole and sent
     around like it. Another axis must be divisible.
     """
+    from torch.distributed.tensor import Shard
+
     last_divides = parameter.shape[-1] % distributed.world_size() == 0
     return Shard(parameter.ndim - 1) if parameter.ndim > 2 and parameter.shape[0] == 1 and last_divides else None
 
@@ -113,8 +123,8 @@ def _placement(parameter: nn.Parameter) -> Shard | None:
 def hold_reduction(model: nn.Module, hold: bool) -> AbstractContextManager[None]:
     """Where `hold` is true, backward passes within leave their gradients on this process: for all micro-batches of a
     step but the last. With FSDP2 a process then holds the gradients of the whole model."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(not hold)
+    if is_sharded(model):
+        model.set_requires_gradient_sync(not hold)  # type: ignore[operator]
     return model.no_sync() if hold and isinstance(model, DistributedDataParallel) else nullcontext()
 
 
@@ -126,7 +136,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         float32 []: the norm over all gradients before they were scaled down to at most `limit`.
     """
     parameters = list(parameters)
-    shards = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
+    shards = [p.grad.to_local() for p in parameters if p.grad is not None and hasattr(p.grad, "to_local")]
     if not shards:
         return nn.utils.clip_grad_norm_(parameters, limit)
     norm = distributed.all_reduce_sum(nn.utils.get_total_norm(shards).square()).sqrt()
@@ -137,7 +147,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
 def full_backbone(teacher: DINOModel) -> VisionTransformer:
     """The backbone with whole parameters on this process, in evaluation mode: a copy of a sharded one, in float32,
     otherwise the model's own. All processes must call it."""
-    if not isinstance(teacher, FSDPModule):
+    if not is_sharded(teacher):
         return teacher.backbone
     return _assemble(teacher.backbone.architecture, teacher.backbone.state_dict(), teacher.backbone.attention)
 
@@ -147,7 +157,7 @@ def _assemble(
 ) -> VisionTransformer:
     with torch.device("meta"):
         backbone = VisionTransformer(**architecture, attention=attention)
-    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
     backbone.load_state_dict(whole, assign=True)
     return backbone.requires_grad_(False).eval()
 
@@ -163,6 +173,8 @@ def save_shards(folder: Path, step: int, state: dict[str, Any], keep: int) -> Pa
     Args:
         state: what `save_checkpoint` takes, with the state dicts of sharded modules and of their optimizer.
     """
+    import torch.distributed.checkpoint as dcp
+
     beside, path = folder / f".step-{step}", folder / f"step-{step}"
     first_process = distributed.rank() == 0
     if first_process:
@@ -205,6 +217,8 @@ def load_shards(folder: Path, student: DINOModel, teacher: DINOModel, optimizer:
     Raises:
         ValueError: files are missing, damaged, of another model, or hold something else than tensors.
     """
+    import torch.distributed.checkpoint as dcp
+
     folder = (folder / "last.pt").resolve().parent
     _fill_state(optimizer)
     state = {"student": student.state_dict(), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict()}
