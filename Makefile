@@ -19,9 +19,10 @@ help:
 demo: $(ENVIRONMENT)
 	$(PY) examples/demo.py
 
+# Two workers with one thread each: more threads than cores make every test slow.
 # -P keeps the repository itself off the search path, so that a mistake in ssl/ is reported by its test and cannot stop pytest.
 test: $(ENVIRONMENT)
-	$(PY) -P -m pytest -q --durations=5
+	OMP_NUM_THREADS=1 $(PY) -P -m pytest -q -n 2 --dist loadfile --durations=5
 
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check

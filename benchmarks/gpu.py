@@ -3,7 +3,9 @@
     python benchmarks/gpu.py --images VOC2012/JPEGImages --out results/gpu
 
 1. Attention through xformers and through SDPA, in bf16, against float64, forward and backward, residual and skipless.
-2. `ssl/pretrain.py` on synthetic scenes in bf16, as it is and compiled: trains, is monitored, interrupted and resumed.
+2. The tests of the step, the loss, SOAP and the crops, of which some need a GPU. `ssl/pretrain.py` on synthetic scenes
+   in bf16, as it is, compiled, compiled with accumulation and checkpointed activations, and sharded over one process:
+   trains, is monitored, interrupted and resumed.
 3. The other benchmarks with --device cuda, each leaving its own result beside this one's: the training step of ViT-S/16
    and ViT-B/16 against DINO's written plainly, packed and compiled, with AdamW and SOAP, and 200 steps of loss in
    float32; its profile; SOAP; attention.
@@ -88,6 +90,12 @@ def benchmarks(out: Path) -> dict[str, Any]:
     return {name: timed([*words, "--device=cuda", f"--out={out}_{name}"]) for name, words in commands.items()}
 
 
+def tests() -> dict[str, Any]:
+    """Exit code of the tests that have parts for a GPU."""
+    files = [f"tests/test_{name}.py" for name in ("step", "dino", "soap", "device_crops", "precision")]
+    return {"exit_code": subprocess.run([sys.executable, "-P", "-m", "pytest", "-q", *files], cwd=ROOT).returncode}
+
+
 def timed(words: list[str]) -> dict[str, Any]:
     """Run a benchmark; its exit code and seconds."""
     began = time.perf_counter()
@@ -121,15 +129,15 @@ def real_images(images: Path, out: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
-def whole_run(folder: Path, compiled: bool) -> dict[str, Any]:
+def whole_run(folder: Path, name: str, more: list[str], launcher: list[str]) -> dict[str, Any]:
     """Pretrain on scenes, interrupt by SIGUSR1, resume to the end; the monitor's accuracy and the time."""
     if not (folder / "scenes").exists():
         write_scenes(folder / "scenes", train=2000, val=400, size=128)
-    out = folder / ("compiled" if compiled else "run")
+    out = folder / name
     command = [
-        sys.executable, ROOT / "ssl" / "pretrain.py", "--config", ROOT / "configs" / "demo.yaml",
+        sys.executable, *launcher, ROOT / "ssl" / "pretrain.py", "--config", ROOT / "configs" / "demo.yaml",
         "--data.path", folder / "scenes" / "train", "--out", out, "--device=cuda", "--resume",
-        f"--compile={str(compiled).lower()}",
+        *more,
     ]  # fmt: skip
     began = time.perf_counter()
     process = subprocess.Popen(list(map(str, command)))
@@ -200,7 +208,10 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
 
     def part(name: str, work: Callable[[], Any]) -> None:
-        result[name] = work()
+        try:
+            result[name] = work()
+        except Exception as error:  # the other parts are worth having
+            result[name] = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(result[name], indent=1), flush=True)
         write_text(Path(f"{out}.json"), json.dumps(result, indent=1) + "\n")
 
@@ -211,9 +222,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if {"runs", "evaluations"} & set(arguments.parts):
-            part("whole_run", lambda: whole_run(folder, compiled=False))
+            part("whole_run", lambda: whole_run(folder, "run", [], []))
         if "runs" in arguments.parts:
-            part("whole_run_compiled", lambda: whole_run(folder, compiled=True))
+            part("tests", tests)
+            one = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+            pieces = ["--compile=true", "--accumulate=2", "--model.checkpoint_activations=true"]
+            part("whole_run_compiled", lambda: whole_run(folder, "compiled", ["--compile=true"], []))
+            part("whole_run_pieces", lambda: whole_run(folder, "pieces", pieces, one))
+            sharded = ["--shard=true", "--optimizer.name=adamw"]
+            part("whole_run_sharded", lambda: whole_run(folder, "sharded", sharded, one))
         if "benchmarks" in arguments.parts:
             part("benchmarks", lambda: benchmarks(out))
         if "images" in arguments.parts and arguments.images:

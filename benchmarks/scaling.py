@@ -65,7 +65,7 @@ def count(size: str) -> Model:
     # layers in bf16 (2 D + 2 D + 2 D + 2 r D), queries, keys and values (6 D), and GELU's input (2 r D), where r is the
     # MLP's ratio.
     per_block = tokens * backbone.dim * (20 + 4 * SIZES[size].get("mlp_ratio", 4.0))
-    logits = 12 * (2 + 8) * ASSUMED["prototypes"]  # bf16, float32 and a gradient, at most
+    logits = 4 * (2 + 8) * ASSUMED["prototypes"]  # and their gradient, both in bf16
     big, small = backbone.flops(224, 224), backbone.flops(96, 96)
     return Model(
         backbone=sum(p.numel() for p in backbone.parameters()),

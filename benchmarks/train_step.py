@@ -132,14 +132,24 @@ def time_cases(arguments: argparse.Namespace, device: torch.device) -> list[dict
     crops = crops_of(settings, device)
     seconds: dict[tuple, list[float]] = {case: [] for case in cases}
     memory: dict[tuple, float] = {}
+    failed: set[tuple] = set()
     for number in tqdm(range(arguments.rounds + 1), desc="rounds"):
         for case, step in built.items():
+            if case in failed:
+                continue
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
             for _ in range(arguments.steps):
                 began = time.perf_counter()
-                step(crops)
+                try:
+                    step(crops)
+                except Exception as error:  # a compiler's: the other figures are worth having
+                    if case[2] != "compiled":
+                        raise
+                    print(f"{case} failed: {type(error).__name__}: {error}", file=sys.stderr)
+                    failed.add(case)
+                    break
                 if cuda:
                     torch.cuda.synchronize()
                 if number:
@@ -147,7 +157,7 @@ def time_cases(arguments: argparse.Namespace, device: torch.device) -> list[dict
             if cuda:
                 memory[case] = (torch.cuda.max_memory_allocated() - before) / 2**30
     peak = peak_flops(device)
-    for residual, optimizer, way in cases:
+    for residual, optimizer, way in (case for case in cases if case not in failed):
         times, model = seconds[residual, optimizer, way], built[residual, optimizer, way].student
         # Average over whole periods of the preconditioner, so that every period's slow step counts once.
         mean, median = statistics.mean(times), statistics.median(times)

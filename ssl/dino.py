@@ -186,7 +186,11 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *of_loss: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * of_loss[0].to(gradient.dtype), None, None
+        scaled = torch.empty_like(gradient)
+        for target, view in zip(scaled, gradient, strict=True):
+            # In the dtype of the loss: in bf16 a third, of three micro-batches, would be off by 0.2 %.
+            target.copy_(view.to(of_loss[0].dtype).mul_(of_loss[0]))
+        return scaled, None, None
 
 
 @torch.no_grad()

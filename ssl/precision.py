@@ -7,7 +7,7 @@
 On a GPU this is torch's autocast. On a CPU that is slower than float32: LayerNorm, GELU, attention and the casts cost
 more than the products save. Here only `linear` rounds its factors to bf16, forward and backward, and adds up in
 float32, which is what the matrix units of newer Xeons (AMX) do at several times the speed of float32; tensors stay
-float32, and nothing else changes. oneDNN does it, where the processor can; where it cannot, nothing happens.
+float32, and nothing else changes. oneDNN does it. Processors without these units stay with float32.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,7 +35,16 @@ def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
     """
     if not bf16:
         return nullcontext()
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else _Bf16Products()
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return _Bf16Products() if has_bf16(device) else nullcontext()
+
+
+def describe(device: torch.device, bf16: bool) -> str:
+    """The precision in a few words, for the lines at the start of a run."""
+    if bf16 and device.type == "cpu":
+        return "fp32, products of linear layers in bf16" if has_bf16(device) else "fp32, as this CPU is slow in bf16"
+    return "bf16" if bf16 else "fp32"
 
 
 def for_checkpoint() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

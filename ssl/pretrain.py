@@ -58,7 +58,7 @@ from skipless.ssl.logs import RunLog
 from skipless.ssl.meter import Meter
 from skipless.ssl.monitor import describe_blocks, labelled_sets, measure_blocks
 from skipless.ssl.optimizers import make_optimizer, set_rates
-from skipless.ssl.precision import autocast, has_bf16
+from skipless.ssl.precision import autocast, describe, has_bf16
 from skipless.ssl.provenance import provenance
 from skipless.ssl.schedules import Rates
 from skipless.ssl.settings import Settings, plain
@@ -114,7 +114,8 @@ def pretrain(settings: Settings) -> Path:
     steps_per_epoch = len(images) // settings.batch_size
     total = settings.epochs * steps_per_epoch
     workers = loader_workers(settings.data.workers, device)
-    loader, to_crops = make_loader(settings, images, device, torch.bfloat16 if bf16 else torch.float32, start, total)
+    of_crops = torch.bfloat16 if bf16 and device.type == "cuda" else torch.float32
+    loader, to_crops = make_loader(settings, images, device, of_crops, start, total)
     rates = Rates(settings, steps_per_epoch, total)
     first_process = distributed.rank() == 0
     if first_process:
@@ -122,7 +123,7 @@ def pretrain(settings: Settings) -> Path:
         write_text(out / "settings.yaml", yaml.safe_dump(plain(settings), sort_keys=False))
     log = RunLog(out, plain(settings), start, total, active=first_process, wandb=settings.wandb)
     meter = Meter(settings, student.backbone, device, steps_per_epoch, log)
-    _introduce(log, settings, images, student, device, sets[2] if sets else None, start, total)
+    _introduce(log, settings, images, student, device, bf16, sets[2] if sets else None, start, total)
     if beta_chosen:
         log.say(f"model.beta is {settings.model.beta:g}: chosen on {beta_chosen}")
     interrupted = Interruption()
@@ -224,6 +225,8 @@ def check(settings: Settings, images: ImageSource, device: torch.device) -> None
     check_run(settings, len(images), "data.path", images.root, device)
     sharding.check_shard(settings)
     dino, crops = settings.dino, settings.crops
+    if settings.compile and device.type == "cpu":
+        raise ValueError("compile is true, and the device is a CPU, where it gains nothing: leave it out")
     if settings.compile and settings.model.attention == "xformers":
         raise ValueError(
             "compile is true and model.attention is 'xformers', which cannot be compiled: leave model.attention on auto"
@@ -259,7 +262,8 @@ def build_model(settings: Settings) -> DINOModel:
 
 
 def compiled(student: nn.Module, teacher: nn.Module, wanted: bool) -> tuple[Logits, Logits]:
-    """The forward passes of training, compiled if wanted: each as one graph, once. The networks stay as they are, for
+    """The forward passes of training, compiled if wanted: each once, as one graph (with DistributedDataParallel one for
+    each bucket of gradients, which are sent while the next is computed). The networks stay as they are, for
     checkpoints, and for measurements on images of other sizes, each of which would have to be compiled anew."""
     if not wanted:
         return student, teacher
@@ -330,6 +334,7 @@ def _introduce(
     images: ImageSource,
     student: DINOModel,
     device: torch.device,
+    bf16: bool,
     monitored: str | None,
     start: int,
     total: int,
@@ -345,7 +350,10 @@ def _introduce(
     )
     why = choose_backend(device, settings.model.attention)[1]
     where = f"on {device}" if crops_on_device(settings.crops, device) else "by the loader"
-    log.say(f"{processes} process{'es' if processes > 1 else ''} on {device}; attention: {why}; crops: made {where}")
+    log.say(
+        f"{processes} process{'es' if processes > 1 else ''} on {device}; {describe(device, bf16)}; attention: {why}; "
+        f"crops: made {where}"
+    )
     if settings.monitor.every_epochs:
         log.say(
             f"k-NN monitor: {monitored}" if monitored else "k-NN monitor: off, since the images have no class folders"

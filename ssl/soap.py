@@ -139,9 +139,9 @@ class SOAP(torch.optim.Optimizer):
     What differs, without consequence but for rounding: a refresh leaves each eigenvector in its column, where the
     library sorts both them and the second moments; and sides of length 1 have no preconditioner, since theirs is 1.
 
-    Of several processes (torch.distributed), each computes a part of the bases that are due and gets the others' in one
-    all-gather. All processes must hold the same parameters, gradients (DistributedDataParallel's, say) and state, and
-    the same parameters must lack a gradient. Only the first step of a parameter makes the host wait for a GPU.
+    Of several processes (torch.distributed), each computes a part of the bases that are due and broadcasts it. All
+    processes must hold the same parameters, gradients (DistributedDataParallel's, say) and state, and the same
+    parameters must lack a gradient. Only the first step of a parameter makes the host wait for a GPU.
 
     Args:
         params: parameters or groups of them, dense and real. State has the dtype of its parameter.
@@ -198,6 +198,9 @@ class SOAP(torch.optim.Optimizer):
         """Add a group; its steps count from now."""
         super().add_param_group(param_group)
         self._stacks = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "spread": self.spread}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict comes here too: what it read lies in self.state, and the next step stacks it.
@@ -357,16 +360,17 @@ def _find_bases(due: list[Due], first: bool) -> None:
             start, stop = bisect_left(ranks, rank), bisect_right(ranks, rank)
             if start < stop:
                 part.append((side, slice(rows.start + start, rows.start + stop)))
-    # Processes have a buffer of one size each; the last elements of most are not used.
-    width = max(sum(side.basis[rows].numel() for side, rows in part) for part in parts)
     bases = [side.basis for side, _ in due]
     dtype = torch.float64 if any(basis.dtype == torch.float64 for basis in bases) else torch.float32
-    buffers = torch.zeros(world, width, dtype=dtype, device=bases[0].device)
-    own = torch.zeros_like(buffers[0])
-    for target, (side, rows) in _unpack(own, parts[distributed.rank()]):
+    sizes = [sum(side.basis[rows].numel() for side, rows in part) for part in parts]
+    buffers = [torch.empty(size, dtype=dtype, device=bases[0].device) for size in sizes]
+    for target, (side, rows) in _unpack(buffers[distributed.rank()], parts[distributed.rank()]):
         target.copy_(side.new_basis(rows, first))
-    dist.all_gather(list(buffers.unbind()), own)
-    for buffer, part in zip(buffers.unbind(), parts, strict=True):
+    sent = [dist.broadcast(buffer, src, async_op=True) for src, buffer in enumerate(buffers) if len(buffer)]
+    for work in sent:
+        if work:
+            work.wait()
+    for buffer, part in zip(buffers, parts, strict=True):
         for found, (side, rows) in _unpack(buffer, part):
             side.basis[rows] = found
 

@@ -57,7 +57,7 @@ from skipless.ssl.job import (
 from skipless.ssl.logs import RunLog
 from skipless.ssl.meter import memory_gb, peak_flops
 from skipless.ssl.optimizers import OptimizerSettings, make_optimizer, set_rates
-from skipless.ssl.precision import autocast, has_bf16
+from skipless.ssl.precision import autocast, describe, has_bf16
 from skipless.ssl.provenance import provenance
 from skipless.ssl.schedules import cosine
 from skipless.ssl.settings import ModelSettings as BackboneSettings
@@ -234,7 +234,7 @@ def train(settings: Settings) -> Path:
         write_text(out / "settings.yaml", yaml.safe_dump(plain(settings), sort_keys=False))
     log = RunLog(out, plain(settings), start, total, active=first_process, wandb=settings.wandb)
     meter = Meter(settings, classifier.backbone, device, steps_per_epoch, log)
-    _introduce(log, settings, images, val_images, classifier, device, start, total)
+    _introduce(log, settings, images, val_images, classifier, device, bf16, start, total)
     if beta_chosen:
         log.say(f"model.beta is {settings.model.beta:g}: chosen on {beta_chosen}")
     interrupted = Interruption()
@@ -591,6 +591,7 @@ def _introduce(
     val_images: LabelledSet,
     classifier: Classifier,
     device: torch.device,
+    bf16: bool,
     start: int,
     total: int,
 ) -> None:
@@ -605,7 +606,9 @@ def _introduce(
         + (f", from step {start:,}" if start else "")
     )
     why = choose_backend(device, settings.model.attention)[1]
-    log.say(f"{processes} process{'es' if processes > 1 else ''} on {device}; attention: {why}")
+    log.say(
+        f"{processes} process{'es' if processes > 1 else ''} on {device}; {describe(device, bf16)}; attention: {why}"
+    )
     log.say(f"validation: {len(val_images):,} images of {val_images.name}, {val_images.split}")
     if images.split == val_images.split:
         log.say(f"WARNING: {images.split} is both trained and validated on: its accuracy says nothing about new images")

@@ -84,6 +84,17 @@ def test_loss_keeps_no_more_than_one_copy_of_the_logits() -> None:
     assert logits.grad.dtype == torch.bfloat16
 
 
+def test_gradient_in_bf16_is_scaled_without_rounding_the_factor() -> None:
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(4 * 2, 500).bfloat16().requires_grad_(), torch.randn(2 * 2, 500)
+    gradients = []
+    for micro_batches in (1, 3):
+        loss = DINOLoss(500)(logits, teacher, 4, 0.04).loss / micro_batches
+        gradients.append(torch.autograd.grad(loss, logits)[0].double())
+    ratio = (gradients[0] * gradients[1]).sum() / gradients[0].square().sum()
+    assert ratio.item() == pytest.approx(1 / 3, rel=2e-4)  # 1 / 3 in bf16 is 0.2 % more
+
+
 def test_centre_moves_once_per_step_over_all_micro_batches() -> None:
     objective = DINOLoss(2, centre_momentum=0.9)
     for teacher in ([[1.0, 0.0], [3.0, 0.0]], [[5.0, 2.0], [7.0, 2.0]]):

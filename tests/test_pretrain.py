@@ -115,7 +115,9 @@ def test_two_processes_balance_and_measure_as_one(photos: Path, tmp_path: Path) 
 
 def test_crops_made_where_the_model_trains_are_the_same_crops(photos: Path, reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    result = run("--data.path", photos, "--out", out, *SMALL, "--crops.device=device", "--data.workers=1")
+    result = run(
+        "--data.path", photos, "--out", out, *SMALL, "--crops.device=device", "--data.workers=1", "--precision=bf16"
+    )
     assert result.returncode == 0, result.stderr
     assert "crops: made on cpu" in result.stderr
     np.testing.assert_allclose(losses(out), losses(reference), atol=0.05, rtol=0)
@@ -276,6 +278,7 @@ def test_unreadable_images_are_listed_and_too_many_stop_the_run(photos: Path, tm
         (["--accumulate=3"], ["batch_size 8", "3 micro-batches"]),
         (["--model.drop_path=0.1"], ["drop_path", "residual=False"]),
         (["--model.attention=xformers"], ["xformers", "CUDA"]),
+        (["--compile=true"], ["compile is true", "CPU"]),
         (["--config={empty}/none.yaml"], ["none.yaml"]),
         (["--epochs=0"], ["epochs is 0"]),
         (["--dino.freeze_last_layer_epochs=4"], ["dino.freeze_last_layer_epochs is 4", "4 epochs"]),

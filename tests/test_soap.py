@@ -1,5 +1,6 @@
 """Our SOAP against pytorch_optimizer's, step by step; its turns, its processes and its state."""
 
+import copy
 import math
 import os
 import socket
@@ -165,6 +166,18 @@ def test_no_step_looks_at_a_value() -> None:
         for parameter in of:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
+
+
+def test_a_copy_goes_on_alone() -> None:
+    of = parameters(SHAPES)
+    optimizer = SOAP(two_groups(of), precondition_frequency=3, spread=True)
+    set_gradients(of, 0)
+    optimizer.step()
+    kept, other = copy.deepcopy((of, optimizer))
+    for found, rule in ((of, optimizer), (kept, other)):
+        set_gradients(found, 1)
+        rule.step()
+    assert_equal(kept, of, tolerance=0)
 
 
 @pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"betas": (0.9, 1.0)}, {"precondition_frequency": 0}])
