@@ -400,8 +400,12 @@ def test_vit_of_transformers(implementation: str, head: bool) -> None:
 # --- mirrored MLPs
 
 
+def name_of(activation: Any) -> str:
+    return getattr(activation, "__name__", str(activation))
+
+
 @pytest.mark.parametrize(
-    "activation", [F.relu, F.gelu, F.silu, nn.ReLU(inplace=True), nn.GELU("tanh"), nn.Hardswish()], ids=str
+    "activation", [F.relu, F.gelu, F.silu, nn.ReLU(inplace=True), nn.GELU("tanh"), nn.Hardswish()], ids=name_of
 )
 def test_mirrored_mlp_is_orthogonal_with(activation: Any) -> None:
     layer = skipless_init_(torch_layer(activation=activation), mlp="mirrored").double()
@@ -413,7 +417,7 @@ def test_mirrored_mlp_is_orthogonal_with(activation: Any) -> None:
         torch.testing.assert_close(layer._ff_block(x), x @ matrix, atol=1e-5, rtol=0)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("activation", [F.leaky_relu, nn.PReLU(), F.elu, F.mish, nn.Tanh()], ids=str)
+@pytest.mark.parametrize("activation", [F.leaky_relu, nn.PReLU(), F.elu, F.mish, nn.Tanh()], ids=name_of)
 def test_mirrored_mlp_is_refused_with(activation: Any) -> None:
     layer = torch_layer(activation=activation)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
