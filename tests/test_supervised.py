@@ -46,7 +46,7 @@ COLOURS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220]])
 SMALL = [
     "--data.name=arrays", "--model.dim=32", "--model.depth=2", "--model.heads=2", "--model.patch=8",
     "--augmentation.size=16", "--optimizer.lr=0.05", "--optimizer.warmup_epochs=1", "--batch_size=8", "--epochs=3",
-    "--log_every=1", "--device=cpu", "--data.workers=0",
+    "--log_every=1", "--device=cpu", "--data.workers=0", "--precision=fp32",
 ]  # fmt: skip
 PLAIN = [f"--augmentation.{name}=0" for name in ("randaugment", "erasing", "mixup", "cutmix", "label_smoothing")]
 
@@ -122,7 +122,7 @@ def test_interrupted_and_resumed_runs_are_bit_identical(
 ) -> None:
     """Stopped by a signal within an epoch, or at its end, before its validation; and killed after a checkpoint."""
     everything_random = ["--model.residual=true", "--model.drop_path=0.3", "--augmentation.erasing=0.5"]
-    more = [f"--optimizer.name={optimizer}", *everything_random, "--keep=9"]
+    more = [f"--optimizer.name={optimizer}", *everything_random, "--keep=9", "--precision=bf16"]
     whole, stopped, killed = tmp_path / "whole", tmp_path / "stopped", tmp_path / "killed"
     fit(photos, whole, *more)
 
