@@ -20,28 +20,24 @@ it the validation accuracy, in metrics.jsonl after every epoch and in backbone.j
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import cv2
-import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader, Subset
 
-from skipless.datasets.images import UnreadableImage
 from skipless.datasets.labelled import LabelledSet, SetName, open_splits
 from skipless.ssl import distributed
 from skipless.ssl.attention import choose_backend
 from skipless.ssl.checkpoints import export_backbone, save_checkpoint, write_text
-from skipless.ssl.crops import MEAN, STD, center_crop, crop_box, normalize, resample
+from skipless.ssl.classifier import Classifier, Pool, gather_into_cls_
+from skipless.ssl.crops import normalize
 from skipless.ssl.job import (
     Interruption,
     build_backbone,
@@ -62,9 +58,8 @@ from skipless.ssl.provenance import provenance
 from skipless.ssl.schedules import cosine
 from skipless.ssl.settings import ModelSettings as BackboneSettings
 from skipless.ssl.settings import plain
-from skipless.ssl.vit import Block, VisionTransformer
-
-Pool = Literal["cls", "gathering-cls", "mean", "attention"]
+from skipless.ssl.supervised_augmentation import Augmentation, TrainingImages, ValidationImages, mixing
+from skipless.ssl.vit import VisionTransformer
 
 
 @dataclass
@@ -88,46 +83,6 @@ class DataSettings:
     workers: int | None = None
     """Processes per training process that load and augment images; by default all cores shared out on a GPU machine,
     none on a CPU, where training needs the cores itself."""
-
-
-@dataclass
-class Augmentation:
-    """Random crops and flips, RandAugment, erasing, mixing. The defaults are DeiT's (arXiv 2012.12877, table 9)."""
-
-    size: int = 224
-    """Side of the training crops and of the validation images in pixels; a multiple of the patch size."""
-    scale: tuple[float, float] = (0.08, 1.0)
-    """Range of a crop's area, as a share of the image's. Small models on little data want less: 0.35 to 1."""
-    randaugment: float = 9.0
-    """Strength of RandAugment on timm's scale from 0 (off) to 10: two operations, each with probability 1/2."""
-    erasing: float = 0.25
-    """Share of the training images in which a random rectangle becomes noise."""
-    mixup: float = 0.8
-    """Images and labels are blended with a weight from Beta(mixup, mixup); 0 turns it off. With cutmix too, each batch
-    draws which of the two."""
-    cutmix: float = 1.0
-    """A rectangle comes from another image, of an area from Beta(cutmix, cutmix), and labels are blended by area; 0
-    turns it off."""
-    label_smoothing: float = 0.1
-    """Share of the target that all classes get alike."""
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"augmentation.size is {self.size}; it must be at least 1 pixel")
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(
-                f"augmentation.scale is ({low}, {high}); it must be two rising shares of the area in (0, 1]"
-            )
-        if not 0 <= self.randaugment <= 10:
-            raise ValueError(f"augmentation.randaugment is {self.randaugment:g}; it must be in [0, 10]")
-        if not 0 <= self.erasing <= 1:
-            raise ValueError(f"augmentation.erasing is {self.erasing:g}; it must be in [0, 1]")
-        for name in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"augmentation.{name} is {getattr(self, name):g}; it must be positive, or 0 for none")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"augmentation.label_smoothing is {self.label_smoothing:g}; it must be in [0, 1)")
 
 
 @dataclass
@@ -336,66 +291,6 @@ def check(settings: Settings, images: LabelledSet, device: torch.device) -> None
     check_size("augmentation.size", settings.augmentation.size, settings.model.patch)
 
 
-class Classifier(nn.Module):
-    """A backbone and a linear layer on what `pool` makes of its tokens.
-
-    Near-identity attention, the skipless initialization's, gives a class token nothing but itself: `cls` is then the
-    same for all images. Three ways out: `mean` of the patch tokens; `gathering-cls`, see `gather_into_cls_`, a matter
-    of initialization alone; `attention`, see `AttentionPool`. `cls` and `gathering-cls` are the same function.
-    """
-
-    def __init__(self, backbone: VisionTransformer, classes: int, pool: Pool):
-        super().__init__()
-        self.backbone, self.pool = backbone, pool
-        if pool == "attention":
-            self.attention_pool = AttentionPool(backbone.dim, backbone.architecture["heads"])
-        self.head = nn.Linear(backbone.dim, classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> logits [B, classes]."""
-        (tokens,) = self.backbone([images])
-        if self.pool in ("cls", "gathering-cls"):
-            return self.head(tokens[:, 0])
-        patches = tokens[:, 1 + self.backbone.registers :]
-        return self.head(self.attention_pool(patches) if self.pool == "attention" else patches.mean(dim=1))
-
-
-class AttentionPool(nn.Module):
-    """One learned query attends to the tokens: multi-head attention from torch's usual initialization, at first nearly
-    their mean."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.query = nn.Parameter(torch.empty(1, 1, dim))
-        nn.init.trunc_normal_(self.query, std=0.02)
-        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, D]."""
-        return self.attention(self.query.expand(len(tokens), -1, -1), tokens, tokens, need_weights=False)[0][:, 0]
-
-
-@torch.no_grad()
-def gather_into_cls_(backbone: VisionTransformer) -> VisionTransformer:
-    """Let the class token start by attending to all tokens alike in the first block, and change nothing else.
-
-    What the first block sees of the class token is one vector u, the same for all images. W_Q W_K^T near the identity
-    makes it attend to itself; W_Q <- (I - u u^T / u^T u) W_Q gives it the query 0, so its attention is uniform, and
-    what leaves the block is the mean of the values: the mean of the patches, mapped as every patch is. From the second
-    block on it differs from image to image, and near-identity attention keeps it. Only one direction of one matrix
-    changes, of which other tokens hold little.
-    """
-    block = backbone.blocks[0]
-    assert isinstance(block, Block)
-    token = block.norm1((backbone.cls_token + backbone.pos_embed[:, :1])[0, 0])
-    direction = F.normalize(token, dim=0)
-    queries = block.attn.qkv.weight[: backbone.dim]  # W_Q transposed
-    queries -= torch.outer(queries @ direction, direction)
-    return backbone
-
-
 def build_classifier(settings: Settings, classes: int) -> Classifier:
     """The classifier at its start: backbone, initialized as the settings say, and head.
 
@@ -405,85 +300,6 @@ def build_classifier(settings: Settings, classes: int) -> Classifier:
     if settings.model.pool == "gathering-cls":
         gather_into_cls_(backbone)
     return Classifier(backbone, classes, settings.model.pool)
-
-
-class TrainingImages(Dataset[tuple[Tensor, int]]):
-    """Augmented images, float32 [3, S, S], normalised, and their classes, for keys (epoch, index).
-
-    What comes out depends on (seed, epoch, index) alone. Crop and flip are Szegedy et al.'s (arXiv 1409.4842);
-    RandAugment (arXiv 1909.13719) and erasing (arXiv 1708.04896) are torchvision's. DeiT used timm's RandAugment,
-    "rand-m9-mstd0.5-inc1": that has two more operations (inversion, and adding to dark pixels), posterizes to fewer
-    bits, and varies the strength a little.
-    """
-
-    def __init__(self, images: LabelledSet, augmentation: Augmentation, seed: int):
-        self.images, self.augmentation, self.seed = images, augmentation, seed
-        changes: list[Callable[[Tensor], Tensor]] = []
-        if augmentation.randaugment:
-            one = v2.RandAugment(
-                num_ops=1,
-                magnitude=round(10 * augmentation.randaugment),
-                num_magnitude_bins=101,
-                interpolation=v2.InterpolationMode.BILINEAR,
-                fill=[round(255 * channel) for channel in MEAN],
-            )
-            changes += [v2.RandomApply([one], p=0.5)] * 2
-        changes += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-        if augmentation.erasing:
-            changes.append(v2.RandomErasing(augmentation.erasing, value="random", inplace=True))
-        self.change = v2.Compose(changes)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        cv2.setNumThreads(0)  # workers share the cores
-        epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
-        image = _read(self.images, index)
-        top, left, height, width = crop_box(image.shape[0], image.shape[1], self.augmentation.scale, rng)
-        view = resample(image[top : top + height, left : left + width], self.augmentation.size, self.augmentation.size)
-        if rng.random() < 0.5:
-            view = np.ascontiguousarray(view[:, ::-1])
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
-            torch.default_generator.manual_seed(int(rng.integers(2**62)))
-            return self.change(torch.from_numpy(view).permute(2, 0, 1)), int(self.images.labels[index])
-
-
-class ValidationImages(Dataset[tuple[Tensor, int]]):
-    """Central crops, uint8 [S, S, 3], after a resize of the short side to 8/7 of S (256 for 224), and their classes."""
-
-    def __init__(self, images: LabelledSet, size: int):
-        self.images, self.size = images, size
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        view = center_crop(_read(self.images, index), self.size, round(self.size * 8 / 7))
-        return torch.from_numpy(view), int(self.images.labels[index])
-
-
-def _read(images: LabelledSet, index: int) -> np.ndarray:
-    try:
-        return images.read(index)
-    except UnreadableImage as error:
-        # A worker's error is raised anew from its text alone, which UnreadableImage cannot be made of.
-        raise ValueError(f"{error}; repair or remove it") from None
-
-
-def mixing(augmentation: Augmentation, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """Mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), drawn for each batch; None where neither is wanted.
-
-    Returns:
-        A function (images [B, 3, S, S], classes int64 [B]) -> (images, distributions over the classes [B, C]).
-    """
-    choices = []
-    if augmentation.mixup:
-        choices.append(v2.MixUp(alpha=augmentation.mixup, num_classes=classes))
-    if augmentation.cutmix:
-        choices.append(v2.CutMix(alpha=augmentation.cutmix, num_classes=classes))
-    return v2.RandomChoice(choices) if choices else None
 
 
 @torch.no_grad()

@@ -3,9 +3,9 @@
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -262,26 +262,11 @@ def test_figures_are_of_the_labels_not_of_chance(scenes: Path, ckpt: Path, cache
     assert measure(root, ckpt, cache)["value"] < 0.45
 
 
-def test_two_processes_find_what_one_finds(scenes: Path, ckpt: Path, tmp_path: Path) -> None:
+def test_two_processes_find_what_one_finds(
+    scenes: Path, ckpt: Path, tmp_path: Path, run_two: Callable[[Sequence[object]], list[tuple[str, str]]]
+) -> None:
     flags = command(scenes, ckpt, tmp_path / "cache", "--seeds=3", "--clusters=5", "--out", tmp_path / "two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What torchrun sets, without its own start.
-    common = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    processes = [
-        subprocess.Popen(
-            list(map(str, [sys.executable, ROOT / "eval" / "clustering.py", *flags])),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=common | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(port)},
-        )
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+    run_two([sys.executable, ROOT / "eval" / "clustering.py", *flags])
     two = json.loads((tmp_path / "two" / "clustering.json").read_text())
     one = measure(scenes, ckpt, tmp_path / "cache", "--seeds=3", "--clusters=5")
     assert (two["processes"], one["processes"]) == (2, 1)

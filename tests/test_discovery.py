@@ -1,12 +1,9 @@
 """Object discovery as a user runs it, CorLoc and AP by hand, resuming, and whatever odd images there are."""
 
 import json
-import os
 import re
-import socket
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -650,7 +647,11 @@ def test_leftovers_of_another_run_are_not_mixed_in(
 
 
 def test_two_processes_find_what_one_does(
-    voc: Path, ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    voc: Path,
+    ckpt: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_two: Callable[[Sequence[object]], list[tuple[str, str]]],
 ) -> None:
     """From what one process left when it was interrupted, with the last line cut off."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -659,30 +660,10 @@ def test_two_processes_find_what_one_does(
     path = two / "found-0.jsonl"
     path.write_text(path.read_text()[:-30])
     words = [sys.executable, ROOT / "eval" / "discovery.py", *command(voc, ckpt, "--batch-size=1", "--out", two)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What torchrun sets, without its own start.
-    common = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    processes = [
-        subprocess.Popen(
-            list(map(str, words)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=common | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(port)},
-        )
-        for rank in ("0", "1")
-    ]
-    printed, bars = [], []
-    for process in processes:
-        output, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
-        printed.append(output)
-        bars.append(errors)
-    assert "voc07-tokencut" in printed[0]
-    assert "voc07" not in printed[1]
-    assert "| 2/2 [" in bars[0]  # of d, e and f; a, b and c were there
+    (printed, bars), (quiet, _) = run_two(words)
+    assert "voc07-tokencut" in printed
+    assert "voc07" not in quiet
+    assert "| 2/2 [" in bars  # of d, e and f; a, b and c were there
     assert sorted(path.name for path in two.iterdir()) == FILES
     result = json.loads((two / "discovery.json").read_text())
     assert result["processes"] == 2

@@ -3,9 +3,9 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -388,31 +388,16 @@ os._exit(0)  # on a busy machine, gloo's threads can abort an interpreter that i
 """
 
 
-def test_two_processes_are_as_good_as_one(data: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+def test_two_processes_are_as_good_as_one(
+    data: Path, ckpt: Path, cache: Path, tmp_path: Path, run_two: Callable[[Sequence[object]], list[tuple[str, str]]]
+) -> None:
     """The same heads, also where the last step has an image for one of them alone; k-NN classification, too."""
     (tmp_path / "script.py").write_text(SCRIPT)
     runs = {"dino": [*DINO, "--batch-size=4"], "cached": QUICK, "knn": ["--data.name=arrays", "--k=[5,3]"]}
     words: list[str] = []
     for name, flags in runs.items():
         words += [*command(data, ckpt, tmp_path / "cache", *flags, "--out", tmp_path / name), "/"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What torchrun sets, without its own start.
-    common = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "script.py"), *words[:-1]],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=common | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(port)},
-        )
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+    run_two([sys.executable, str(tmp_path / "script.py"), *words[:-1]])
 
     from skipless.eval import knn
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 from skipless.datasets.images import open_images
 from skipless.ssl.checkpoints import load_run_backbone
@@ -49,19 +48,6 @@ def logged(folder: Path, name: str) -> list[float]:
 
 def losses(folder: Path) -> list[float]:
     return logged(folder, "loss")
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty noisy pictures in two class folders."""
-    root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        folder = root / ("stripes" if i % 2 else "blobs")
-        folder.mkdir(exist_ok=True)
-        base = rng.integers(0, 255, (6, 1 if i % 2 else 6, 3), dtype=np.uint8)
-        Image.fromarray(base).resize((48, 40)).save(folder / f"{i:02}.png")
-    return root
 
 
 @pytest.fixture(scope="session")

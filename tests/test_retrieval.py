@@ -3,9 +3,9 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -305,27 +305,12 @@ def test_figures_are_of_the_labels_not_of_chance(voc: Path, ckpt: Path, cache: P
     assert measure(data, ckpt, cache)["value"] < 0.4
 
 
-def test_two_processes_find_what_one_finds(voc: Path, ckpt: Path, tmp_path: Path) -> None:
+def test_two_processes_find_what_one_finds(
+    voc: Path, ckpt: Path, tmp_path: Path, run_two: Callable[[Sequence[object]], list[tuple[str, str]]]
+) -> None:
     script = [sys.executable, ROOT / "eval" / "retrieval.py"]
     flags = command(voc, ckpt, tmp_path / "cache", *SMALL, "--out", tmp_path / "two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What torchrun sets, without its own start.
-    common = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    processes = [
-        subprocess.Popen(
-            list(map(str, [*script, *flags])),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=common | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(port)},
-        )
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+    run_two([*script, *flags])
     two = json.loads((tmp_path / "two" / "retrieval.json").read_text())
     one = measure(voc, ckpt, tmp_path / "cache")
     assert (two["processes"], one["processes"]) == (2, 1)

@@ -3,9 +3,9 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,30 +198,15 @@ os._exit(0)  # on a busy machine, gloo's threads can abort an interpreter that i
 """
 
 
-def test_two_processes_are_as_good_as_one(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+def test_two_processes_are_as_good_as_one(
+    voc: Path, ckpt: Path, cache: Path, tmp_path: Path, run_two: Callable[[Sequence[object]], list[tuple[str, str]]]
+) -> None:
     """Same heads, same running statistics, same counts: with void pixels that are unevenly spread, too."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     quick, mmseg = (command(voc, ckpt, tmp_path / "cache", *flags, "--seed=5") for flags in (QUICK, SHORT))
     words = [sys.executable, script, tmp_path, *quick, "--then", *mmseg]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What torchrun sets, without its own start.
-    common = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    processes = [
-        subprocess.Popen(
-            list(map(str, words)),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=common | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(port)},
-        )
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+    run_two(words)
 
     for name, flags in (("quick", QUICK), ("mmseg", SHORT)):
         two = json.loads((tmp_path / name / "segmentation.json").read_text())

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -84,19 +83,6 @@ def assert_same_run(folder: Path, reference: Path) -> None:
             tensor.chunk(3)[1].zero_()
             expected_tensors[name].chunk(3)[1].zero_()
         torch.testing.assert_close(tensor, expected_tensors[name], rtol=1e-4, atol=1e-6, msg=name)
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty noisy pictures in two class folders."""
-    root = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        folder = root / ("stripes" if i % 2 else "blobs")
-        folder.mkdir(exist_ok=True)
-        base = rng.integers(0, 255, (6, 1 if i % 2 else 6, 3), dtype=np.uint8)
-        Image.fromarray(base).resize((48, 40)).save(folder / f"{i:02}.png")
-    return root
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,8 @@
 
 import copy
 import math
-import os
-import socket
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -405,23 +402,9 @@ os._exit(0)  # on a busy machine, gloo's threads can abort an interpreter that i
 """
 
 
-def test_two_processes_divide_the_bases_and_agree_with_one(tmp_path: Path) -> None:
+def test_two_processes_divide_the_bases_and_agree_with_one(
+    tmp_path: Path, run_two: Callable[[Sequence[object]], list[tuple[str, str]]]
+) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What torchrun sets, without its own start.
-    common = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "script.py")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=common | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(port)},
-        )
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        output, errors = process.communicate(timeout=240)
-        assert (process.returncode, output) == (0, "equal\n"), errors
+    printed = run_two([sys.executable, tmp_path / "script.py"])
+    assert [output for output, _ in printed] == ["equal\n", "equal\n"]

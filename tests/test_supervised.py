@@ -25,20 +25,11 @@ from skipless.datasets.labelled import arrays
 from skipless.eval.backbones import load_backbone
 from skipless.ssl import supervised
 from skipless.ssl.checkpoints import load_run_backbone
+from skipless.ssl.classifier import AttentionPool, Classifier, gather_into_cls_
 from skipless.ssl.crops import MEAN, STD
 from skipless.ssl.initialization import PRESETS, skipless_init_
-from skipless.ssl.supervised import (
-    AttentionPool,
-    Augmentation,
-    Classifier,
-    TrainingImages,
-    build_classifier,
-    gather_into_cls_,
-    main,
-    mixing,
-    parse,
-    validate,
-)
+from skipless.ssl.supervised import build_classifier, main, parse, validate
+from skipless.ssl.supervised_augmentation import Augmentation, TrainingImages, mixing
 from skipless.ssl.vit import Block, VisionTransformer
 
 ROOT = Path(__file__).parent.parent
