@@ -22,6 +22,7 @@ import torch
 
 from skipless.ssl.dino import DINOHead, DINOModel
 from skipless.ssl.provenance import provenance, write_result
+from skipless.ssl.sharded_optimizer import owners_of
 from skipless.ssl.vit import SIZES, VisionTransformer
 
 MODELS = {"ViT-S/16": "small", "ViT-B/16": "base", "ViT-L/16": "large", "ViT-g/16": "giant"}
@@ -49,6 +50,7 @@ class Model(NamedTuple):
     blocks: int  # parameters of all blocks
     depth: int  # blocks
     soap: int  # state of SOAP
+    soap_owned: dict[int, int]  # of that, by the number of GPUs, what is with one of them at most when it is sharded
     activations: float  # kept for the backward pass, for one image
     checkpointed: float  # the same with model.checkpoint_activations
     flops: float  # of teacher and student for one image, floating-point operations
@@ -73,6 +75,7 @@ def count(size: str) -> Model:
         blocks=sum(p.numel() for p in backbone.blocks.parameters()),
         depth=backbone.depth,
         soap=sum(soap_state(tuple(p.shape)) for p in model.parameters()),
+        soap_owned={gpus: soap_owned([tuple(p.shape) for p in model.parameters()], gpus) for gpus in GPUS},
         activations=per_block * backbone.depth + logits,
         checkpointed=per_block + 4 * tokens * backbone.dim * backbone.depth + logits,
         flops=2 * big + 3 * (2 * big + 8 * small),
@@ -88,6 +91,18 @@ def soap_state(shape: tuple[int, ...]) -> int:
     return moments + sum(2 * 4 * side**2 for side in sides)
 
 
+def soap_owned(shapes: list[tuple[int, ...]], gpus: int) -> int:
+    """Bytes of SOAP's state on the GPU that has most of it, when every matrix has an owner and all else is divided
+    (ssl/sharded_optimizer.py)."""
+    matrices = [shape for shape in shapes if len(shape) > 1]
+    longest = int(ASSUMED["soap_longest_side"])
+    owners = owners_of(matrices, gpus, longest)
+    held = [0] * gpus
+    for shape, owner in zip(matrices, owners, strict=True):
+        held[owner] += soap_state(shape)
+    return max(held) + sum(soap_state(shape) for shape in shapes if len(shape) == 1) // gpus
+
+
 def memory_ddp(model: Model, soap: bool = False) -> float:
     """Bytes on each GPU without activations: 4 a parameter for parameters, gradients and the teacher each, the state of
     the optimizer (8 with AdamW), and 2 for autocast's bf16 copies."""
@@ -95,8 +110,9 @@ def memory_ddp(model: Model, soap: bool = False) -> float:
     return (12 + 2) * parameters + (model.soap if soap else 8 * parameters)
 
 
-def memory_fsdp(model: Model, gpus: int, accumulate: int) -> float:
-    """Bytes on each GPU without activations: 20 a parameter over all GPUs, and what is gathered for a while.
+def memory_fsdp(model: Model, gpus: int, accumulate: int, soap: bool = False) -> float:
+    """Bytes on each GPU without activations: 12 a parameter and the state of the optimizer (8 with AdamW) over all
+    GPUs, and what is gathered for a while.
 
     That is two blocks in bf16 (the one that runs, the next one), a block's gradient in bf16 and, to be reduced, in
     float32, and of what is no block parameters, gradients and what is reduced, in float32. Micro-batches before the
@@ -105,7 +121,8 @@ def memory_fsdp(model: Model, gpus: int, accumulate: int) -> float:
     parameters = model.backbone + model.head
     block, rest = model.blocks / model.depth, parameters - model.blocks
     held = 4 * parameters if accumulate > 1 else 0
-    return 20 * parameters / gpus + (2 * 2 + 2 + 4) * block + 12 * rest + held
+    state = model.soap_owned[gpus] if soap else 8 * parameters / gpus
+    return 12 * parameters / gpus + state + (2 * 2 + 2 + 4) * block + 12 * rest + held
 
 
 def micro_batches(model: Model, gpus: int, fsdp: bool, checkpointed: bool) -> tuple[int, float] | None:
@@ -136,6 +153,12 @@ def sent_fsdp(model: Model, gpus: int, accumulate: int) -> float:
     return (gpus - 1) / gpus * (accumulate * gathered + 4 * parameters)
 
 
+def sent_soap(model: Model, gpus: int) -> float:
+    """Bytes each GPU sends in a step beside that with SOAP or Muon: its parts of matrices and gradients to the owners,
+    and what becomes of the matrices back, in float32; of all parameters, a little more than matrices."""
+    return (gpus - 1) / gpus * 3 * 4 * (model.backbone + model.head) / gpus
+
+
 def seconds(sent: float, gpus: int) -> float:
     """Time to send that much, at the slower of NVLink and, with several nodes, a node's network cards together."""
     inside = ASSUMED["nvlink_gb_per_second"]
@@ -150,13 +173,16 @@ def compute() -> dict[str, Any]:
         model = count(size)
         row: dict[str, Any] = {"counted": model._asdict(), "steps": {}}
         row["state_bytes"] = {"ddp_adamw": memory_ddp(model), "ddp_soap": memory_ddp(model, soap=True)} | {
-            f"fsdp_{gpus}": memory_fsdp(model, gpus, accumulate=1) for gpus in GPUS
+            f"fsdp_{gpus}{'_soap' if soap else ''}": memory_fsdp(model, gpus, accumulate=1, soap=soap)
+            for gpus in GPUS
+            for soap in (False, True)
         }
         for gpus in GPUS:
             images = ASSUMED["images_per_step"] / gpus
             speed = ASSUMED["peak_flops"] * ASSUMED["utilisation"]
             step: dict[str, Any] = {"images_per_gpu": images, "compute_seconds": images * model.flops / speed}
             step["checkpointing_seconds"] = images * model.forward / speed
+            step["soap_exchange_bytes"] = sent_soap(model, gpus)
             for kind in ("ddp", "fsdp"):
                 fits = micro_batches(model, gpus, kind == "fsdp", checkpointed=False)
                 checkpointed = micro_batches(model, gpus, kind == "fsdp", checkpointed=True)
@@ -184,14 +210,15 @@ def table(result: dict[str, Any]) -> str:
         "GB on each GPU without activations, and activations of one image (ten crops):",
         "",
         "| model | parameters: backbone, head (M) | DDP, AdamW | DDP, SOAP | "
-        + " | ".join(f"FSDP2, {gpus} GPUs" for gpus in GPUS)
+        + " | ".join(f"FSDP2, {gpus} GPUs: AdamW, SOAP" for gpus in GPUS)
         + " | activations of an image | with checkpointing |",
         "|---|---|---|---|" + "---|" * len(GPUS) + "---|---|",
     ]
     for name, row in result["models"].items():
         counted, state = row["counted"], row["state_bytes"]
         cells = [f"{counted['backbone'] / 1e6:.0f}, {counted['head'] / 1e6:.0f}"]
-        cells += [f"{state[kind] / GB:.1f}" for kind in ("ddp_adamw", "ddp_soap", *(f"fsdp_{gpus}" for gpus in GPUS))]
+        cells += [f"{state[kind] / GB:.1f}" for kind in ("ddp_adamw", "ddp_soap")]
+        cells += [f"{state[f'fsdp_{gpus}'] / GB:.1f}, {state[f'fsdp_{gpus}_soap'] / GB:.1f}" for gpus in GPUS]
         cells += [f"{counted[kind] / GB:.2f}" for kind in ("activations", "checkpointed")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     assumed = result["assumed"]

@@ -7,7 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from skipless.ssl.sharded_optimizer import ShardedOptimizer
 from skipless.ssl.soap import SOAP
+
+Optimizer = torch.optim.Optimizer | ShardedOptimizer
 
 
 @dataclass
@@ -67,31 +70,33 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 
 
 def muon_groups(model: nn.Module) -> list[dict]:
-    """`parameter_groups` for Muon: the matrices of the blocks (query-key-value, projection, MLP) form a first group.
+    """`parameter_groups` for Muon: the matrices of the blocks (query-key-value, projection, MLP) form the first groups.
 
     Returns:
-        Groups with the additional keys `matrices` (bool) and, in the first, `parts`: into how many matrices of equal
-        height each parameter is to be cut (3 for the fused query-key-value layers, else 1).
+        Groups with the additional key `parts`: into how many matrices of equal height each parameter is to be cut (3
+        for the fused query-key-value layers, else 1), 0 where Muon leaves the group to AdamW.
     """
-    parts = {
-        parameter: 3 if name.endswith("attn.qkv.weight") else 1
-        for name, parameter in model.named_parameters()
-        if ".blocks." in f".{name}" and parameter.ndim == 2 and parameter.requires_grad
-    }
-    matrices = {"params": list(parts), "decays": True, "last_layer": False, "matrices": True}
+    matrices: dict[int, list[nn.Parameter]] = {3: [], 1: []}
+    for name, parameter in model.named_parameters():
+        if ".blocks." in f".{name}" and parameter.ndim == 2 and parameter.requires_grad:
+            matrices[3 if name.endswith("attn.qkv.weight") else 1].append(parameter)
+    taken = {parameter for parameters in matrices.values() for parameter in parameters}
+    first = [{"params": p, "decays": True, "last_layer": False, "parts": parts} for parts, p in matrices.items()]
     others = [
-        {**group, "params": [p for p in group["params"] if p not in parts], "matrices": False}
+        {**group, "params": [p for p in group["params"] if p not in taken], "parts": 0}
         for group in parameter_groups(model)
     ]
-    return [group for group in ({**matrices, "parts": list(parts.values())}, *others) if group["params"]]
+    return [group for group in (*first, *others) if group["params"]]
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """The optimizer over `parameter_groups(model)`. Learning rate and weight decay are set each step by `set_rates`."""
-    if settings.name == "muon":
-        return Muon(muon_groups(model), lr=settings.lr, betas=settings.betas or (0.9, 0.999))
-    groups = parameter_groups(model)
-    if settings.name == "soap":
+def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
+    """The optimizer over the model's parameters. Learning rate and weight decay are set each step by `set_rates`."""
+    sharded = any(hasattr(parameter, "to_local") for parameter in model.parameters())
+
+    def muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return Muon(groups, lr=settings.lr, betas=settings.betas or (0.9, 0.999))
+
+    def soap(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return SOAP(
             groups,
             lr=settings.lr,
@@ -99,12 +104,17 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
             precondition_frequency=settings.precondition_every,
             max_precondition_dim=settings.max_precondition_dim,
             spread=True,
+            replicated=not sharded,
         )
-    fused = next(model.parameters()).device.type == "cuda"
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas or (0.9, 0.999), fused=fused)
+
+    if settings.name == "adamw":  # element-wise, so it takes parameters whole or in parts
+        betas, fused = settings.betas or (0.9, 0.999), next(model.parameters()).device.type == "cuda"
+        return torch.optim.AdamW(parameter_groups(model), lr=settings.lr, betas=betas, fused=fused)
+    groups, make = (muon_groups(model), muon) if settings.name == "muon" else (parameter_groups(model), soap)
+    return ShardedOptimizer(groups, make, settings.max_precondition_dim) if sharded else make(groups)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, freeze_last_layer: bool) -> None:
+def set_rates(optimizer: Optimizer, lr: float, weight_decay: float, freeze_last_layer: bool) -> None:
     """Set this step's learning rate and weight decay; a frozen last layer has learning rate 0."""
     for group in optimizer.param_groups:
         group["lr"] = 0.0 if group["last_layer"] and freeze_last_layer else lr
@@ -134,12 +144,12 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Move all parameters that have a gradient."""
         for group in self.param_groups:
-            parts = group["parts"] if group["matrices"] else [0] * len(group["params"])
-            for parameter, cut in zip(group["params"], parts, strict=True):
+            for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                update = self._orthogonal(parameter, cut) if cut else self._adam(parameter, *group["betas"])
+                parts = group["parts"]
+                update = self._orthogonal(parameter, parts) if parts else self._adam(parameter, *group["betas"])
                 parameter.add_(update, alpha=-group["lr"])
 
     def _orthogonal(self, parameter: Tensor, parts: int) -> Tensor:
@@ -155,7 +165,11 @@ class Muon(torch.optim.Optimizer):
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
         if not state:
-            state |= {"step": 0, "mean": torch.zeros_like(gradient), "square": torch.zeros_like(gradient)}
+            state |= {
+                "step": torch.tensor(0.0),
+                "mean": torch.zeros_like(gradient),
+                "square": torch.zeros_like(gradient),
+            }
         state["step"] += 1
         state["mean"].lerp_(gradient, 1 - beta1)
         state["square"].lerp_(gradient.square(), 1 - beta2)

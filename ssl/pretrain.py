@@ -57,7 +57,7 @@ from skipless.ssl.job import (
 from skipless.ssl.logs import RunLog
 from skipless.ssl.meter import Meter
 from skipless.ssl.monitor import describe_blocks, labelled_sets, measure_blocks
-from skipless.ssl.optimizers import make_optimizer, set_rates
+from skipless.ssl.optimizers import Optimizer, make_optimizer, set_rates
 from skipless.ssl.precision import autocast, describe, has_bf16
 from skipless.ssl.provenance import provenance
 from skipless.ssl.schedules import Rates
@@ -306,7 +306,7 @@ def _resume(
     student: DINOModel,
     teacher: DINOModel,
     objective: DINOLoss,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
 ) -> tuple[int, float]:
     """Load the run's last checkpoint if it is to be resumed and has one; return its steps and seconds so far."""
     state = state_to_resume(

@@ -3,7 +3,7 @@
 Every process keeps one part of each parameter, of its gradient and of the optimizer's state, for the student and for
 the teacher. A block's parameters are gathered when it runs and let go of after it. What is element-wise (AdamW, the
 teacher's moving average) then works on the parts as they are; what is not is here: the gradient's norm, checkpoints,
-and the backbone as a whole. docs/scaling.md says when this pays.
+and the backbone as a whole; and in ssl/sharded_optimizer.py: SOAP and Muon. docs/scaling.md says when this pays.
 """
 
 import os
@@ -24,6 +24,8 @@ from skipless.ssl import distributed
 from skipless.ssl.attention import Backend
 from skipless.ssl.checkpoints import export_backbone, point_last_at, write_atomically
 from skipless.ssl.dino import DINOModel
+from skipless.ssl.optimizers import Optimizer
+from skipless.ssl.sharded_optimizer import ShardedOptimizer
 from skipless.ssl.vit import VisionTransformer
 
 if TYPE_CHECKING:
@@ -58,11 +60,6 @@ def check_shard(settings: "Settings") -> None:
         raise ValueError(
             "shard is true, but no launcher has started the processes to shard over; use torchrun (--nproc-per-node 1 "
             "does for one GPU), or leave shard out"
-        )
-    if settings.shard and settings.optimizer.name != "adamw":
-        raise ValueError(
-            f"shard is true and optimizer.name is {settings.optimizer.name}, which needs whole matrices where sharding "
-            "leaves a part of each; use adamw, or leave shard out"
         )
     if settings.shard and settings.compile:
         raise ValueError("shard and compile are true; they have not been made to work together: leave one of them out")
@@ -211,7 +208,7 @@ def _delete(path: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def load_shards(folder: Path, student: DINOModel, teacher: DINOModel, optimizer: torch.optim.Optimizer) -> None:
+def load_shards(folder: Path, student: DINOModel, teacher: DINOModel, optimizer: Optimizer) -> None:
     """Fill sharded models and their optimizer from the last checkpoint in `folder`, written by any number of processes.
 
     Raises:
@@ -220,7 +217,7 @@ def load_shards(folder: Path, student: DINOModel, teacher: DINOModel, optimizer:
     import torch.distributed.checkpoint as dcp
 
     folder = (folder / "last.pt").resolve().parent
-    _fill_state(optimizer)
+    _fill_state(student, optimizer)
     state = {"student": student.state_dict(), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict()}
     try:
         for index in {folder / ".metadata", *folder.glob("*.metadata")}:
@@ -234,6 +231,8 @@ def load_shards(folder: Path, student: DINOModel, teacher: DINOModel, optimizer:
         raise ValueError(
             f"{folder} cannot be read as a sharded checkpoint ({reason}); it is damaged or of another kind"
         ) from None
+    if isinstance(optimizer, ShardedOptimizer):
+        optimizer.load_state_dict(state["optimizer"])
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -250,13 +249,13 @@ def _sharded(state: dict[str, Any]) -> dict[str, Any]:
     return {name: state[name] for name in SHARDED} | {"optimizer": state["optimizer"]["state"]}
 
 
-def _fill_state(optimizer: torch.optim.Optimizer) -> None:
+def _fill_state(student: DINOModel, optimizer: Optimizer) -> None:
     """Give a fresh optimizer tensors to load into, by a step that moves nothing."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -141,7 +141,8 @@ class SOAP(torch.optim.Optimizer):
 
     Of several processes (torch.distributed), each computes a part of the bases that are due and broadcasts it. All
     processes must hold the same parameters, gradients (DistributedDataParallel's, say) and state, and the same
-    parameters must lack a gradient. Only the first step of a parameter makes the host wait for a GPU.
+    parameters must lack a gradient; or `replicated` is false, and each process is on its own, with parameters of its
+    own (ssl/sharded_optimizer.py). Only the first step of a parameter makes the host wait for a GPU.
 
     Args:
         params: parameters or groups of them, dense and real. State has the dtype of its parameter.
@@ -154,6 +155,7 @@ class SOAP(torch.optim.Optimizer):
         spread: let the matrices' refreshes take turns, so that every step has about the same share of the work: sides
             are distributed over the steps of a period by length^3. Otherwise all are refreshed in the same step. It
             depends on the groups and their step counts alone, so a resumed run goes on with the same turns.
+        replicated: all processes hold the same, and divide the refreshes.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -169,6 +171,7 @@ class SOAP(torch.optim.Optimizer):
         precondition_frequency: int = 10,
         max_precondition_dim: int = 10000,
         spread: bool = False,
+        replicated: bool = True,
     ):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas are {betas}; both must be at least 0 and below 1")
@@ -191,6 +194,7 @@ class SOAP(torch.optim.Optimizer):
             "step": 0,
         }
         self.spread = spread
+        self.replicated = replicated
         self._stacks: list[Stack] = []
         super().__init__(params, defaults)
 
@@ -200,7 +204,7 @@ class SOAP(torch.optim.Optimizer):
         self._stacks = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "spread": self.spread}
+        return {**super().__getstate__(), "spread": self.spread, "replicated": self.replicated}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # load_state_dict comes here too: what it read lies in self.state, and the next step stacks it.
@@ -231,8 +235,8 @@ class SOAP(torch.optim.Optimizer):
                     again += _due(stack, rows)
                 for row in range(rows.start, rows.stop):
                     self.state[stack.parameters[row]] = stack.state(row)
-        _find_bases(new, first=True)
-        _find_bases(again, first=False)
+        self._find_bases(new, first=True)
+        self._find_bases(again, first=False)
 
         due: list[Due] = []
         for stack in self._stacks:
@@ -240,10 +244,17 @@ class SOAP(torch.optim.Optimizer):
                 for rows in stack.runs(lambda parameter: parameter.grad is not None):
                     _update(stack, rows)
                     due += _due(stack, rows)
-        _find_bases(due, first=False)
+        self._find_bases(due, first=False)
         for group in self.param_groups:
             group["step"] += 1
         return loss
+
+    def _find_bases(self, due: list[Due], first: bool) -> None:
+        if self.replicated and distributed.world_size() > 1 and due:
+            _divide_bases(due, first)
+            return
+        for side, rows in due:
+            side.basis[rows] = side.new_basis(rows, first)
 
     def _stack(self) -> list[Stack]:
         """Buffers for all parameters, filled with the state that there is, which becomes views of them."""
@@ -346,13 +357,9 @@ def _due(stack: Stack, rows: slice) -> list[Due]:
     return due
 
 
-def _find_bases(due: list[Due], first: bool) -> None:
+def _divide_bases(due: list[Due], first: bool) -> None:
     """New bases for all that is due: each process computes its share, and all get all of them."""
     world = distributed.world_size()
-    if world == 1 or not due:
-        for side, rows in due:
-            side.basis[rows] = side.new_basis(rows, first)
-        return
     owners = balance([(rows.stop - rows.start, side.length**3) for side, rows in due], world)
     parts: list[list[Due]] = [[] for _ in range(world)]
     for (side, rows), ranks in zip(due, owners, strict=True):

@@ -52,7 +52,7 @@ from skipless.ssl.job import (
 )
 from skipless.ssl.logs import RunLog
 from skipless.ssl.meter import memory_gb, peak_flops
-from skipless.ssl.optimizers import OptimizerSettings, make_optimizer, set_rates
+from skipless.ssl.optimizers import Optimizer, OptimizerSettings, make_optimizer, set_rates
 from skipless.ssl.precision import autocast, describe, has_bf16
 from skipless.ssl.provenance import provenance
 from skipless.ssl.schedules import cosine
@@ -383,9 +383,7 @@ class Meter:
         self.restart_clock()
 
 
-def _resume(
-    settings: Settings, images: LabelledSet, classifier: Classifier, optimizer: torch.optim.Optimizer
-) -> tuple[int, float]:
+def _resume(settings: Settings, images: LabelledSet, classifier: Classifier, optimizer: Optimizer) -> tuple[int, float]:
     """Load the run's last checkpoint if it is to be resumed and has one; return its steps and seconds so far."""
     root = settings.data.root
     state = state_to_resume(
