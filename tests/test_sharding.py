@@ -235,6 +235,8 @@ def test_scaling_by_hand() -> None:
     # The fused matrix of queries, keys and values: two moments, two square matrices for each side. A bias has none.
     assert scaling.soap_state((1152, 384)) == 8 * 1152 * 384 + 8 * (1152**2 + 384**2)
     assert scaling.soap_state((1152,)) == 8 * 1152
+    # Two matrices of 4 x 2, one for each GPU, and half of a bias.
+    assert scaling.soap_owned([(4, 2), (4, 2), (6,)], 2) == 8 * 8 + 8 * (4**2 + 2**2) + 8 * 3
     parameters = small.backbone + small.head
     assert scaling.memory_ddp(small) == 22 * parameters
     rest = parameters - small.blocks
