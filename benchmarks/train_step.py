@@ -5,12 +5,12 @@
         --out results/train_step_vits16
 
 Model, crops, head and batch are those of a recipe; data are random and on the device already. The cases are residual
-and skipless, AdamW and SOAP, each stepped in three ways: plainly (`plain_dino.py`), by the library, and by the library
-compiled (on CUDA) or with the products of linear layers in bf16 (on a CPU whose processor is fast at that). On CUDA all
-is in bf16 by autocast, on a CPU else in float32. Cases are interleaved: every round takes --steps steps of each case,
-all of them are timed one by one, and images a second are those of the average step of all rounds but the first, so that
-the slow steps of SOAP count: with --steps a multiple of 10, each period of its preconditioner once. Beside it the
-slowest step against the median.
+and skipless, AdamW and SOAP, each stepped in several ways: plainly (`plain_dino.py`), by the library, and by the
+library compiled, without and with CUDA graphs (on CUDA), or with the products of linear layers in bf16 (on a CPU whose
+processor is fast at that). On CUDA all is in bf16 by autocast, on a CPU else in float32. Cases are interleaved: every
+round takes --steps steps of each case, all of them are timed one by one, and images a second are those of the average
+step of all rounds but the first, so that the slow steps of SOAP count: with --steps a multiple of 10, each period of
+its preconditioner once. Beside it the slowest step against the median.
 
 Before it, --check steps (200 by default) of both ways, skipless with AdamW, from the same weights on the same crops of
 at most 32 images, in float32 with the same clipping: the losses must agree, and the result holds both curves; on a CPU
@@ -40,6 +40,7 @@ from skipless.ssl.pretrain import build_model, compiled, parse
 from skipless.ssl.provenance import provenance, write_result
 from skipless.ssl.settings import Settings, plain
 
+COMPILED = ("compiled", "compiled, CUDA graphs")
 LR, WEIGHT_DECAY, TEMPERATURE, MOMENTUM = 1e-4, 0.04, 0.04, 0.996
 
 
@@ -78,12 +79,16 @@ class Step:
         self.objective: nn.Module = (DINOLoss(*loss) if self.fast else PlainLoss(*loss)).to(device)
         self.autocast = autocast(device, bf16)
         self.clip = settings.clip_grad
-        if way == "compiled":
+        if way in COMPILED:
             self.student.backbone.attention = self.teacher.backbone.attention = "sdpa"
         self.student_logits, self.teacher_logits = compiled(self.student, self.teacher, way == "compiled")
+        if way == "compiled, CUDA graphs":
+            self.student_logits = torch.compile(self.student, dynamic=False, mode="reduce-overhead")
+            self.teacher_logits = torch.compile(self.teacher, dynamic=False, mode="reduce-overhead")
 
     def __call__(self, crops: list[Tensor]) -> Tensor:
         set_rates(self.optimizer, LR, WEIGHT_DECAY, freeze_last_layer=False)
+        torch.compiler.cudagraph_mark_step_begin()  # without effect where there are no CUDA graphs
         with self.autocast:
             with torch.no_grad():
                 targets = self.teacher_logits(crops[:1]) if self.fast else plain_logits(self.teacher, crops[:1])
@@ -123,8 +128,8 @@ def time_cases(arguments: argparse.Namespace, device: torch.device) -> list[dict
     """Seconds of every step of every case, interleaved, and what they amount to."""
     bf16, cuda = has_bf16(device), device.type == "cuda"
     rows = []
-    third = ["compiled"] if cuda else ["bf16 products"] * bf16
-    cases = [(r, o, way) for r in (True, False) for o in ("adamw", "soap") for way in ("plain", "library", *third)]
+    more = COMPILED if cuda else ("bf16 products",) * bf16
+    cases = [(r, o, way) for r in (True, False) for o in ("adamw", "soap") for way in ("plain", "library", *more)]
     built = {}
     for residual, optimizer, way in cases:
         settings = settings_of(arguments.config, arguments.batch_size, residual, optimizer, arguments.size)
@@ -145,7 +150,7 @@ def time_cases(arguments: argparse.Namespace, device: torch.device) -> list[dict
                 try:
                     step(crops)
                 except Exception as error:  # a compiler's: the other figures are worth having
-                    if case[2] != "compiled":
+                    if case[2] not in COMPILED:
                         raise
                     print(f"{case} failed: {type(error).__name__}: {error}", file=sys.stderr)
                     failed.add(case)
