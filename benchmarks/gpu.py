@@ -4,8 +4,8 @@
 
 1. Attention through xformers and through SDPA, in bf16, against float64, forward and backward, residual and skipless.
 2. The tests of the step, the loss, SOAP and the crops, of which some need a GPU. `ssl/pretrain.py` on synthetic scenes
-   in bf16, as it is, compiled, compiled with accumulation and checkpointed activations, and sharded over one process:
-   trains, is monitored, interrupted and resumed.
+   in bf16, as it is, compiled, compiled with accumulation and checkpointed activations, and sharded over one process
+   with AdamW and with SOAP: trains, is monitored, interrupted and resumed.
 3. The other benchmarks with --device cuda, each leaving its own result beside this one's: the training step of ViT-S/16
    and ViT-B/16 against DINO's written plainly, packed and compiled, with AdamW and SOAP, and 200 steps of loss in
    float32; its profile; SOAP; attention.
@@ -231,6 +231,8 @@ def main() -> None:
             part("whole_run_pieces", lambda: whole_run(folder, "pieces", pieces, one))
             sharded = ["--shard=true", "--optimizer.name=adamw"]
             part("whole_run_sharded", lambda: whole_run(folder, "sharded", sharded, one))
+            sharded_soap = ["--shard=true", "--optimizer.name=soap"]
+            part("whole_run_sharded_soap", lambda: whole_run(folder, "sharded_soap", sharded_soap, one))
         if "benchmarks" in arguments.parts:
             part("benchmarks", lambda: benchmarks(out))
         if "images" in arguments.parts and arguments.images:
