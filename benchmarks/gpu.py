@@ -160,7 +160,7 @@ def whole_run(folder: Path, name: str, more: list[str], launcher: list[str]) -> 
 
 def evaluations(folder: Path) -> dict[str, Any]:
     """Figure and seconds of evaluations of the run in `folder`, by name."""
-    short = ["--training.optimizer.iterations=300", "--training.optimizer.warmup=10", "--workers=8"]
+    short = ["--training.optimizer.iterations=300", "--training.optimizer.warmup=10"]
     commands: dict[str, list[str]] = {}
     for device in ("cuda", "cpu"):
         quick = ["segmentation.py", "--protocol=quick", "--quick.size=128", f"--cache={folder / 'cache' / device}"]

@@ -38,10 +38,12 @@ from torch import Tensor
 
 from skipless.ssl.crops import MEAN, STD
 from skipless.ssl.initialization import PRESETS, skipless_init_
+from skipless.ssl.precision import autocast, describe, has_bf16
 from skipless.ssl.vit import BlockFeatures, Kind, VisionTransformer
 
 Weights = Literal["teacher", "student"]
 FeatureKind = Literal["tokens", "keys", "keys_without_bias", "queries", "values"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 # Heads of the usual widths; every head of the smaller ones has 64 channels. Tensors do not tell the number of heads.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
@@ -71,6 +73,13 @@ class Backbone:
     """Of RGB in [0, 1], which the network expects to be normalised by."""
     arithmetic: str | None = None
     """How the network computes, where that is not in floating point: what its features depend on beside the weights."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """In which `features` are computed; they come out in float32."""
+
+    @property
+    def described_precision(self) -> str:
+        """What `precision` means on the model's device, in a few words."""
+        return describe(self.model.pos_embed.device, self.precision == "bf16")
 
     @property
     def patch(self) -> int:
@@ -97,12 +106,20 @@ class Backbone:
         return f"{letter.get(self.dim, 'ViT')}/{self.patch}, {self.depth} blocks, {self.dim} wide{registers}, {kind}"
 
     def fingerprint(self) -> str:
-        """sha256 of the architecture, the weights as loaded and the normalisation: what features depend on."""
-        return _fingerprint(self.model, [self.mean, self.std, *([self.arithmetic] if self.arithmetic else [])])
+        """sha256 of the architecture, the weights as loaded, the normalisation and the arithmetic: what features depend
+        on."""
+        more = [self.arithmetic] if self.arithmetic else []
+        more += [self.described_precision] if self.precision == "bf16" else []
+        return _fingerprint(self.model, [self.mean, self.std, *more])
 
-    def to(self, device: torch.device | str) -> "Backbone":
-        """The same backbone with its weights on a device."""
-        return replace(self, model=self.model.to(device))
+    def to(self, device: torch.device | str, precision: Precision = "fp32") -> "Backbone":
+        """The same backbone with its weights, float32 as ever, on a device, to compute features in a precision.
+
+        float32 is for what hangs on small differences: thresholds on cosines, signs of eigenvectors, patches that are
+        compared one by one, errors of quantization. Accuracies over a data set do not.
+        """
+        device = torch.device(device)
+        return replace(self, model=self.model.to(device), precision=choose_precision(precision, device))
 
     def normalize(self, images: np.ndarray | Tensor) -> Tensor:
         """uint8 [B, H, W, 3] RGB -> float32 [B, 3, H, W] on the model's device."""
@@ -131,11 +148,21 @@ class Backbone:
             ValueError: an unknown kind or block, or a size that is no multiple of the patch.
         """
         known: Kind = "keys" if kind == "keys_without_bias" else kind
-        found = self.model.features(images, blocks, known, norm)
+        with autocast(images.device, self.precision == "bf16"):
+            found = self.model.features(images, blocks, known, norm)
+        if self.precision == "bf16":
+            found = [BlockFeatures(f.patches.float(), f.cls.float()) for f in found]
         if kind != "keys_without_bias":
             return found
         biases = [self.model.blocks[block % self.depth].attn.qkv.bias.chunk(3)[1] for block in blocks]  # type: ignore[union-attr, operator]
         return [BlockFeatures(f.patches - b, f.cls - b) for f, b in zip(found, biases, strict=True)]
+
+
+def choose_precision(wanted: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
+    """What was asked for; "auto" is bf16 on GPUs that are fast in it, and fp32 elsewhere."""
+    if wanted == "auto":
+        return "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"
+    return wanted
 
 
 def pad_to_patch(images: Tensor, patch: int, centred: bool = False) -> Tensor:

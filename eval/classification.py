@@ -95,6 +95,6 @@ def headline(result: dict[str, Any]) -> list[str]:
         f"{checkpoint['architecture']} ({checkpoint['path']}), blocks {', '.join(map(str, details['blocks']))}; "
         f"{result['dataset']} {result['split']}, {result['images']:,} images of {details['classes']} classes, "
         f"by {details['train_images']:,} training images; seed {result['seed']}; "
-        f"{result['seconds'] / 60:.1f} minutes on {result['hardware']}.",
+        f"{result['seconds'] / 60:.1f} minutes on {result['hardware']}, {result['precision']}.",
         "",
     ]

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from skipless.datasets.masks import SegmentationSet
 from skipless.datasets.official_counts import COUNTS, describe_split
-from skipless.eval.backbones import Weights, load_backbone, untrained
+from skipless.eval.backbones import Precision, Weights, load_backbone, untrained
 from skipless.eval.command_line import parse_settings, run
 from skipless.eval.features import Features, default_cache, extract
 from skipless.eval.metrics import segmentation_scores
@@ -50,7 +50,7 @@ from skipless.eval.segmentation import DATA, choose_blocks
 from skipless.eval.segmentation_quick import image_of_pair
 from skipless.eval.segmentation_report import PICTURES, draw, report
 from skipless.ssl import distributed
-from skipless.ssl.distributed import gather_objects, leave_signals_to_main, rank, world_size
+from skipless.ssl.distributed import gather_objects, leave_signals_to_main, loader_workers, rank, world_size
 from skipless.ssl.provenance import write_result
 from skipless.ssl.settings import plain
 
@@ -103,13 +103,16 @@ class Settings:
     """Of the first run of k-means (and of random weights)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. k-means itself runs on the CPU."""
+    precision: Precision = "auto"
+    """In which the network computes features: fp32 or bf16; auto is bf16 on GPUs that are fast in it, else fp32."""
     batch_size: int = 16
     """Images in one forward pass of the backbone. Changes speed and memory alone."""
-    workers: int = 0
-    """Processes that read images; 0 reads them in the main one. On a GPU, give the number of cores."""
+    workers: int | None = None
+    """Processes that read images; by default all cores shared out with a GPU, and none on a CPU, which needs them
+    itself."""
 
     def __post_init__(self) -> None:
-        if min(self.size, self.seeds, self.batch_size) < 1 or min(self.workers, self.seed) < 0:
+        if min(self.size, self.seeds, self.batch_size) < 1 or min(self.workers or 0, self.seed) < 0:
             raise ValueError("size, seeds and batch-size must be 1 or more, workers and seed 0 or more")
 
 
@@ -125,7 +128,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     backbone = load_backbone(settings.ckpt, settings.weights)
     if settings.untrained:
         backbone = untrained(backbone, settings.seed)
-    backbone = backbone.to(device)
+    backbone = backbone.to(device, settings.precision)
+    workers = loader_workers(settings.workers, device)
     choices = choose_blocks(settings.blocks, settings.every_block, backbone)
     data = settings.data
     val = DATA[data.name](data.root, data.split)
@@ -142,13 +146,14 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     if not settings.every_block and settings.blocks != "last":
         protocol += "/blocks-" + "-".join(str(block + 1) for block in choices[-1])
     protocol += " (changed)" if changed else ""
-    recorded = plain(settings)
+    recorded = plain(settings) | {"precision": backbone.precision}
     out = Path(settings.out) if settings.out else None
     if out:
         keep_other_result(out / "clustering.json", recorded)
     first = rank() == 0
     if first:
-        print(f"{protocol}: {backbone.architecture} ({backbone.path}) on {device}", flush=True)
+        on = f"on {device}, {backbone.described_precision}"
+        print(f"{protocol}: {backbone.architecture} ({backbone.path}) {on}", flush=True)
         print(describe_split(data.name, val.split, len(val)), flush=True)
         if out:
             out.mkdir(parents=True, exist_ok=True)
@@ -157,9 +162,9 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     blocks = sorted({block for choice in choices for block in choice})
     features = extract(
         backbone, val.images, partial(image_of_pair, val), size, blocks, cache, "tokens",
-        settings.batch_size, settings.workers, f"features, {val.split}",
+        settings.batch_size, workers, f"features, {val.split}",
     )  # fmt: skip
-    labels = sample_labels(val, settings.workers)
+    labels = sample_labels(val, workers)
     shown = np.linspace(0, len(val) - 1, min(PICTURES, len(val))).round().astype(int).tolist()
     seeds = range(settings.seed, settings.seed + settings.seeds)
     runs = []  # [choice][seed] -> scores

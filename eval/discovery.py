@@ -102,8 +102,9 @@ class Settings:
     """auto, cpu, cuda or cuda:N."""
     batch_size: int = 8
     """Images of one padded size that go through the network together. Changes speed and memory alone."""
-    workers: int = 0
-    """Processes that read images; 0 reads them in the main one. On a GPU, give the number of cores."""
+    workers: int | None = None
+    """Processes that read images; by default all cores shared out with a GPU, and none on a CPU, which needs them
+    itself."""
 
 
 def discover(settings: Settings) -> dict[str, Any]:
@@ -117,6 +118,7 @@ def discover(settings: Settings) -> dict[str, Any]:
     backbone = load_backbone(settings.ckpt, settings.weights)
     if settings.untrained:
         backbone = untrained(backbone, settings.seed)
+    # In float32, as published: thresholds on cosines and signs of eigenvectors hang on small differences.
     backbone = backbone.to(device)
     blocks = choose_blocks(settings, backbone)
     size = check(settings, backbone)
@@ -222,7 +224,7 @@ def choose_blocks(settings: Settings, backbone: Backbone) -> list[int]:
 
 def check(settings: Settings, backbone: Backbone) -> int | None:
     """The side of the squares that images are resized to, None for the original size."""
-    if settings.batch_size < 1 or settings.workers < 0:
+    if settings.batch_size < 1 or (settings.workers or 0) < 0:
         raise ValueError("batch-size must be 1 or more, and workers 0 or more")
     if settings.method == "lost" and settings.tau is not None:
         raise ValueError("tau has no effect on lost, whose threshold is 0; leave it out")
@@ -294,7 +296,7 @@ def find_all(
     loader = DataLoader(
         _Pictures(images, size),
         batch_sampler=batches,
-        num_workers=settings.workers,
+        num_workers=distributed.loader_workers(settings.workers, backbone.model.pos_embed.device),
         collate_fn=list,
         worker_init_fn=distributed.leave_signals_to_main,
     )

@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -154,9 +153,16 @@ def extract(
         if rank() == 0:
             write_text(folder / "about.json", json.dumps({**about, "path": backbone.path}, indent=1) + "\n")
         mine = todo[rank() :: world_size()]
+        # What goes through the network together is read together, by one worker: the first batch is there soon, and
+        # those that are read ahead fit into memory.
+        batches = [
+            (index, shards[index][i : i + batch_size])
+            for index in mine
+            for i in range(0, len(shards[index]), batch_size)
+        ]
         loader = DataLoader(
             _Squares(paths, read, size, resize),
-            batch_sampler=[list(shards[index]) for index in mine],
+            batch_sampler=[list(rows) for _, rows in batches],
             num_workers=workers,
             collate_fn=list,
             worker_init_fn=leave_signals_to_main,
@@ -164,11 +170,21 @@ def extract(
         done = sum(len(shards[index]) for index in missing if not missing[index])
         total = done + sum(len(shards[index]) for index in mine)
         with tqdm(total=total, initial=done, desc=title, unit="image", disable=rank() > 0) as progress:
-            for index, pictures in zip(mine, loader, strict=True):
-                for picture in pictures:
-                    if isinstance(picture, str):
-                        raise ValueError(picture)
-                _write_shard(features, backbone, index, missing[index], pictures, paths, kind, batch_size, progress)
+            for (index, rows), pictures in zip(batches, loader, strict=True):
+                of_shard = shards[index]
+                if rows[0] == of_shard[0]:
+                    tokens = np.empty(
+                        (len(missing[index]), len(of_shard), 1 + grid[0] * grid[1], backbone.dim), np.float16
+                    )
+                first = rows[0] - of_shard[0]
+                tokens[:, first : first + len(rows)] = _tokens(
+                    backbone, pictures, missing[index], kind, pooled, [paths[row] for row in rows]
+                )
+                if rows[-1] == of_shard[-1]:
+                    for block, array in zip(missing[index], tokens, strict=True):
+                        path = _shard_path(folder, block, index)
+                        write_atomically(path, lambda beside, array=array: _save(beside, array))  # type: ignore[misc]
+                progress.update(len(rows))
     any_process(False)  # wait for the others
     for index in todo:
         if not all(_shard_path(folder, block, index).exists() for block in missing[index]):
@@ -198,42 +214,34 @@ class _Squares(Dataset):
             return str(error) if isinstance(error, UnreadableImage) else f"{self.paths[index]}: {error}"
 
 
-def _write_shard(
-    features: Features,
+def _tokens(
     backbone: Backbone,
-    index: int,
+    pictures: list[np.ndarray | str],
     blocks: list[int],
-    pictures: list[np.ndarray],
-    paths: Sequence[Path],
     kind: FeatureKind,
-    batch_size: int,
-    progress: Any,
-) -> None:
-    tokens = {
-        block: np.empty((len(pictures), 1 + features.grid[0] * features.grid[1], features.dim), np.float16)
-        for block in blocks
-    }
-    for first in range(0, len(pictures), batch_size):
-        batch = pictures[first : first + batch_size]
-        found = backbone.features(backbone.normalize(np.stack(batch)), blocks, kind)
-        for block, (patches, cls) in zip(blocks, found, strict=True):
-            tokens_of_patches = patches.flatten(1, 2)
-            if features.grid == (1, 1):
-                tokens_of_patches = tokens_of_patches.mean(1, keepdim=True)
-            x = torch.cat([cls[:, None], tokens_of_patches], dim=1)
-            half = x.half()
-            if not half.isfinite().all():
-                worst = int((~half.isfinite()).flatten(1).any(1).nonzero()[0])
-                what = "are beyond half precision" if x.isfinite().all() else "are NaN or infinite"
-                path = paths[index * features.shard + first + worst]
-                raise ValueError(
-                    f"{path}: features of block {block + 1} of {backbone.path} {what}; "
-                    "check the checkpoint, or take another block"
-                )
-            tokens[block][first : first + len(batch)] = half.cpu().numpy()
-        progress.update(len(batch))
-    for block, array in tokens.items():
-        write_atomically(_shard_path(features.folder, block, index), lambda beside, array=array: _save(beside, array))  # type: ignore[misc]
+    pooled: bool,
+    paths: Sequence[Path],
+) -> np.ndarray:
+    """float16 [blocks, B, 1 + h * w, D], CLS first; pooled, the mean of the patches stands in their place."""
+    for picture in pictures:
+        if isinstance(picture, str):
+            raise ValueError(picture)
+    found = backbone.features(backbone.normalize(np.stack(pictures)), blocks, kind)
+    patches = [f.patches.flatten(1, 2) for f in found]
+    if pooled:
+        patches = [x.mean(1, keepdim=True) for x in patches]
+    exact = [torch.cat([f.cls[:, None], x], dim=1) for f, x in zip(found, patches, strict=True)]
+    half = torch.stack([x.half() for x in exact])
+    finite = half.isfinite().all()
+    tokens = half.cpu().numpy()  # where the host waits for the device, once for all blocks
+    if not finite:
+        block, picture = (~half.isfinite()).flatten(2).any(2).nonzero()[0].tolist()
+        what = "are beyond half precision" if exact[block].isfinite().all() else "are NaN or infinite"
+        raise ValueError(
+            f"{paths[picture]}: features of block {blocks[block] + 1} of {backbone.path} {what}; "
+            "check the checkpoint, or take another block"
+        )
+    return tokens
 
 
 def _save(path: Path, array: np.ndarray) -> None:

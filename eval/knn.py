@@ -1,7 +1,7 @@
 """k-NN classification: how well the nearest training images tell an image's class, from frozen features.
 
     python eval/knn.py --ckpt runs/photos --data.root imagenette --out knn
-    python eval/knn.py --ckpt dino_vits16.pth --data.root imagenet --device cuda --workers 16 --batch-size 256
+    python eval/knn.py --ckpt dino_vits16.pth --data.root imagenet --batch-size 256 --out knn
     python eval/knn.py --ckpt runs/photos --data.name cifar10 --data.root cifar --pool mean --every-block
 
 DINO's protocol (arXiv 2104.14294): central crops of 224 pixels, the final-normed CLS token of the last block, cosine
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from skipless.eval.backbones import Weights, load_backbone, untrained
+from skipless.eval.backbones import Precision, Weights, load_backbone, untrained
 from skipless.eval.classification import (
     DataSettings,
     Pooling,
@@ -70,15 +70,18 @@ class Settings:
     """Of the bootstrap (and of random weights)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    precision: Precision = "auto"
+    """In which the network computes features: fp32 or bf16; auto is bf16 on GPUs that are fast in it, else fp32."""
     batch_size: int = 64
     """Images in one forward pass of the backbone. Changes speed and memory alone."""
-    workers: int = 0
-    """Processes that read images; 0 reads them in the main one. On a GPU, give the number of cores."""
+    workers: int | None = None
+    """Processes that read images; by default all cores shared out with a GPU, and none on a CPU, which needs them
+    itself."""
 
     def __post_init__(self) -> None:
         if not self.k or min(*self.k, self.size, self.batch_size) < 1 or not 0 < self.temperature < math.inf:
             raise ValueError("k, size and batch-size must be 1 or more, and temperature above 0")
-        if self.workers < 0 or self.seed < 0:
+        if (self.workers or 0) < 0 or self.seed < 0:
             raise ValueError("workers and seed cannot be negative")
 
 
@@ -117,7 +120,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     backbone = load_backbone(settings.ckpt, settings.weights)
     if settings.untrained:
         backbone = untrained(backbone, settings.seed)
-    backbone = backbone.to(device)
+    backbone = backbone.to(device, settings.precision)
+    workers = distributed.loader_workers(settings.workers, device)
     choices = choose_blocks(settings.blocks, settings.every_block, backbone)
     train, val = open_labelled(settings.data)
     if max(settings.k) > len(train):
@@ -126,17 +130,18 @@ def evaluate(settings: Settings) -> dict[str, Any]:
             f"{min(20, len(train))}"
         )
     protocol = protocol_id(settings, val.name, choices[-1])
-    recorded = plain(settings)
+    recorded = plain(settings) | {"precision": backbone.precision}
     out = Path(settings.out) if settings.out else None
     if out:
         keep_other_result(out / "knn.json", recorded)
     first = distributed.rank() == 0
     if first:
-        print(f"{protocol}: {backbone.architecture} ({backbone.path}) on {device}", flush=True)
+        on = f"on {device}, {backbone.described_precision}"
+        print(f"{protocol}: {backbone.architecture} ({backbone.path}) {on}", flush=True)
     cache = Path(settings.cache).expanduser() if settings.cache else default_cache()
     blocks = sorted({block for choice in choices for block in choice})
     bank, queries = (
-        pooled_features(backbone, images, settings.size, blocks, cache, settings.batch_size, settings.workers)
+        pooled_features(backbone, images, settings.size, blocks, cache, settings.batch_size, workers)
         for images in (train, val)
     )
     by_choice = []  # [choice] -> {k: hits}

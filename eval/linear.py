@@ -7,7 +7,7 @@ In minutes on a CPU, on features of central crops that are computed once:
 As published by DINO (arXiv 2104.14294), on random crops and flips, anew in every one of 100 epochs; on a GPU, or with
 torchrun on several:
 
-    python eval/linear.py --protocol dino --ckpt dino_vits16.pth --data.root imagenet --workers 16 --out linear
+    python eval/linear.py --protocol dino --ckpt dino_vits16.pth --data.root imagenet --out linear
 
 It departs from the published code where that reports the best epoch on the images it measures: here a tenth of the
 training images (at most 10,000) is held out, and chooses among the learning rates. Weights start at 0, the cosine goes
@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from skipless.datasets.labelled import LabelledSet
-from skipless.eval.backbones import Backbone, Weights, load_backbone, untrained
+from skipless.eval.backbones import Backbone, Precision, Weights, load_backbone, untrained
 from skipless.eval.classification import (
     DataSettings,
     Pooling,
@@ -47,7 +47,7 @@ from skipless.eval.classification import (
 )
 from skipless.eval.command_line import join_list, parse_settings, run
 from skipless.eval.features import data_sha256, default_cache
-from skipless.eval.results import INCIDENTAL, keep_other_result, result_of
+from skipless.eval.results import INCIDENTAL, LATER, keep_other_result, result_of
 from skipless.eval.segmentation import choose_blocks
 from skipless.eval.segmentation_quick import Heads
 from skipless.ssl import distributed
@@ -98,16 +98,19 @@ class Settings:
     """Of the order of images, their crops and the bootstrap (and of random weights)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    precision: Precision = "auto"
+    """In which the network computes features: fp32 or bf16; auto is bf16 on GPUs that are fast in it, else fp32."""
     batch_size: int = 64
     """Images in one forward pass of the backbone. Changes speed and memory alone."""
-    workers: int = 0
-    """Processes that read images; 0 reads them in the main one. On a GPU, give the number of cores."""
+    workers: int | None = None
+    """Processes that read images; by default all cores shared out with a GPU, and none on a CPU, which needs them
+    itself."""
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.images_per_step, self.size, self.batch_size) < 1:
             raise ValueError("epochs, images-per-step, size and batch-size must be 1 or more")
         rates_fit = self.learning_rates and all(0 < rate < math.inf for rate in self.learning_rates)
-        if not rates_fit or self.workers < 0 or self.seed < 0:
+        if not rates_fit or (self.workers or 0) < 0 or self.seed < 0:
             raise ValueError("learning-rates must be above 0, and workers and seed not negative")
 
 
@@ -122,20 +125,22 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     backbone = load_backbone(settings.ckpt, settings.weights)
     if settings.untrained:
         backbone = untrained(backbone, settings.seed)
-    backbone = backbone.to(device)
+    backbone = backbone.to(device, settings.precision)
+    workers = distributed.loader_workers(settings.workers, device)
     by_default = settings.every_block and settings.blocks == "last4"
     choices = choose_blocks("last" if by_default else settings.blocks, settings.every_block, backbone)
     train, val = open_labelled(settings.data)
     if len(train) < 2:
         raise ValueError(f"{train.name} {train.split} has one image; two or more are needed, one of them held out")
     protocol = protocol_id(settings, val.name, choices[-1])
-    recorded = plain(settings)
+    recorded = plain(settings) | {"precision": backbone.precision}
     out = Path(settings.out) if settings.out else None
     if out:
         keep_other_result(out / "linear.json", recorded)
     first = distributed.rank() == 0
     if first:
-        print(f"{protocol}: {backbone.architecture} ({backbone.path}) on {device}", flush=True)
+        on = f"on {device}, {backbone.described_precision}"
+        print(f"{protocol}: {backbone.architecture} ({backbone.path}) {on}", flush=True)
         if device.type == "cpu" and settings.protocol == "dino":
             print("each epoch is a pass of the network over all images; --protocol cached takes minutes", flush=True)
 
@@ -147,7 +152,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     def crops_of(images: LabelledSet) -> list[Tensor]:
         """Vectors of the central crops, for each choice of blocks."""
         cache = Path(settings.cache).expanduser() if settings.cache else default_cache()
-        found = pooled_features(backbone, images, settings.size, blocks, cache, settings.batch_size, settings.workers)
+        found = pooled_features(backbone, images, settings.size, blocks, cache, settings.batch_size, workers)
         return [vectors(found, choice, settings.pool) for choice in choices]
 
     x_val = crops_of(val)  # before hours of training, so that what is wrong with it shows
@@ -269,7 +274,8 @@ def train_on_random_crops(
         for choice in choices
     ]
     optimizer = sgd(heads, rates)
-    matters = {k: v for k, v in plain(settings).items() if k not in INCIDENTAL}
+    # The precision is in the fingerprint.
+    matters = {k: v for k, v in plain(settings).items() if k not in (*INCIDENTAL, *LATER)}
     of_images = train.identity or data_sha256(train.places)
     of_labels = hashlib.sha256(train.labels.tobytes()).hexdigest()
     identity = f"{backbone.fingerprint()} {of_images} {of_labels} {matters}"
@@ -288,7 +294,7 @@ def train_on_random_crops(
             loader = DataLoader(
                 RandomCrops(train, size, settings.seed, epoch),
                 batch_sampler=[rows[rank::processes].tolist() for rows in batches],
-                num_workers=settings.workers,
+                num_workers=distributed.loader_workers(settings.workers, device),
                 collate_fn=list,
                 worker_init_fn=distributed.leave_signals_to_main,
             )

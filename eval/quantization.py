@@ -90,11 +90,12 @@ class Settings:
     """auto, cpu, cuda or cuda:N."""
     batch_size: int = 64
     """Images in one forward pass of the backbone. Changes speed and memory alone."""
-    workers: int = 0
-    """Processes that read images; 0 reads them in the main one. On a GPU, give the number of cores."""
+    workers: int | None = None
+    """Processes that read images; by default all cores shared out with a GPU, and none on a CPU, which needs them
+    itself."""
 
     def __post_init__(self) -> None:
-        if min(self.k, self.size, self.batch_size) < 1 or self.workers < 0 or self.seed < 0:
+        if min(self.k, self.size, self.batch_size) < 1 or (self.workers or 0) < 0 or self.seed < 0:
             raise ValueError("k, size and batch-size must be 1 or more; workers and seed cannot be negative")
         if (self.segmentation is None) != (self.segmentation_root is None):
             raise ValueError("segmentation and segmentation-root belong together: the data set and its folder")
@@ -250,6 +251,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     began = time.perf_counter()
     require_faiss()
     backbone = load_backbone(settings.ckpt, settings.weights).to(device)
+    workers = distributed.loader_workers(settings.workers, device)
     train, val = open_labelled(settings.data)
     if settings.k > len(train):
         raise ValueError(f"k is {settings.k}, and {train.name} {train.split} has {len(train):,} images: give fewer")
@@ -272,7 +274,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     found_by: dict[str, Segmented] = {}
     for name, quantized in tqdm(arithmetics.items(), desc="arithmetics", disable=distributed.rank() > 0):
         bank, queries = (
-            pooled_features(quantized, images, settings.size, [-1], cache, settings.batch_size, settings.workers)
+            pooled_features(quantized, images, settings.size, [-1], cache, settings.batch_size, workers)
             for images in (train, val)
         )
         last = (backbone.depth - 1,)
@@ -285,7 +287,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         hits[name] = knn_predict(similarities, train.labels[rows], len(train.classes)) == val.labels
         if masks:
             outcome = quick(
-                quantized, masks[0], masks[1], [last], settings.quick, cache, settings.seed, 16, settings.workers, []
+                quantized, masks[0], masks[1], [last], settings.quick, cache, settings.seed, 16, workers, []
             )
             found_by[name] = Segmented(segmentation_scores(outcome.confusions[0]).miou, outcome.counts[0].cpu().numpy())
     details["knn"] = {

@@ -18,7 +18,7 @@ import contextlib
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,13 +26,21 @@ import numpy as np
 
 from skipless.datasets.images import read_image
 from skipless.eval import classification, clustering, discovery, knn, linear, retrieval, segmentation
-from skipless.eval.backbones import Backbone, FeatureKind, Weights, load_backbone, untrained
+from skipless.eval.backbones import (
+    Backbone,
+    FeatureKind,
+    Precision,
+    Weights,
+    choose_precision,
+    load_backbone,
+    untrained,
+)
 from skipless.eval.classification import Pooling
 from skipless.eval.command_line import join_list, parse_settings, run
 from skipless.eval.pictures import pick_images
 from skipless.eval.report_page import write_page
 from skipless.eval.report_tables import latex_table, markdown_table, table_of
-from skipless.eval.results import INCIDENTAL
+from skipless.eval.results import INCIDENTAL, LATER
 from skipless.eval.segmentation_quick import QuickSettings
 from skipless.ssl import distributed
 from skipless.ssl.checkpoints import write_text
@@ -128,10 +136,13 @@ class Settings:
     """Of all that is random."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    precision: Precision = "auto"
+    """In which the network computes features: fp32 or bf16; auto is bf16 on GPUs that are fast in it, else fp32."""
     batch_size: int = 16
     """Images in one forward pass of the backbone. Changes speed and memory alone."""
-    workers: int = 0
-    """Processes that read images; 0 reads them in the main one."""
+    workers: int | None = None
+    """Processes that read images; by default all cores shared out with a GPU, and none on a CPU, which needs them
+    itself."""
 
     def __post_init__(self) -> None:
         if not self.ckpt:
@@ -166,6 +177,8 @@ def make_report(settings: Settings) -> Path:
         raise ValueError(
             "eval/report.py runs in one process; measure with torchrun first, and give it --collect FOLDER"
         )
+    # As results record it, so that those of two checkpoints, or of an earlier call, are of one precision.
+    settings = replace(settings, precision=choose_precision(settings.precision, device))
     out = Path(settings.out).expanduser()
     candidates = load_candidates(settings, device)
     # What can be wrong is found before anything is measured, which may take hours.
@@ -244,26 +257,26 @@ def planned(settings: Settings, candidate: Candidate, folder: Path) -> list[tupl
             "batch_size": settings.batch_size, "workers": settings.workers,
         }  # fmt: skip
 
-    cache: dict[str, Any] = {"cache": settings.cache}
+    on_features: dict[str, Any] = {"cache": settings.cache, "precision": settings.precision}
     plan: list[tuple[str, Any, Callable[[Any], Any]]] = []
     c, s, d = settings.classification, settings.segmentation, settings.discovery
     if c.root:
         images = classification.DataSettings(c.root, c.name, c.split, c.train_split)
-        more: dict[str, Any] = {"data": images, "pool": c.pool, "size": c.size, **cache}
+        more: dict[str, Any] = {"data": images, "pool": c.pool, "size": c.size, **on_features}
         plan.append(("knn", knn.Settings(k=(20,), every_block=True, **common("knn"), **more), knn.evaluate))
         plan.append(("linear", linear.Settings(**common("linear"), **more), linear.evaluate))
     if s.root:
         masks = segmentation.DataSettings(s.name, s.root, s.split, s.train_split)
         quick = QuickSettings(size=s.size, max_images=s.max_images)
         theirs: Any = segmentation.Settings(
-            data=masks, protocol="quick", every_block=True, quick=quick, **common("segmentation"), **cache
+            data=masks, protocol="quick", every_block=True, quick=quick, **common("segmentation"), **on_features
         )
         plan.append(("segmentation", theirs, segmentation.evaluate))
         memory = retrieval.MemoryData(s.name, s.root, s.split, s.train_split)
-        theirs = retrieval.Settings(data=memory, size=s.size, **common("retrieval"), **cache)
+        theirs = retrieval.Settings(data=memory, size=s.size, **common("retrieval"), **on_features)
         plan.append(("retrieval", theirs, retrieval.evaluate))
         clustered = clustering.ClusteredData(s.name, s.root, s.split)
-        theirs = clustering.Settings(data=clustered, size=s.size, **common("clustering"), **cache)
+        theirs = clustering.Settings(data=clustered, size=s.size, **common("clustering"), **on_features)
         plan.append(("clustering", theirs, clustering.evaluate))
     if d.root:
         boxes = discovery.DataSettings(d.name, d.root, d.split)
@@ -286,10 +299,10 @@ def measured(path: Path, settings: Any, backbone: Backbone) -> dict[str, Any] | 
     try:
         old = json.loads(path.read_text())
         same = old["checkpoint"]["sha256"] == backbone.sha256
-        theirs = old["settings"]
+        theirs = LATER | old["settings"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged or no result: delete it, and it is measured again") from None
-    ours = plain(settings)
+    ours = LATER | plain(settings)
     differing = [k for k in theirs if k not in (*INCIDENTAL, "ckpt") and theirs[k] != ours.get(k)]
     if not same or differing:
         why = f"other settings ({', '.join(differing)})" if differing else "other weights"

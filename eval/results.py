@@ -12,6 +12,8 @@ from skipless.ssl.provenance import provenance
 
 # Settings that change nothing about a figure.
 INCIDENTAL = ("out", "cache", "device", "batch_size", "workers")
+# Settings that came after the first results, with the value that results without them had.
+LATER = {"precision": "fp32"}
 
 
 def result_of(
@@ -35,7 +37,7 @@ def result_of(
     Args:
         metric, value: the figure, as a fraction; None where there was nothing to compare with.
         details: whatever else was found.
-        recorded: the settings.
+        recorded: the settings, with the precision that "auto" came to.
         official: images of the whole split, where that is known.
     """
     about = ("path", "sha256", "architecture", "family", "mean", "std")
@@ -50,6 +52,7 @@ def result_of(
         "value": value,
         "details": details,
         "checkpoint": {name: getattr(backbone, name) for name in about},
+        "precision": backbone.described_precision,
         "settings": recorded,
         "seed": seed,
         "seconds": round(seconds, 1),
@@ -62,13 +65,20 @@ def keep_other_result(path: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError where `path` holds the result of a run with other settings, which would be lost."""
     try:
         old = json.loads(path.read_text())
-        theirs, ours = ({k: v for k, v in tree.items() if k not in INCIDENTAL} for tree in (old["settings"], settings))
+        differing = differing_settings(old["settings"], settings)
     except FileNotFoundError:
         return
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{path} is no result of this command: give another --out") from None
-    if theirs != ours:
+    if differing:
         raise ValueError(
-            f"{path} holds another result ({old.get('protocol')} of {old.get('checkpoint', {}).get('path')}): give "
-            "another --out, or delete it"
+            f"{path} holds another result ({old.get('protocol')} of {old.get('checkpoint', {}).get('path')}), which "
+            f"differs in {', '.join(differing)}: give another --out, or delete it"
         )
+
+
+def differing_settings(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """Names of the settings that make two results different ones, those of a group under the group's name."""
+    theirs, ours, absent = LATER | theirs, LATER | ours, object()
+    names = [name for name in dict.fromkeys([*theirs, *ours]) if name not in INCIDENTAL]
+    return [name for name in names if theirs.get(name, absent) != ours.get(name, absent)]

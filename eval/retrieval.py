@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from skipless.datasets.masks import SegmentationSet
 from skipless.datasets.official_counts import COUNTS, describe_split
-from skipless.eval.backbones import Weights, load_backbone, untrained
+from skipless.eval.backbones import Precision, Weights, load_backbone, untrained
 from skipless.eval.command_line import parse_settings, run
 from skipless.eval.features import Features, default_cache, extract
 from skipless.eval.metrics import confusion_matrix, image_counts, miou_interval, segmentation_scores
@@ -53,7 +53,14 @@ from skipless.eval.segmentation import DATA, DataSettings, choose_blocks
 from skipless.eval.segmentation_quick import image_of_pair, label_shares, predict
 from skipless.eval.segmentation_report import PICTURES, draw, report
 from skipless.ssl import distributed
-from skipless.ssl.distributed import all_reduce_sum, gather_objects, leave_signals_to_main, rank, world_size
+from skipless.ssl.distributed import (
+    all_reduce_sum,
+    gather_objects,
+    leave_signals_to_main,
+    loader_workers,
+    rank,
+    world_size,
+)
 from skipless.ssl.provenance import write_result
 from skipless.ssl.settings import plain
 
@@ -108,13 +115,16 @@ class Settings:
     """Of the patches that are taken from an image, where not all fit, and of the bootstrap."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    precision: Precision = "auto"
+    """In which the network computes features: fp32 or bf16; auto is bf16 on GPUs that are fast in it, else fp32."""
     batch_size: int = 16
     """Images in one forward pass of the backbone. Changes speed and memory alone."""
-    workers: int = 0
-    """Processes that read images; 0 reads them in the main one. On a GPU, give the number of cores."""
+    workers: int | None = None
+    """Processes that read images; by default all cores shared out with a GPU, and none on a CPU, which needs them
+    itself."""
 
     def __post_init__(self) -> None:
-        if min(self.size, self.memory_size, self.batch_size) < 1 or min(self.workers, self.seed) < 0:
+        if min(self.size, self.memory_size, self.batch_size) < 1 or min(self.workers or 0, self.seed) < 0:
             raise ValueError("size, memory-size and batch-size must be 1 or more, workers and seed 0 or more")
         if not 1 <= self.k <= 2048 or not 0 < self.temperature < math.inf:
             raise ValueError("k must be 1 to 2048, and temperature above 0")
@@ -136,7 +146,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     backbone = load_backbone(settings.ckpt, settings.weights)
     if settings.untrained:
         backbone = untrained(backbone, settings.seed)
-    backbone = backbone.to(device)
+    backbone = backbone.to(device, settings.precision)
+    workers = loader_workers(settings.workers, device)
     choices = choose_blocks(settings.blocks, settings.every_block, backbone)
     data = settings.data
     train = DATA[data.name](data.root, data.train_split or _default_train_split(data.name))
@@ -154,13 +165,14 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     if not settings.every_block and settings.blocks != "last":
         protocol += "/blocks-" + "-".join(str(block + 1) for block in choices[-1])
     protocol += " (changed)" if changed else ""
-    recorded = plain(settings)
+    recorded = plain(settings) | {"precision": backbone.precision}
     out = Path(settings.out) if settings.out else None
     if out:
         keep_other_result(out / "retrieval.json", recorded)
     first = rank() == 0
     if first:
-        print(f"{protocol}: {backbone.architecture} ({backbone.path}) on {device}", flush=True)
+        on = f"on {device}, {backbone.described_precision}"
+        print(f"{protocol}: {backbone.architecture} ({backbone.path}) {on}", flush=True)
         for images in (train, val):
             print(describe_split(data.name, images.split, len(images)), flush=True)
         if train.split == val.split:
@@ -173,11 +185,11 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     in_memory, queries = (
         extract(
             backbone, images.images, partial(image_of_pair, images), size, blocks, cache, "tokens",
-            settings.batch_size, settings.workers, f"features, {images.split}",
+            settings.batch_size, workers, f"features, {images.split}",
         )
         for images in (train, val)
     )  # fmt: skip
-    patches, labels = choose_patches(train, in_memory.grid, per_image, settings.seed, settings.workers)
+    patches, labels = choose_patches(train, in_memory.grid, per_image, settings.seed, workers)
     if len(labels) == 0:
         raise ValueError(f"{train.name} {train.split} has no labelled patch: every mask is void")
     shown = np.linspace(0, len(val) - 1, min(PICTURES, len(val))).round().astype(int).tolist()

@@ -33,7 +33,7 @@ from skipless.datasets.coco import coco_stuff
 from skipless.datasets.masks import SegmentationSet
 from skipless.datasets.official_counts import COUNTS, describe_split
 from skipless.datasets.voc import scenes_segmentation, voc_segmentation
-from skipless.eval.backbones import Backbone, Weights, load_backbone, untrained
+from skipless.eval.backbones import Backbone, Precision, Weights, load_backbone, untrained
 from skipless.eval.command_line import parse_settings, run
 from skipless.eval.features import default_cache
 from skipless.eval.metrics import miou_interval, segmentation_scores
@@ -98,10 +98,14 @@ class Settings:
     """Of the heads, the order of images and their augmentation."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    precision: Precision = "auto"
+    """In which the network computes features: fp32 or bf16; auto is bf16 on GPUs that are fast in it, else fp32."""
     batch_size: int = 16
-    """quick: images in one forward pass of the backbone. Changes speed and memory alone."""
-    workers: int = 0
-    """Processes that read images; 0 reads them in the main one. On a GPU, give the number of cores."""
+    """Images (windows, for mmseg and dinov3) in one forward pass of the backbone: of quick, and of the evaluation by
+    the other protocols. Changes speed and memory alone."""
+    workers: int | None = None
+    """Processes that read images; by default all cores shared out with a GPU, and none on a CPU, which needs them
+    itself."""
     quick: QuickSettings = field(default_factory=QuickSettings)
     """Settings of the protocol quick, of its recipe."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -116,12 +120,13 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     """
     device = distributed.start(settings.device)
     began = time.perf_counter()
-    if settings.workers < 0 or settings.batch_size < 1 or settings.seed < 0:
+    if (settings.workers or 0) < 0 or settings.batch_size < 1 or settings.seed < 0:
         raise ValueError("workers must be 0 or more, seed too, and batch-size 1 or more")
     backbone = load_backbone(settings.ckpt, settings.weights)
     if settings.untrained:
         backbone = untrained(backbone, settings.seed)
-    backbone = backbone.to(device)
+    backbone = backbone.to(device, settings.precision)
+    workers = distributed.loader_workers(settings.workers, device)
     choices = choose_blocks(settings.blocks, settings.every_block, backbone)
     data = settings.data
     train = DATA[data.name](data.root, data.train_split or _default_train_split(settings))
@@ -131,14 +136,15 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     if not settings.every_block and settings.blocks != "last":
         protocol += "/blocks-" + "-".join(str(block + 1) for block in choices[-1])
     protocol += " (changed)" if changed else ""
-    recorded = plain(settings)
+    recorded = plain(settings) | {"precision": backbone.precision}
     del recorded["training" if settings.protocol == "quick" else "quick"]  # which had no effect
     out = Path(settings.out) if settings.out else None
     if out:
         keep_other_result(out / "segmentation.json", recorded)
     first = distributed.rank() == 0
     if first:
-        print(f"{protocol}: {backbone.architecture} ({backbone.path}) on {device}", flush=True)
+        on = f"on {device}, {backbone.described_precision}"
+        print(f"{protocol}: {backbone.architecture} ({backbone.path}) {on}", flush=True)
         for images in (train, val):
             print(describe_split(data.name, images.split, len(images)), flush=True)
         if train.split == val.split:
@@ -152,12 +158,12 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     if settings.protocol == "quick":
         cache = Path(settings.cache).expanduser() if settings.cache else default_cache()
         outcome = quick(
-            backbone, train, val, choices, settings.quick, cache, settings.seed, settings.batch_size, settings.workers,
+            backbone, train, val, choices, settings.quick, cache, settings.seed, settings.batch_size, workers,
             shown,
         )  # fmt: skip
     else:
         outcome = train_and_evaluate(
-            backbone, train, val, choices, settings.training, settings.seed, settings.workers, shown, out
+            backbone, train, val, choices, settings.training, settings.seed, settings.batch_size, workers, shown, out
         )
     scores = [segmentation_scores(confusion) for confusion in outcome.confusions]
     intervals = [miou_interval(counts.cpu().numpy(), settings.seed) for counts in outcome.counts]

@@ -34,7 +34,7 @@ def report(result: dict[str, Any], how: str, theirs: str = "recipe") -> str:
         "",
         f"{checkpoint['architecture']} ({checkpoint['path']}), blocks {', '.join(map(str, details['blocks']))}; "
         f"{describe_split(result['dataset'], result['split'], result['images'])}; {how}; seed {result['seed']}; "
-        f"{result['seconds'] / 60:.1f} minutes on {result['hardware']}.",
+        f"{result['seconds'] / 60:.1f} minutes on {result['hardware']}, {result['precision']}.",
         "",
     ]
     if details["changed_settings"]:

@@ -32,7 +32,7 @@ from skipless.eval.segmentation_augmentation import (
     size_within,
 )
 from skipless.eval.segmentation_quick import Outcome, predict, resize_logits
-from skipless.eval.windows import sliding_logits
+from skipless.eval.windows import by_shape, cut_windows, mean_of_windows
 from skipless.ssl.checkpoints import write_atomically
 from skipless.ssl.distributed import (
     all_reduce_mean,
@@ -155,6 +155,7 @@ def train_and_evaluate(
     choices: Sequence[tuple[int, ...]],
     settings: TrainingSettings,
     seed: int,
+    batch_size: int,
     workers: int,
     shown: Sequence[int],
     out: Path | None,
@@ -171,7 +172,7 @@ def train_and_evaluate(
     torch.manual_seed(seed)
     heads = LinearHeads(backbone.dim, len(train.classes), choices, settings.head).to(device)
     total = train_heads(heads, backbone, train, settings, seed, workers, out)
-    confusions, counts, predictions = score_heads(heads, backbone, val, settings, workers, shown)
+    confusions, counts, predictions = score_heads(heads, backbone, val, settings, batch_size, workers, shown)
     if out and rank() == 0:
         state = {name: tensor.cpu() for name, tensor in heads.state_dict().items()}
         write_atomically(out / "head.pt", lambda beside: torch.save(state, beside))
@@ -262,11 +263,16 @@ def score_heads(
     backbone: Backbone,
     images: SegmentationSet,
     settings: TrainingSettings,
+    batch_size: int,
     workers: int,
     shown: Sequence[int],
 ) -> tuple[Tensor, Tensor, dict[int, np.ndarray]]:
     """Confusion matrices [choices, C, C] over a data set; `image_counts` of every image [choices, N, 3, C]; the last
-    choice's predictions for the images `shown`."""
+    choice's predictions for the images `shown`.
+
+    Of `batch_size` images that are read together, the windows of one size go through the backbone together, at most
+    `batch_size` of them. The figures do not depend on it but by rounding.
+    """
     heads.eval()
     device = backbone.model.pos_embed.device
     classes = len(images.classes)
@@ -275,43 +281,37 @@ def score_heads(
     predictions = {}
     inference = settings.inference
     mine = list(range(rank(), len(images), world_size()))
+    batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
     loader = DataLoader(
         _Resized(images, settings),
-        batch_sampler=[[index] for index in mine],
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=list,
         worker_init_fn=leave_signals_to_main,
     )
-    title = f"{images.name} {images.split}"
-    progress = tqdm(loader, desc=title, unit="image", total=len(mine), disable=rank() > 0)
-    for index, samples in zip(mine, progress, strict=True):
-        (sample,) = samples
-        if isinstance(sample, str):
-            raise ValueError(sample)
-        picture, mask = sample
-        image = backbone.normalize(picture[None])[0]
-        truth = torch.from_numpy(mask).long().to(device)
-        if inference.kind == "windows":
-            logits = sliding_logits(
-                lambda crops: torch.stack(
-                    [resize_logits(z, crops.shape[2:]) for z in heads(_features(backbone, crops, heads.choices))], 1
-                ),
-                image,
-                inference.window,
-                inference.stride,
-            )  # [choices, C, H, W]
-        else:
-            truth = _nearest(truth[None], (inference.grid, inference.grid))[0]
-            logits = torch.cat(heads(_features(backbone, image[None], heads.choices)))
-        if not logits.isfinite().all():
-            raise ValueError(f"{images.images[index]}: {_not_finite(backbone)}")
-        for number, of_choice in enumerate(logits):
-            prediction = predict(of_choice, truth.shape)
-            confusion = confusion_matrix(truth, prediction, classes)
-            confusions[number] += confusion
-            counts[number, index] = image_counts(confusion)
-        if index in shown:
-            predictions[index] = prediction.to(torch.uint8).cpu().numpy()
+    with tqdm(total=len(mine), desc=f"{images.name} {images.split}", unit="image", disable=rank() > 0) as progress:
+        for batch, samples in zip(batches, loader, strict=True):
+            for sample in samples:
+                if isinstance(sample, str):
+                    raise ValueError(sample)
+            pictures = [backbone.normalize(picture[None])[0] for picture, _ in samples]
+            logits = _logits_of_patches(heads, backbone, pictures, inference, batch_size)
+            finite = torch.stack([of_image.isfinite().all() for of_image in logits])
+            if not finite.all():
+                raise ValueError(f"{images.images[batch[int(finite.int().argmin())]]}: {_not_finite(backbone)}")
+            for index, picture, (_, mask), of_image in zip(batch, pictures, samples, logits, strict=True):
+                truth = torch.from_numpy(mask).to(device).long()
+                if inference.kind == "square":
+                    truth = _nearest(truth[None], (inference.grid, inference.grid))[0]
+                # Choice by choice, since those of all choices at the size of the image would fill the memory.
+                for number, of_choice in enumerate(of_image.unbind(1)):
+                    prediction = predict(_merged(of_choice, picture, inference), truth.shape)
+                    confusion = confusion_matrix(truth, prediction, classes)
+                    confusions[number] += confusion
+                    counts[number, index] = image_counts(confusion)
+                if index in shown:
+                    predictions[index] = prediction.to(torch.uint8).cpu().numpy()
+                progress.update()
     gathered = gather_objects(predictions)
     shown_predictions = {index: p for part in gathered for index, p in part.items()}
     return all_reduce_sum(confusions), all_reduce_sum(counts), shown_predictions
@@ -367,6 +367,33 @@ def _features(backbone: Backbone, images: Tensor, choices: Sequence[tuple[int, .
     blocks = sorted({block for choice in choices for block in choice})
     found = backbone.features(pad_to_patch(images, backbone.patch, centred=True), blocks)
     return {block: f.patches.permute(0, 3, 1, 2) for block, f in zip(blocks, found, strict=True)}
+
+
+def _logits_of_patches(
+    heads: LinearHeads, backbone: Backbone, pictures: Sequence[Tensor], inference: InferenceSettings, batch_size: int
+) -> list[Tensor]:
+    """For each picture [3, H, W] the logits of the patches of its windows, [windows, choices, C, h, w]; a square is one
+    window."""
+    if inference.kind == "windows":
+        windows = [cut_windows(picture, inference.window, inference.stride) for picture in pictures]
+    else:
+        windows = [[picture] for picture in pictures]
+
+    def network(crops: Tensor) -> Tensor:
+        return torch.stack(heads(_features(backbone, crops, heads.choices)), 1)
+
+    found = iter(by_shape(network, [window for of_picture in windows for window in of_picture], batch_size))
+    return [torch.stack([next(found) for _ in of_picture]) for of_picture in windows]
+
+
+def _merged(parts: Tensor, picture: Tensor, inference: InferenceSettings) -> Tensor:
+    """Logits [C, H, W] of a picture [3, H, W] from those of its windows' patches [windows, C, h, w]; of a square's, the
+    only ones, as they are."""
+    if inference.kind == "square":
+        return parts[0]
+    height, width = picture.shape[1:]
+    parts = resize_logits(parts, (min(height, inference.window), min(width, inference.window)))
+    return mean_of_windows(parts, height, width, inference.window, inference.stride)
 
 
 def _not_finite(backbone: Backbone) -> str:

@@ -1,6 +1,7 @@
 """Inference with a sliding window, as mmsegmentation does it."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,22 +32,43 @@ def windows(height: int, width: int, size: int, stride: int) -> list[Window]:
     ]
 
 
-def sliding_logits(predict: Callable[[Tensor], Tensor], image: Tensor, size: int, stride: int) -> Tensor:
+def cut_windows(image: Tensor, size: int, stride: int) -> list[Tensor]:
+    """The `windows` of an image [..., H, W], as views."""
+    boxes = windows(image.shape[-2], image.shape[-1], size, stride)
+    return [image[..., top:bottom, left:right] for top, left, bottom, right in boxes]
+
+
+def mean_of_windows(parts: Tensor, height: int, width: int, size: int, stride: int) -> Tensor:
     """Logits of every pixel: the mean over the windows that cover it.
 
     Args:
-        predict: normalised windows [n, 3, h, w] to logits [n, C, h, w] (C of any number of axes: [n, ..., h, w]).
-        image: normalised [3, H, W].
-        size, stride: of the window, in pixels.
+        parts: logits of the image's windows, in the order of `windows`, [n, ..., h, w].
+        height, width: of the image in pixels.
 
     Returns:
-        [..., H, W], as `predict` without its first axis.
+        [..., H, W].
     """
-    boxes = windows(image.shape[1], image.shape[2], size, stride)
-    parts = predict(torch.stack([image[:, top:bottom, left:right] for top, left, bottom, right in boxes]))
-    total = parts.new_zeros(*parts.shape[1:-2], *image.shape[1:])
-    count = parts.new_zeros(image.shape[1:])
-    for (top, left, bottom, right), logits in zip(boxes, parts, strict=True):
+    total = parts.new_zeros(*parts.shape[1:-2], height, width)
+    count = parts.new_zeros(height, width)
+    for (top, left, bottom, right), logits in zip(windows(height, width, size, stride), parts, strict=True):
         total[..., top:bottom, left:right] += logits
         count[top:bottom, left:right] += 1
     return total / count
+
+
+def by_shape(network: Callable[[Tensor], Tensor], images: Sequence[Tensor], batch_size: int) -> list[Tensor]:
+    """What `network` makes of each image, those of one shape in one batch, at most `batch_size` of them.
+
+    Args:
+        network: [B, 3, H, W] to [B, ...].
+        images: [3, H, W], of any sizes.
+    """
+    rows_of = defaultdict(list)
+    for row, image in enumerate(images):
+        rows_of[image.shape].append(row)
+    found: dict[int, Tensor] = {}
+    for rows in rows_of.values():
+        for first in range(0, len(rows), batch_size):
+            some = rows[first : first + batch_size]
+            found.update(zip(some, network(torch.stack([images[row] for row in some])), strict=True))
+    return [found[row] for row in range(len(images))]

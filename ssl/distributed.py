@@ -57,6 +57,16 @@ def leave_signals_to_main(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def loader_workers(wanted: int | None, device: torch.device) -> int:
+    """Loader processes for this process: those wanted, or all cores shared out with a GPU and none on a CPU, which
+    needs the cores itself."""
+    if wanted is not None:
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return cores // local_processes if device.type == "cuda" else 0
+
+
 def rank() -> int:
     """This process's number, 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0

@@ -8,7 +8,6 @@ import argparse
 import ctypes
 import importlib.util
 import multiprocessing
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -223,16 +222,6 @@ class Interruption:
 
     def _note(self, *_: Any) -> None:
         self.yes = True
-
-
-def loader_workers(wanted: int | None, device: torch.device) -> int:
-    """Loader processes for this training process: those wanted, or all cores shared out with a GPU and none on a CPU,
-    where training needs the cores itself."""
-    if wanted is not None:
-        return wanted
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return cores // local_processes if device.type == "cuda" else 0
 
 
 def keep_freed_memory() -> None:

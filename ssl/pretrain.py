@@ -48,7 +48,6 @@ from skipless.ssl.job import (
     check_run,
     check_size,
     keep_freed_memory,
-    loader_workers,
     parse_settings,
     run_command,
     settle_beta,
@@ -113,7 +112,7 @@ def pretrain(settings: Settings) -> Path:
 
     steps_per_epoch = len(images) // settings.batch_size
     total = settings.epochs * steps_per_epoch
-    workers = loader_workers(settings.data.workers, device)
+    workers = distributed.loader_workers(settings.data.workers, device)
     of_crops = torch.bfloat16 if bf16 and device.type == "cuda" else torch.float32
     loader, to_crops = make_loader(settings, images, device, of_crops, start, total)
     rates = Rates(settings, steps_per_epoch, total)
@@ -292,7 +291,7 @@ def make_loader(
         batch_sampler=distributed.StepBatches(
             len(images), settings.batch_size, settings.accumulate, settings.seed, start, total
         ),
-        num_workers=loader_workers(settings.data.workers, device),
+        num_workers=distributed.loader_workers(settings.data.workers, device),
         collate_fn=collate_images if on_device else collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=distributed.leave_signals_to_main,

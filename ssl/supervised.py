@@ -44,7 +44,6 @@ from skipless.ssl.job import (
     check_run,
     check_size,
     keep_freed_memory,
-    loader_workers,
     parse_settings,
     run_command,
     settle_beta,
@@ -172,7 +171,7 @@ def train(settings: Settings) -> Path:
     steps_per_epoch = len(images) // settings.batch_size
     total = settings.epochs * steps_per_epoch
     peak, warmup = rates.lr * settings.batch_size / 256, round(rates.warmup_epochs * steps_per_epoch)
-    workers = loader_workers(settings.data.workers, device)
+    workers = distributed.loader_workers(settings.data.workers, device)
     loader = DataLoader(
         TrainingImages(images, augmentation, settings.seed),
         batch_sampler=distributed.StepBatches(

@@ -1,6 +1,7 @@
 """Backbones of every family against timm's and against plain torch, and what is said about files that are none."""
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -18,9 +19,10 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor
 
-from skipless.eval.backbones import Backbone, load_backbone, pad_to_patch, untrained
+from skipless.eval.backbones import Backbone, choose_precision, load_backbone, pad_to_patch, untrained
 from skipless.ssl.checkpoints import export_backbone, save_checkpoint
 from skipless.ssl.dino import DINOHead, DINOModel
+from skipless.ssl.precision import has_bf16
 from skipless.ssl.vit import VisionTransformer
 
 DATA = os.environ.get("SKIPLESS_TEST_DATA")
@@ -356,6 +358,59 @@ def test_architecture_beside_an_export_without_metadata(run: tuple[Path, DINOMod
     (tmp_path / "b.json").write_text(json.dumps({"architecture": teacher.backbone.architecture | {"rope": True}}))
     with pytest.raises(ValueError, match=r"this version cannot build.*rope"):
         load_backbone(tmp_path / "b.safetensors")
+
+
+# Precision ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tokens", "keys", "keys_without_bias"])
+def test_bf16_is_near_to_float32_which_stays_what_it_was(loaded: Callable[[str], Any], kind: Any) -> None:
+    """The identity of float32 features is that of those made before there was a choice: their caches are found."""
+    backbone = loaded("DINO")[1]
+    plain = [backbone.to("cpu"), backbone.to("cpu", "fp32"), backbone.to("cpu", "auto")]
+    low = backbone.to("cpu", "bf16")
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    (expected,) = backbone.model.features(images, (-1,), "tokens" if kind == "tokens" else "keys")
+    bias = backbone.model.blocks[-1].attn.qkv.bias.chunk(3)[1] if kind == "keys_without_bias" else None
+    exact = expected.patches if bias is None else expected.patches - bias
+    for same in plain:
+        assert torch.equal(same.features(images, kind=kind)[0].patches, exact)
+        assert same.precision == same.described_precision == "fp32"
+    found = low.features(images, kind=kind)[0]
+    assert found.patches.dtype == found.cls.dtype == torch.float32
+    assert (found.patches - exact).norm() < 0.03 * exact.norm()
+    assert low.precision == "bf16"
+
+    digest = hashlib.sha256(json.dumps([backbone.model.architecture, IMAGENET], sort_keys=True).encode())
+    for name, tensor in sorted(backbone.model.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    assert {same.fingerprint() for same in plain} == {digest.hexdigest()} != {low.fingerprint()}
+
+
+@pytest.mark.skipif(not has_bf16(torch.device("cpu")), reason="this CPU has no bf16 products")
+def test_bf16_is_computed_where_the_cpu_has_it(loaded: Callable[[str], Any]) -> None:
+    backbone = loaded("DINO")[1]
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    low = backbone.to("cpu", "bf16")
+    assert not torch.equal(tokens(low, images), tokens(backbone, images))
+    assert low.described_precision == "fp32, products of linear layers in bf16"
+
+
+def test_auto_is_bf16_on_gpus_that_are_fast_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ampere has capability 8.0, Turing 7.5."""
+    gpu = torch.device("cuda")
+    for capability, expected in (((8, 0), "bf16"), ((9, 0), "bf16"), ((7, 5), "fp32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert choose_precision("auto", gpu) == expected
+        assert choose_precision("bf16", gpu) == "bf16"
+        assert choose_precision("fp32", gpu) == "fp32"
+    assert choose_precision("auto", torch.device("cpu")) == "fp32"
+
+
+def test_untrained_twin_keeps_the_precision(loaded: Callable[[str], Any]) -> None:
+    backbone = loaded("DINO")[1]
+    assert untrained(backbone.to("cpu", "bf16")).precision == "bf16"
+    assert untrained(backbone).precision == "fp32"
 
 
 def test_untrained_twin_depends_on_the_seed_alone(run: tuple[Path, DINOModel, DINOModel]) -> None:

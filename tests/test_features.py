@@ -23,6 +23,7 @@ from skipless.eval import features as module
 from skipless.eval.backbones import Backbone
 from skipless.eval.features import Features, extract
 from skipless.ssl.crops import center_crop, resample
+from skipless.ssl.distributed import loader_workers
 from skipless.ssl.vit import VisionTransformer
 
 DIM = 32
@@ -217,6 +218,7 @@ CHANGES: dict[str, Callable[[Backbone, list[Path]], dict[str, Any]]] = {
     "pooled": lambda *_: {"pooled": True},
     "centre": lambda *_: {"resize": 24},
     "identity": lambda *_: {"identity": "arrays"},
+    "precision": lambda backbone, _: {"backbone": backbone.to("cpu", "bf16")},
 }
 
 
@@ -274,6 +276,26 @@ def test_without_a_change_nothing_is_read(photos: list[Path], tmp_path: Path, mo
     # Loaded from elsewhere, named otherwise, in other batches: the same features.
     run(replace(make_backbone(), path="copy.pt"), relative, tmp_path / "cache", batch_size=2, read=reader)
     assert reader.seen == []
+
+
+def test_images_are_read_batch_by_batch(backbone: Backbone, photos: list[Path], tmp_path: Path) -> None:
+    """Not a shard of four at a time, on which a GPU would wait."""
+    seen = count_images(backbone)
+    with pytest.raises(Stop):
+        run(backbone, photos, tmp_path, batch_size=3, read=Reader(photos, most=7))
+    assert seen == [3, 1, 3]
+
+
+def test_a_gpu_gets_the_cores_to_read_and_a_cpu_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten cores among the processes of a machine."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(10)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [loader_workers(None, device) for device in (cpu, gpu)] == [0, 10]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert loader_workers(None, gpu) == 2
+    assert [loader_workers(3, device) for device in (cpu, gpu)] == [3, 3]
+    assert loader_workers(0, gpu) == 0
 
 
 # Interrupted ----------------------------------------------------------------------------------------------------------

@@ -396,6 +396,27 @@ def test_other_results_are_kept(
     main([*flags, "--k=[3]", "--batch-size=2"])
 
 
+def test_the_precision_is_recorded_and_results_without_one_are_of_float32(
+    data: Path, ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out" / "knn.json"
+    flags = command(data, ckpt, cache, "--out", tmp_path / "out", "--k=[3]")
+    main(flags)
+    result = json.loads(out.read_text())
+    assert result["settings"]["precision"] == result["precision"] == "fp32"  # auto, on a CPU
+    del result["settings"]["precision"], result["precision"]
+    out.write_text(json.dumps(result))
+    refused = sentence(capsys, [*flags, "--precision=bf16"])
+    assert "holds another result (" in refused
+    assert "which differs in precision: give another --out" in refused
+    for precision in ("auto", "fp32"):
+        main([*flags, f"--precision={precision}"])
+    main([*flags[: flags.index("--out")], "--out", str(tmp_path / "low"), "--k=[3]", "--precision=bf16"])
+    low = json.loads((tmp_path / "low" / "knn.json").read_text())
+    assert low["settings"]["precision"] == "bf16"
+    assert low["precision"].startswith("fp32, ")  # products of linear layers in bf16, or why there are none
+
+
 def test_help_says_what_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])

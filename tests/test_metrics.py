@@ -12,7 +12,7 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion
 from skipless.datasets.masks import VOID
 from skipless.eval.metrics import confusion_matrix, segmentation_scores
 from skipless.eval.segmentation_quick import resize_logits
-from skipless.eval.windows import sliding_logits, windows
+from skipless.eval.windows import by_shape, cut_windows, mean_of_windows, windows
 
 # Scores ---------------------------------------------------------------------------------------------------------------
 
@@ -130,16 +130,35 @@ def test_sliding_logits_are_the_plain_references(height: int, width: int, size: 
     """Also for images smaller than the window."""
     stride = data.draw(st.integers(max(1, size // 3), size))
     image = torch.randn(3, height, width, generator=torch.Generator().manual_seed(height * 41 + width))
-    found = sliding_logits(toy_predict, image, size, stride)
+    parts = toy_predict(torch.stack(cut_windows(image, size, stride)))
+    found = mean_of_windows(parts, height, width, size, stride)
     torch.testing.assert_close(found, naive_sliding(image, size, stride), rtol=1e-4, atol=1e-4)
 
 
 def test_sliding_logits_keep_the_axes_of_several_heads() -> None:
     image = torch.randn(3, 9, 14, generator=torch.Generator().manual_seed(0))
-    both = sliding_logits(lambda crops: torch.stack([toy_predict(crops), -toy_predict(crops)], 1), image, 8, 5)
+    parts = toy_predict(torch.stack(cut_windows(image, 8, 5)))
+    both = mean_of_windows(torch.stack([parts, -parts], 1), 9, 14, 8, 5)
     assert both.shape == (2, 2, 9, 14)
     torch.testing.assert_close(both[0], naive_sliding(image, 8, 5))
     torch.testing.assert_close(both[1], -both[0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
+def test_images_of_one_shape_go_through_the_network_together_and_come_out_in_order(batch_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(3, *size, generator=generator) for size in [(4, 6), (6, 4), (4, 6), (4, 6), (2, 2), (6, 4)]]
+    seen = []
+
+    def network(batch: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(batch.shape))
+        return batch.sum((2, 3))
+
+    found = by_shape(network, images, batch_size)
+    torch.testing.assert_close(torch.stack(found), torch.stack([image.sum((1, 2)) for image in images]))
+    shapes = {1: [(1, 4, 6)] * 3 + [(1, 6, 4)] * 2, 2: [(2, 4, 6), (1, 4, 6), (2, 6, 4)], 3: [(3, 4, 6), (2, 6, 4)]}
+    expected = [*shapes.get(batch_size, shapes[3]), (1, 2, 2)]
+    assert sorted(seen) == sorted((count, 3, *size) for count, *size in expected)
 
 
 # Resizing of logits ---------------------------------------------------------------------------------------------------

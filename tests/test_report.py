@@ -122,6 +122,24 @@ def test_other_settings_and_other_weights_are_not_taken_for_the_same(
         assert named in capsys.readouterr().err
 
 
+def test_results_of_another_precision_are_not_taken_for_the_same(
+    report: Any, scenes: Path, checkpoints: list[Path], capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """Those from before there was a choice are of float32."""
+    done, cache, _ = report
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    path = out / "results/deep/knn/knn.json"
+    old = json.loads(path.read_text())
+    assert old["settings"].pop("precision") == "fp32"
+    path.write_text(json.dumps(old))
+    main([*flags(scenes, cache, out, *checkpoints), "--tasks", "knn"])
+    assert "(1 of 2): knn" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*flags(scenes, cache, out, *checkpoints), "--tasks", "knn", "--precision", "bf16"])
+    assert "knn.json is of other settings (precision)" in capsys.readouterr().err
+
+
 def test_results_made_elsewhere_are_collected_by_their_weights(
     report: Any, checkpoints: list[Path], scenes: Path, tmp_path: Path
 ) -> None:

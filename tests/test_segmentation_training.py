@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,7 +19,7 @@ from torch import nn
 from skipless.datasets.masks import VOID, SegmentationSet
 from skipless.datasets.voc import voc_segmentation
 from skipless.eval import segmentation_training
-from skipless.eval.backbones import Backbone
+from skipless.eval.backbones import Backbone, pad_to_patch
 from skipless.eval.linear_head import FrozenInputBatchNorm, HeadSettings, LinearHead, LinearHeads
 from skipless.eval.segmentation import parse
 from skipless.eval.segmentation_augmentation import (
@@ -486,7 +487,7 @@ def test_unfinished_state_is_for_the_same_evaluation_only(
 
 def test_finished_evaluation_leaves_the_heads_alone(data: SegmentationSet, tmp_path: Path) -> None:
     choices = [(1,), (0, 1)]
-    outcome = train_and_evaluate(tiny_backbone(), data, data, choices, tiny_settings(), 0, 0, [2], tmp_path)
+    outcome = train_and_evaluate(tiny_backbone(), data, data, choices, tiny_settings(), 0, 3, 0, [2], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["head.pt"]
     torch.testing.assert_close(torch.load(tmp_path / "head.pt", weights_only=True), trained(data, tiny_settings()))
     # 8 images of 32 x 48, a void column each, scored at their own size.
@@ -560,7 +561,95 @@ def test_diverging_head_and_broken_features_are_told_apart(data: SegmentationSet
     with pytest.raises(ValueError, match="features of tiny are NaN or infinite"):
         train_heads(heads, broken, data, tiny_settings(), 0, 0, None)
     with pytest.raises(ValueError, match=r"\.jpg: features of tiny are NaN or infinite"):
-        score_heads(LinearHeads(24, 21, [(1,)], HeadSettings()), broken, data, tiny_settings(), 0, [])
+        score_heads(LinearHeads(24, 21, [(1,)], HeadSettings()), broken, data, tiny_settings(), 2, 0, [])
+
+
+# 10 x 128 pixels, 32 x 51, 51 x 32, 32 x 32 and 32 x 48 after they are resized, for windows of 32.
+SIZES = [(8, 100), (20, 32), (32, 20), (40, 40), (32, 48), (32, 48), (16, 16)]
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory: pytest.TempPathFactory) -> SegmentationSet:
+    """Pictures of many sizes, one of them lower than a window."""
+    root = tmp_path_factory.mktemp("sizes") / "VOCdevkit"
+    folder = root / "VOC2012"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    for index, size in enumerate(SIZES):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"JPEGImages/{index}.jpg")
+        labels = rng.integers(0, 21, size).astype(np.uint8)
+        labels[:, 2] = VOID
+        Image.fromarray(labels).save(folder / f"SegmentationClass/{index}.png")
+    (folder / "ImageSets/Segmentation/val.txt").write_text("".join(f"{index}\n" for index in range(len(SIZES))))
+    return voc_segmentation(root, "val")
+
+
+@torch.no_grad()
+def plainly(
+    heads: LinearHeads, backbone: Backbone, data: SegmentationSet, settings: TrainingSettings
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Confusion matrices [choices, C, C] and the last choice's predictions, image by image and window by window, as
+    mmsegmentation's slide inference has it."""
+    inference, classes = settings.inference, len(data.classes)
+    confusions, predictions = np.zeros((len(heads.choices), classes, classes), int), []
+    for index in range(len(data)):
+        image, mask = data.read(index)
+        if inference.kind == "windows":
+            image = resize_image(image, *size_within(*mask.shape, *inference.scale), settings.resize)
+            size, stride = inference.window, inference.stride
+        else:
+            image = resize_image(image, inference.size, inference.size, settings.resize)
+            size = stride = inference.size
+        pixels = backbone.normalize(image[None])
+        height, width = image.shape[:2]
+        total, count = [0.0] * len(heads.choices), torch.zeros(height, width)
+        for row in range(max(height - size + stride - 1, 0) // stride + 1):
+            for column in range(max(width - size + stride - 1, 0) // stride + 1):
+                bottom, right = min(row * stride + size, height), min(column * stride + size, width)
+                top, left = max(bottom - size, 0), max(right - size, 0)
+                crop = pad_to_patch(pixels[:, :, top:bottom, left:right], backbone.patch, centred=True)
+                found = backbone.features(crop, (0, 1))
+                maps = heads({block: f.patches.permute(0, 3, 1, 2) for block, f in enumerate(found)})
+                around = (left, width - right, top, height - bottom)
+                shape = (inference.grid,) * 2 if inference.kind == "square" else (bottom - top, right - left)
+                for number, of_choice in enumerate(maps):
+                    resized = F.interpolate(of_choice, shape, mode="bilinear", align_corners=False)
+                    total[number] = total[number] + (resized if inference.kind == "square" else F.pad(resized, around))
+                count += F.pad(torch.ones(bottom - top, right - left), around)
+        if inference.kind == "square":
+            mask = resize_mask(mask, size, size)[:: size // inference.grid, :: size // inference.grid]
+        for number, of_choice in enumerate(total):
+            assert isinstance(of_choice, torch.Tensor)
+            mean = of_choice if inference.kind == "square" else of_choice / count
+            prediction = F.interpolate(mean, mask.shape, mode="bilinear", align_corners=False)[0].argmax(0).numpy()
+            np.add.at(confusions[number], (mask[mask < classes], prediction[mask < classes]), 1)
+        predictions.append(prediction)
+    return confusions, predictions
+
+
+@pytest.mark.parametrize("kind", ["windows", "square"])
+def test_images_that_are_evaluated_together_are_evaluated_as_one_by_one(sizes: SegmentationSet, kind: Any) -> None:
+    inference = InferenceSettings(kind, (128, 32), 32, 21, size=32, grid=16)
+    settings = dataclasses.replace(tiny_settings(), inference=inference)
+    backbone = tiny_backbone()
+    torch.manual_seed(1)
+    heads = LinearHeads(24, 21, [(0,), (1,), (0, 1)], HeadSettings(init_std=1.0)).eval()
+    expected, expected_predictions = plainly(heads, backbone, sizes, settings)
+    assert np.count_nonzero(expected.sum(1)) > 30  # more than one class is predicted
+    passes: list[tuple[int, ...]] = []
+    backbone.model.patch_embed.register_forward_pre_hook(lambda _, inputs: passes.append(tuple(inputs[0].shape)))
+    for batch_size in (1, 3, 100):
+        passes.clear()
+        confusions, counts, predictions = score_heads(heads, backbone, sizes, settings, batch_size, 0, [0, 4])
+        np.testing.assert_array_equal(confusions, expected)
+        for index in (0, 4):
+            np.testing.assert_array_equal(predictions[index], expected_predictions[index])
+        # `image_counts`: pixels that are right, predicted and true, of every image.
+        np.testing.assert_array_equal(counts[-1, :, 0].sum(0), expected[-1].diagonal())
+        assert max(count for count, *_ in passes) <= batch_size
+    # 10 x 128 pixels are 6 windows, 16 x 32 with what pads them; the others are 2 + 2 + 1 + 2 + 2 + 1 of 32 x 32.
+    assert sorted(passes) == ([(6, 3, 16, 32), (10, 3, 32, 32)] if kind == "windows" else [(7, 3, 32, 32)])
 
 
 def test_unreadable_image_is_named(data: SegmentationSet, tmp_path: Path) -> None:
