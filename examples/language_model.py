@@ -34,6 +34,7 @@ ARMS: dict[str, tuple[bool, dict[str, Any] | None]] = {
     "skipless default": (False, None),
     "skipless paper": (False, PRESETS["paper-dino"]),
     "skipless small": (False, PRESETS["small"]),
+    "skipless small, beta 12": (False, PRESETS["small"] | {"beta": 12.0}),
 }
 BYTES = 256
 
