@@ -12,7 +12,7 @@
 4. With --images, a folder of JPEGs: the loader; and `ssl/pretrain.py` on them, compiled, whose images a second are to
    be compared with the step's alone.
 5. Segmentation (quick) and object discovery (LOST, TokenCut) with the trained backbone, on the GPU and on the CPU: the
-   figures must agree; segmentation by mmseg with a short schedule, on the GPU.
+   figures must agree; segmentation in bf16; segmentation by mmseg with a short schedule, on the GPU.
 
 OUT.json is written after every part, so that a time limit loses nothing but the part it falls in; --parts chooses some.
 The speed of TokenCut on a GPU is measured by benchmarks/discovery.py --device cuda.
@@ -165,6 +165,8 @@ def evaluations(folder: Path) -> dict[str, Any]:
     for device in ("cuda", "cpu"):
         quick = ["segmentation.py", "--protocol=quick", "--quick.size=128", f"--cache={folder / 'cache' / device}"]
         commands[f"segmentation quick, {device}"] = [*quick, f"--device={device}"]
+        if device == "cuda":
+            commands["segmentation quick, cuda, bf16"] = [*quick, "--device=cuda", "--precision=bf16"]
         for method in ("lost", "tokencut"):
             commands[f"{method}, {device}"] = ["discovery.py", f"--method={method}", f"--device={device}"]
     commands["segmentation mmseg, 300 steps, cuda"] = ["segmentation.py", *short, "--device=cuda"]

@@ -15,6 +15,7 @@ rings use a node's eight network cards at once. Latency is left out, which at hu
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class Model(NamedTuple):
     blocks: int  # parameters of all blocks
     depth: int  # blocks
     soap: int  # state of SOAP
-    soap_owned: dict[int, int]  # of that, by the number of GPUs, what is with one of them at most when it is sharded
+    sharded_soap: dict[int, dict[str, int]]  # by the number of GPUs, see `sharded_soap`
     activations: float  # kept for the backward pass, for one image
     checkpointed: float  # the same with model.checkpoint_activations
     flops: float  # of teacher and student for one image, floating-point operations
@@ -75,7 +76,7 @@ def count(size: str) -> Model:
         blocks=sum(p.numel() for p in backbone.blocks.parameters()),
         depth=backbone.depth,
         soap=sum(soap_state(tuple(p.shape)) for p in model.parameters()),
-        soap_owned={gpus: soap_owned([tuple(p.shape) for p in model.parameters()], gpus) for gpus in GPUS},
+        sharded_soap={gpus: sharded_soap([tuple(p.shape) for p in model.parameters()], gpus) for gpus in GPUS},
         activations=per_block * backbone.depth + logits,
         checkpointed=per_block + 4 * tokens * backbone.dim * backbone.depth + logits,
         flops=2 * big + 3 * (2 * big + 8 * small),
@@ -91,16 +92,22 @@ def soap_state(shape: tuple[int, ...]) -> int:
     return moments + sum(2 * 4 * side**2 for side in sides)
 
 
-def soap_owned(shapes: list[tuple[int, ...]], gpus: int) -> int:
-    """Bytes of SOAP's state on the GPU that has most of it, when every matrix has an owner and all else is divided
-    (ssl/sharded_optimizer.py)."""
+def sharded_soap(shapes: list[tuple[int, ...]], gpus: int) -> dict[str, int]:
+    """What SOAP adds when every matrix has an owner and all else is divided (ssl/sharded_optimizer.py), on the GPU that
+    has most of it: bytes of state; bytes that exist during a step alone, as matrices and gradients are whole with their
+    owner, and so are the messages they came in; bytes sent, which are a GPU's parts of both, and what becomes of the
+    matrices. And how many GPUs own none."""
     matrices = [shape for shape in shapes if len(shape) > 1]
-    longest = int(ASSUMED["soap_longest_side"])
-    owners = owners_of(matrices, gpus, longest)
-    held = [0] * gpus
-    for shape, owner in zip(matrices, owners, strict=True):
-        held[owner] += soap_state(shape)
-    return max(held) + sum(soap_state(shape) for shape in shapes if len(shape) == 1) // gpus
+    state, numbers = [0] * gpus, [0] * gpus
+    for shape, owner in zip(matrices, owners_of(matrices, gpus, ASSUMED["soap_longest_side"]), strict=True):
+        state[owner] += soap_state(shape)
+        numbers[owner] += math.prod(shape)
+    return {
+        "state": max(state) + sum(soap_state(shape) for shape in shapes if len(shape) == 1) // gpus,
+        "during_a_step": 16 * max(numbers),
+        "sent": 4 * (gpus - 1) * (2 * sum(numbers) // gpus + max(numbers)) // gpus,
+        "gpus_without_a_matrix": numbers.count(0),
+    }
 
 
 def memory_ddp(model: Model, soap: bool = False) -> float:
@@ -121,7 +128,7 @@ def memory_fsdp(model: Model, gpus: int, accumulate: int, soap: bool = False) ->
     parameters = model.backbone + model.head
     block, rest = model.blocks / model.depth, parameters - model.blocks
     held = 4 * parameters if accumulate > 1 else 0
-    state = model.soap_owned[gpus] if soap else 8 * parameters / gpus
+    state = model.sharded_soap[gpus]["state"] if soap else 8 * parameters / gpus
     return 12 * parameters / gpus + state + (2 * 2 + 2 + 4) * block + 12 * rest + held
 
 
@@ -153,12 +160,6 @@ def sent_fsdp(model: Model, gpus: int, accumulate: int) -> float:
     return (gpus - 1) / gpus * (accumulate * gathered + 4 * parameters)
 
 
-def sent_soap(model: Model, gpus: int) -> float:
-    """Bytes each GPU sends in a step beside that with SOAP or Muon: its parts of matrices and gradients to the owners,
-    and what becomes of the matrices back, in float32; of all parameters, a little more than matrices."""
-    return (gpus - 1) / gpus * 3 * 4 * (model.backbone + model.head) / gpus
-
-
 def seconds(sent: float, gpus: int) -> float:
     """Time to send that much, at the slower of NVLink and, with several nodes, a node's network cards together."""
     inside = ASSUMED["nvlink_gb_per_second"]
@@ -182,7 +183,6 @@ def compute() -> dict[str, Any]:
             speed = ASSUMED["peak_flops"] * ASSUMED["utilisation"]
             step: dict[str, Any] = {"images_per_gpu": images, "compute_seconds": images * model.flops / speed}
             step["checkpointing_seconds"] = images * model.forward / speed
-            step["soap_exchange_bytes"] = sent_soap(model, gpus)
             for kind in ("ddp", "fsdp"):
                 fits = micro_batches(model, gpus, kind == "fsdp", checkpointed=False)
                 checkpointed = micro_batches(model, gpus, kind == "fsdp", checkpointed=True)

@@ -177,7 +177,8 @@ def time_cases(arguments: argparse.Namespace, device: torch.device) -> list[dict
         }
         if cuda:
             flops = settings.batch_size * flops_per_image(model, settings)
-            row |= {"activations_gb": memory[residual, optimizer, way]}
+            # What a CUDA graph uses is kept for good, and new in none of its steps.
+            row |= {"activations_gb": None if way == COMPILED[1] else memory[residual, optimizer, way]}
             row |= {"model_flops_utilisation": flops / mean / peak if peak else None}
         rows.append(row)
     return rows

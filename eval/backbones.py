@@ -43,7 +43,7 @@ from skipless.ssl.vit import BlockFeatures, Kind, VisionTransformer
 
 Weights = Literal["teacher", "student"]
 FeatureKind = Literal["tokens", "keys", "keys_without_bias", "queries", "values"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["fp32", "bf16"]
 
 # Heads of the usual widths; every head of the smaller ones has 64 channels. Tensors do not tell the number of heads.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
@@ -73,7 +73,7 @@ class Backbone:
     """Of RGB in [0, 1], which the network expects to be normalised by."""
     arithmetic: str | None = None
     """How the network computes, where that is not in floating point: what its features depend on beside the weights."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """In which `features` are computed; they come out in float32."""
 
     @property
@@ -112,14 +112,17 @@ class Backbone:
         more += [self.described_precision] if self.precision == "bf16" else []
         return _fingerprint(self.model, [self.mean, self.std, *more])
 
-    def to(self, device: torch.device | str, precision: Precision = "fp32") -> "Backbone":
-        """The same backbone with its weights, float32 as ever, on a device, to compute features in a precision.
+    def to(self, device: torch.device | str, precision: Precision | None = None) -> "Backbone":
+        """The same backbone with its weights, float32 as ever, on a device, to compute features in a precision, by
+        default the one it had.
 
-        float32 is for what hangs on small differences: thresholds on cosines, signs of eigenvectors, patches that are
-        compared one by one, errors of quantization. Accuracies over a data set do not.
+        bf16 is taken where the device is fast in it. It rounds what a block hands on to 8 bits: a residual stream is
+        kept in float32 beside that, a model without skips has nothing else.
         """
         device = torch.device(device)
-        return replace(self, model=self.model.to(device), precision=choose_precision(precision, device))
+        return replace(
+            self, model=self.model.to(device), precision=usable_precision(precision or self.precision, device)
+        )
 
     def normalize(self, images: np.ndarray | Tensor) -> Tensor:
         """uint8 [B, H, W, 3] RGB -> float32 [B, 3, H, W] on the model's device."""
@@ -148,9 +151,11 @@ class Backbone:
             ValueError: an unknown kind or block, or a size that is no multiple of the patch.
         """
         known: Kind = "keys" if kind == "keys_without_bias" else kind
-        with autocast(images.device, self.precision == "bf16"):
+        # What is left without the bias may be small beside it: too small for 8 bits.
+        bf16 = self.precision == "bf16" and kind != "keys_without_bias"
+        with autocast(images.device, bf16):
             found = self.model.features(images, blocks, known, norm)
-        if self.precision == "bf16":
+        if bf16:
             found = [BlockFeatures(f.patches.float(), f.cls.float()) for f in found]
         if kind != "keys_without_bias":
             return found
@@ -158,11 +163,9 @@ class Backbone:
         return [BlockFeatures(f.patches - b, f.cls - b) for f, b in zip(found, biases, strict=True)]
 
 
-def choose_precision(wanted: Precision, device: torch.device) -> Literal["fp32", "bf16"]:
-    """What was asked for; "auto" is bf16 on GPUs that are fast in it, and fp32 elsewhere."""
-    if wanted == "auto":
-        return "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"
-    return wanted
+def usable_precision(wanted: Precision, device: torch.device) -> Precision:
+    """What was asked for, but fp32 on devices that are slow in bf16."""
+    return "bf16" if wanted == "bf16" and has_bf16(device) else "fp32"
 
 
 def pad_to_patch(images: Tensor, patch: int, centred: bool = False) -> Tensor:

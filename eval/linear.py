@@ -98,8 +98,9 @@ class Settings:
     """Of the order of images, their crops and the bootstrap (and of random weights)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    precision: Precision = "auto"
-    """In which the network computes features: fp32 or bf16; auto is bf16 on GPUs that are fast in it, else fp32."""
+    precision: Precision = "fp32"
+    """In which the network computes features: fp32, or bf16 where the device is fast in it. bf16 saves time on a GPU;
+    a model without skips feels the rounding. The figure's id then ends in /bf16."""
     batch_size: int = 64
     """Images in one forward pass of the backbone. Changes speed and memory alone."""
     workers: int | None = None
@@ -290,43 +291,51 @@ def train_on_random_crops(
         total=settings.epochs * per_epoch, initial=begin * per_epoch, desc="linear heads", unit="step", disable=rank > 0
     ) as progress:
         for epoch in range(begin, settings.epochs):
-            batches = list(row_batches(len(train), settings, epoch))
+            # A step's images of this process, in parts that go through the network together, each read by one worker.
+            parts = [
+                (
+                    len(rows),
+                    mine[first : first + settings.batch_size].tolist(),
+                    first + settings.batch_size >= len(mine),
+                )
+                for rows in row_batches(len(train), settings, epoch)
+                for mine in [rows[rank::processes]]
+                for first in range(0, max(len(mine), 1), settings.batch_size)
+            ]
             loader = DataLoader(
                 RandomCrops(train, size, settings.seed, epoch),
-                batch_sampler=[rows[rank::processes].tolist() for rows in batches],
+                batch_sampler=[of_part for _, of_part, _ in parts],
                 num_workers=distributed.loader_workers(settings.workers, device),
                 collate_fn=list,
                 worker_init_fn=distributed.leave_signals_to_main,
             )
-            for step, (rows, crops) in enumerate(zip(batches, loader, strict=True), epoch * per_epoch):
-                set_rate(optimizer, step, settings.epochs * per_epoch)
+            step = epoch * per_epoch
+            for (of_step, _, ends_step), crops in zip(parts, loader, strict=True):
                 for crop in crops:
                     if isinstance(crop, str):
                         raise ValueError(crop)
-                for first in range(0, len(crops), settings.batch_size):
-                    part = crops[first : first + settings.batch_size]
-                    y = torch.tensor([label for _, label in part], device=device)
-                    found = dict(
-                        zip(
-                            blocks,
-                            backbone.features(backbone.normalize(np.stack([view for view, _ in part])), blocks),
-                            strict=True,
-                        )
-                    )
+                if crops:
+                    y = torch.tensor([label for _, label in crops], device=device)
+                    views = backbone.normalize(np.stack([view for view, _ in crops]))
+                    found = dict(zip(blocks, backbone.features(views, blocks), strict=True))
                     for head, choice in zip(heads, choices, strict=True):
                         tokens = []
                         if settings.pool in ("cls", "both"):
                             tokens += [found[block].cls for block in choice]
                         if settings.pool in ("mean", "both"):
                             tokens += [found[block].patches.mean((1, 2)) for block in choice]
-                        (loss_of(head(torch.cat(tokens, dim=1)), y) * len(part) / len(rows)).backward()
+                        (loss_of(head(torch.cat(tokens, dim=1)), y) * len(crops) / of_step).backward()
+                if not ends_step:
+                    continue
                 for head in heads:
                     for parameter in head.parameters():
                         parameter.grad = distributed.all_reduce_sum(
                             torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                         )
+                set_rate(optimizer, step, settings.epochs * per_epoch)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                step += 1
                 progress.update()
             if saved and rank == 0:
                 saved.parent.mkdir(parents=True, exist_ok=True)

@@ -31,9 +31,9 @@ from skipless.eval.backbones import (
     FeatureKind,
     Precision,
     Weights,
-    choose_precision,
     load_backbone,
     untrained,
+    usable_precision,
 )
 from skipless.eval.classification import Pooling
 from skipless.eval.command_line import join_list, parse_settings, run
@@ -136,8 +136,9 @@ class Settings:
     """Of all that is random."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    precision: Precision = "auto"
-    """In which the network computes features: fp32 or bf16; auto is bf16 on GPUs that are fast in it, else fp32."""
+    precision: Precision = "fp32"
+    """In which the network computes features: fp32, or bf16 where the device is fast in it. bf16 saves time on a GPU;
+    a model without skips feels the rounding. The figure's id then ends in /bf16."""
     batch_size: int = 16
     """Images in one forward pass of the backbone. Changes speed and memory alone."""
     workers: int | None = None
@@ -177,8 +178,7 @@ def make_report(settings: Settings) -> Path:
         raise ValueError(
             "eval/report.py runs in one process; measure with torchrun first, and give it --collect FOLDER"
         )
-    # As results record it, so that those of two checkpoints, or of an earlier call, are of one precision.
-    settings = replace(settings, precision=choose_precision(settings.precision, device))
+    settings = replace(settings, precision=usable_precision(settings.precision, device))  # as results record it
     out = Path(settings.out).expanduser()
     candidates = load_candidates(settings, device)
     # What can be wrong is found before anything is measured, which may take hours.

@@ -35,11 +35,15 @@ def result_of(
     """The content of a result file.
 
     Args:
+        protocol: the figure's id; features in bf16 are named in it.
         metric, value: the figure, as a fraction; None where there was nothing to compare with.
         details: whatever else was found.
-        recorded: the settings, with the precision that "auto" came to.
+        recorded: the settings, with the precision that was used.
         official: images of the whole split, where that is known.
     """
+    if backbone.precision == "bf16":
+        published, changed, _ = protocol.partition(" (changed)")
+        protocol = f"{published}/bf16{changed}"
     about = ("path", "sha256", "architecture", "family", "mean", "std")
     return {
         "task": task,

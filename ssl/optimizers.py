@@ -70,23 +70,23 @@ def parameter_groups(model: nn.Module) -> list[dict]:
 
 
 def muon_groups(model: nn.Module) -> list[dict]:
-    """`parameter_groups` for Muon: the matrices of the blocks (query-key-value, projection, MLP) form the first groups.
+    """`parameter_groups` for Muon: the matrices of the blocks (query-key-value, projection, MLP) form a first group.
 
     Returns:
-        Groups with the additional key `parts`: into how many matrices of equal height each parameter is to be cut (3
-        for the fused query-key-value layers, else 1), 0 where Muon leaves the group to AdamW.
+        Groups with the additional keys `matrices` (bool) and, in the first, `parts`: into how many matrices of equal
+        height each parameter is to be cut (3 for the fused query-key-value layers, else 1).
     """
-    matrices: dict[int, list[nn.Parameter]] = {3: [], 1: []}
-    for name, parameter in model.named_parameters():
-        if ".blocks." in f".{name}" and parameter.ndim == 2 and parameter.requires_grad:
-            matrices[3 if name.endswith("attn.qkv.weight") else 1].append(parameter)
-    taken = {parameter for parameters in matrices.values() for parameter in parameters}
-    first = [{"params": p, "decays": True, "last_layer": False, "parts": parts} for parts, p in matrices.items()]
+    parts = {
+        parameter: 3 if name.endswith("attn.qkv.weight") else 1
+        for name, parameter in model.named_parameters()
+        if ".blocks." in f".{name}" and parameter.ndim == 2 and parameter.requires_grad
+    }
+    matrices = {"params": list(parts), "decays": True, "last_layer": False, "matrices": True}
     others = [
-        {**group, "params": [p for p in group["params"] if p not in taken], "parts": 0}
+        {**group, "params": [p for p in group["params"] if p not in parts], "matrices": False}
         for group in parameter_groups(model)
     ]
-    return [group for group in (*first, *others) if group["params"]]
+    return [group for group in ({**matrices, "parts": list(parts.values())}, *others) if group["params"]]
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
@@ -110,8 +110,10 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
     if settings.name == "adamw":  # element-wise, so it takes parameters whole or in parts
         betas, fused = settings.betas or (0.9, 0.999), next(model.parameters()).device.type == "cuda"
         return torch.optim.AdamW(parameter_groups(model), lr=settings.lr, betas=betas, fused=fused)
-    groups, make = (muon_groups(model), muon) if settings.name == "muon" else (parameter_groups(model), soap)
-    return ShardedOptimizer(groups, make, settings.max_precondition_dim) if sharded else make(groups)
+    if settings.name == "muon":
+        return ShardedOptimizer(muon_groups(model), muon) if sharded else muon(muon_groups(model))
+    groups = parameter_groups(model)
+    return ShardedOptimizer(groups, soap, settings.max_precondition_dim) if sharded else soap(groups)
 
 
 def set_rates(optimizer: Optimizer, lr: float, weight_decay: float, freeze_last_layer: bool) -> None:
@@ -144,12 +146,12 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Move all parameters that have a gradient."""
         for group in self.param_groups:
-            for parameter in group["params"]:
+            parts = group["parts"] if group["matrices"] else [0] * len(group["params"])
+            for parameter, cut in zip(group["params"], parts, strict=True):
                 if parameter.grad is None:
                     continue
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parts = group["parts"]
-                update = self._orthogonal(parameter, parts) if parts else self._adam(parameter, *group["betas"])
+                update = self._orthogonal(parameter, cut) if cut else self._adam(parameter, *group["betas"])
                 parameter.add_(update, alpha=-group["lr"])
 
     def _orthogonal(self, parameter: Tensor, parts: int) -> Tensor:
@@ -173,8 +175,9 @@ class Muon(torch.optim.Optimizer):
         state["step"] += 1
         state["mean"].lerp_(gradient, 1 - beta1)
         state["square"].lerp_(gradient.square(), 1 - beta2)
-        root = (state["square"] / (1 - beta2 ** state["step"])).sqrt_().add_(self.EPS)
-        return state["mean"] / root.mul_(1 - beta1 ** state["step"])
+        step = float(state["step"])  # a tensor for the sake of checkpoints in parts, on the CPU
+        root = (state["square"] / (1 - beta2**step)).sqrt_().add_(self.EPS)
+        return state["mean"] / root.mul_(1 - beta1**step)
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ the parts of all others, and several times.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ class ShardedOptimizer:
     The owners are chosen so that all have about the same work. Of few, large matrices some processes get none.
 
     Args:
-        groups: parameter groups of DTensors. A tensor with two or more axes is a matrix, unless its group has the key
-            `parts` and it is 0.
+        groups: parameter groups of DTensors. Those of a group are matrices if it has the key `matrices` and that is
+            true; without the key, all tensors with two or more axes are. `parts`, where it is there, has a number for
+            each parameter.
         make: from such groups, of plain tensors, the optimizer itself. A group may be empty.
         longest_side: longer sides of a matrix cost nothing.
     """
@@ -40,23 +42,25 @@ class ShardedOptimizer:
         self,
         groups: Sequence[dict[str, Any]],
         make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
-        longest_side: int,
+        longest_side: float = math.inf,
     ):
         self._parameters: list[Any] = [parameter for group in groups for parameter in group["params"]]
-        matrices = [p for group in groups for p in group["params"] if p.ndim > 1 and group.get("parts", 1) > 0]
+        matrices = [p for group in groups for p in group["params"] if group.get("matrices", p.ndim > 1)]
         owners = owners_of([matrix.shape for matrix in matrices], distributed.world_size(), longest_side)
         self._owner: dict[Any, int] = dict(zip(matrices, owners, strict=True))
-        # By parameter, what this process moves in its place. The tensors are there during a step alone.
+        # By parameter, what this process moves in its place. The numbers are there during a step alone.
         self._moved = {
-            parameter: nn.Parameter(parameter.to_local().new_empty(self._shape(parameter)))
+            parameter: nn.Parameter(parameter.to_local().new_empty(1).expand(self._shape(parameter)))
             for parameter in self._parameters
             if self._owner.get(parameter, distributed.rank()) == distributed.rank()
         }
-        self._optimizer = make(
-            [{**g, "params": [self._moved[p] for p in g["params"] if p in self._moved]} for g in groups]
-        )
+        mine = []
+        for group in groups:
+            moved = [parameter in self._moved for parameter in group["params"]]
+            params = {"params": [self._moved[parameter] for parameter in compress(group["params"], moved)]}
+            mine.append(group | params | ({"parts": [*compress(group["parts"], moved)]} if "parts" in group else {}))
+        self._optimizer = make(mine)
         self.param_groups = self._optimizer.param_groups
-        self._release()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -72,11 +76,14 @@ class ShardedOptimizer:
                 self._moved[parameter].data = parameter.to_local()
                 self._moved[parameter].grad = parameter.grad.to_local()
         self._optimizer.step()
+        for moved in self._moved.values():
+            moved.grad = None
         self._from_owners(matrices)
-        self._release()
+        for moved in self._moved.values():
+            moved.data = moved.new_empty(1).expand(moved.shape)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Forget the gradients, whatever the argument, which torch's optimizers have."""
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -97,7 +104,12 @@ class ShardedOptimizer:
         return {"state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a `state_dict()` that has been filled: what is in it beside the tensors that were filled."""
+        """Go on from a `state_dict()`, of as many processes: its tensors are copied into those that a first step has
+        made, unless they are the same."""
+        mine = self.state_dict()["state"]
+        for number, tensors in state_dict["state"].items():
+            for name, tensor in tensors.items():
+                mine[number][name].copy_(tensor)
         for group, step in zip(self.param_groups, state_dict["state"]["steps"]["of_groups"].tolist(), strict=True):
             if "step" in group:
                 group["step"] = int(step)
@@ -107,11 +119,6 @@ class ShardedOptimizer:
 
     def _owned(self, matrices: list[Any]) -> list[nn.Parameter]:
         return [self._moved[matrix] for matrix in matrices if matrix in self._moved]
-
-    def _release(self) -> None:
-        for moved in self._moved.values():
-            moved.grad = None
-            moved.data = moved.new_empty(1).expand(moved.shape)
 
     def _to_owners(self, matrices: list[Any], of: Callable[[Any], Any]) -> list[Tensor]:
         """Of the matrices this process owns, `of` the whole matrix."""
@@ -140,9 +147,9 @@ class ShardedOptimizer:
                 matrix.to_local().copy_(piece)
 
 
-def owners_of(shapes: Sequence[Sequence[int]], processes: int, longest_side: int) -> list[int]:
-    """The rank that owns each matrix: all have about the same work, which is a product with each side's basis."""
-    costs = [math.prod(shape) * sum(side for side in shape if side <= longest_side) for shape in shapes]
+def owners_of(shapes: Sequence[Sequence[int]], processes: int, longest_side: float = math.inf) -> list[int]:
+    """The rank that owns each matrix: all have about the same work, a product with each side that is not too long."""
+    costs = [math.prod(shape) * (1 + sum(side for side in shape if side <= longest_side)) for shape in shapes]
     return [owner for (owner,) in balance([(1, cost) for cost in costs], processes)]
 
 

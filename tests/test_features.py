@@ -218,7 +218,7 @@ CHANGES: dict[str, Callable[[Backbone, list[Path]], dict[str, Any]]] = {
     "pooled": lambda *_: {"pooled": True},
     "centre": lambda *_: {"resize": 24},
     "identity": lambda *_: {"identity": "arrays"},
-    "precision": lambda backbone, _: {"backbone": backbone.to("cpu", "bf16")},
+    "precision": lambda backbone, _: {"backbone": replace(backbone, precision="bf16")},
 }
 
 

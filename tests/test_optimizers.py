@@ -98,14 +98,14 @@ def test_negative_settings_are_named(field: str) -> None:
 def test_muon_groups_hold_the_matrices_of_the_blocks_and_everything_else_once() -> None:
     student = model()
     names = {parameter: name for name, parameter in student.named_parameters()}
-    groups = muon_groups(student)
-    cut = {names[p]: group["parts"] for group in groups if group["parts"] for p in group["params"]}
-    others = [group for group in groups if not group["parts"]]
+    matrices, *others = muon_groups(student)
+    cut = {names[parameter]: parts for parameter, parts in zip(matrices["params"], matrices["parts"], strict=True)}
     layers = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 1, "mlp.fc2": 1}
     assert cut == {f"backbone.blocks.{b}.{layer}.weight": n for b in (0, 1) for layer, n in layers.items()}
     rest = [names[parameter] for group in others for parameter in group["params"]]
     assert sorted([*cut, *rest]) == sorted(n for n, p in student.named_parameters() if p.requires_grad)
     for group in others:
+        assert not group["matrices"]
         assert all((parameter.ndim > 1) == group["decays"] for parameter in group["params"])
 
 

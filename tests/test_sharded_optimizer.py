@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from skipless.ssl.sharded_optimizer import owners_of
+
 # In float64, so that nothing but a mistake tells the two apart. Sides are not divisible by the number of processes, one
 # is shorter than it, and one tensor is cut along its last axis.
 SCRIPT = """
@@ -32,10 +34,9 @@ def groups(parameters):
         kinds = {True: [p for p in parameters.values() if p.ndim > 1]}
         kinds[False] = [p for p in parameters.values() if p.ndim == 1]
         return [{"params": p, "decays": decays} for decays, p in kinds.items()]
-    by_parts = {3: [], 1: [], 0: []}
-    for key, parameter in parameters.items():
-        by_parts[MUON.get(key, 0)].append(parameter)
-    return [{"params": p, "decays": True, "parts": parts} for parts, p in by_parts.items()]
+    matrices = {"params": [parameters[n] for n in MUON], "decays": True, "matrices": True, "parts": [*MUON.values()]}
+    others = [parameter for n, parameter in parameters.items() if n not in MUON]
+    return [matrices, {"params": others, "decays": False, "matrices": False}]
 
 
 def make(replicated):
@@ -143,3 +144,7 @@ def test_every_matrix_has_one_owner_and_all_have_about_the_same(tmp_path: Path) 
     assert sum(held) == 186 + 186 + 378 + 168 + 138
     assert max(held) == 378
     assert entries == 5 + 3 * 2
+
+
+def test_matrices_whose_sides_are_all_too_long_are_divided_as_well() -> None:
+    assert sorted(owners_of([(40, 30)] * 8, 4, longest_side=10)) == [0, 0, 1, 1, 2, 2, 3, 3]

@@ -164,14 +164,19 @@ def test_resumed_on_any_number_of_processes(photos: Path, runs: Path, halfway: P
 
 @pytest.mark.parametrize("name", ["soap", "muon"])
 def test_optimizers_of_whole_matrices(photos: Path, tmp_path: Path, name: str) -> None:
+    """As an unsharded run, and the same bits once more when it is resumed on as many processes. The turns of SOAP's
+    bases depend on the number of processes, so its curve is compared with all of them refreshed in every step."""
     common = ["--data.path", photos, *SMALL, f"--optimizer.name={name}", "--optimizer.lr=0.005"]
-    common += ["--optimizer.precondition_every=1", "--monitor.every_epochs=0"]
-    stopped = tmp_path / "stopped"
-    sharded = [*common, "--shard=true", "--out"]
-    result = launch((0, [*common, "--out", tmp_path / "plain"]), (2, [*sharded, stopped]))
+    common += ["--monitor.every_epochs=0"]
+    every, stopped = "--optimizer.precondition_every", tmp_path / "stopped"
+    result = launch(
+        (0, [*common, f"{every}=1", "--out", tmp_path / "plain"]),
+        (2, [*common, f"{every}=1", "--shard=true", "--out", tmp_path / "sharded"]),
+        (2, [*common, f"{every}=4", "--shard=true", "--out", stopped]),
+    )
     assert result.returncode == 0, result.stderr
     expected = logged(tmp_path / "plain", "loss")
-    np.testing.assert_allclose(logged(stopped, "loss"), expected, rtol=1e-3)
+    np.testing.assert_allclose(logged(tmp_path / "sharded", "loss"), expected, rtol=1e-3)
     whole = load_file(stopped / "backbone.safetensors")
 
     for file in ("backbone.json", "backbone.safetensors", "checkpoints/last.pt"):
@@ -179,12 +184,13 @@ def test_optimizers_of_whole_matrices(photos: Path, tmp_path: Path, name: str) -
     (stopped / "checkpoints" / "last.pt").symlink_to("step-5/state.pt")
     shutil.rmtree(stopped / "checkpoints" / "step-10")
     again = shutil.copytree(stopped, tmp_path / "again", symlinks=True)
-    result = launch((2, [*sharded, again, "--resume"]), (1, [*sharded, stopped, "--resume"]))
+    sharded = [*common, f"{every}=4", "--shard=true", "--resume", "--out"]
+    result = launch((2, [*sharded, again]), (1, [*sharded, stopped]))
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("from step 5") == 2
     for tensor_name, tensor in load_file(again / "backbone.safetensors").items():
         assert torch.equal(tensor, whole[tensor_name]), tensor_name
-    np.testing.assert_allclose(logged(stopped, "loss"), expected, rtol=1e-3)
+    np.testing.assert_allclose(logged(stopped, "loss"), expected, rtol=1e-2)
 
 
 def test_sharded_and_plain_checkpoints_are_not_mixed(photos: Path, runs: Path, halfway: Path) -> None:
@@ -236,7 +242,12 @@ def test_scaling_by_hand() -> None:
     assert scaling.soap_state((1152, 384)) == 8 * 1152 * 384 + 8 * (1152**2 + 384**2)
     assert scaling.soap_state((1152,)) == 8 * 1152
     # Two matrices of 4 x 2, one for each GPU, and half of a bias.
-    assert scaling.soap_owned([(4, 2), (4, 2), (6,)], 2) == 8 * 8 + 8 * (4**2 + 2**2) + 8 * 3
+    assert scaling.sharded_soap([(4, 2), (4, 2), (6,)], 2) == {
+        "state": 8 * 8 + 8 * (4**2 + 2**2) + 8 * 3,
+        "during_a_step": 16 * 8,
+        "sent": 4 * (2 * 8 + 8) // 2,  # half of it stays at home
+        "gpus_without_a_matrix": 0,
+    }
     parameters = small.backbone + small.head
     assert scaling.memory_ddp(small) == 22 * parameters
     rest = parameters - small.blocks
