@@ -139,7 +139,7 @@ class Settings:
     Attention is then torch's. (It has not run on a GPU yet.)"""
     shard: bool = False
     """Shard parameters, gradients, optimizer state and teacher over all processes (FSDP2), for models that crowd or do
-    not fit one GPU, as ViT-g does, with soap from ViT-L on; smaller ones are better off without. Under torchrun. The
+    not fit one GPU, as ViT-g does; smaller ones are better off without. Under torchrun. The
     loss curve is the same, checkpoints are folders; docs/scaling.md says when it pays."""
     seed: int = 0
     """Of initialization, order of the images and crops."""
