@@ -234,8 +234,10 @@ def test_verify(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
 def test_killed_download_can_be_continued(tmp_path: Path, kill: signal.Signals) -> None:
+    # A shell that starts the tests in the background makes them ignore SIGINT, and their processes inherit that.
     code = (
-        "import sys; from pathlib import Path; from skipless.datasets.downloads import Archive, download\n"
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pathlib import Path; from skipless.datasets.downloads import Archive, download\n"
         "download(Archive(sys.argv[1], 3_000_000, (sys.argv[2],)), Path(sys.argv[3]))"
     )
     partial = tmp_path / f"{NAME}.partial"
