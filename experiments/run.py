@@ -329,8 +329,9 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def draw(experiment: Experiment, rows: list[dict[str, Any]], path: Path) -> None:
-    """Curves of the metric over the epochs, each arm at its best learning rate: seeds thin, their mean thick."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    """Curves of the metric over the epochs, each arm at its best learning rate: seeds thin, their mean thick. From the
+    eleventh arm on colours come again, dashed."""
+    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for number, arm in enumerate(experiment.arms):
         colour = plt.get_cmap("tab10")(number % 10)
         chosen = chosen_rows(experiment, rows, arm)
@@ -340,9 +341,10 @@ def draw(experiment: Experiment, rows: list[dict[str, Any]], path: Path) -> None
         if shortest:
             x = [p["epoch"] for p in chosen[0]["curve"][:shortest]]
             y = [100 * statistics.mean(r["curve"][i]["value"] for r in chosen) for i in range(shortest)]
-            axis.plot(x, y, color=colour, lw=2, label=f"{arm} ({len(chosen)})")
+            style = "-" if number < 10 else "--"
+            axis.plot(x, y, color=colour, ls=style, lw=2, label=f"{arm} ({len(chosen)})")
     axis.set(xlabel="epoch", ylabel=f"{experiment.metric}, best block, %")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
