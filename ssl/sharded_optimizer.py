@@ -4,8 +4,8 @@ Every matrix has an owner, the process that keeps its optimizer state and moves 
 their parts of a matrix and of its gradient to the owner, and get back their part of what becomes of it. Everything else
 (biases, norms, and what Muon leaves to AdamW) is moved element by element, each part where it is.
 
-A process sends its parts twice and what it owns once, in float32: little beside the gathering of parameters, which sends
-all parts to everybody, and several times.
+A process sends its parts twice and what it owns once, in float32: little beside the gathering of parameters, which
+sends all parts to everybody, and several times.
 """
 
 import math
