@@ -22,6 +22,7 @@ from skipless.ssl import distributed
 from skipless.ssl.attention import choose_backend
 from skipless.ssl.checkpoints import load_checkpoint
 from skipless.ssl.crops import Images, normalized_squares
+from skipless.ssl.embedding import sine_positions_, whiten_patches_
 from skipless.ssl.initialization import PRESETS, choose_beta, skipless_init_
 from skipless.ssl.settings import ModelSettings, changed_initialization, flat, initialization_of, plain
 from skipless.ssl.vit import SIZES, VisionTransformer
@@ -38,8 +39,13 @@ LATER: dict[str, Any] = {
     "model.value_output": True,
     "model.query_key": True,
     "model.depth_scale": 1.0,
+    "model.patches": "default",
+    "model.positions": "default",
     "shard": False,
 }
+
+# Images whose patches are looked at to whiten the patch embedding.
+WHITENED_ON = 512
 
 
 def check_run(settings: "AnySettings", images: int, source: str, root: Path, device: torch.device) -> None:
@@ -111,7 +117,8 @@ def check_size(name: str, size: int, patch: int) -> None:
 def build_backbone(model: ModelSettings, image_size: int, seed: int) -> VisionTransformer:
     """The backbone at its start, initialized as the settings say.
 
-    Draws from torch's global random state, except for the skipless initialization, which draws from `seed`.
+    Draws from torch's global random state, except for the skipless initialization, which draws from `seed`. Patches
+    are whitened after that, by `whiten`, which needs images.
     """
     overrides = {name: getattr(model, name) for name in ("dim", "depth", "heads") if getattr(model, name) is not None}
     backbone = VisionTransformer(
@@ -128,7 +135,28 @@ def build_backbone(model: ModelSettings, image_size: int, seed: int) -> VisionTr
     preset = initialization_of(model)
     if preset != "default":
         skipless_init_(backbone, **(PRESETS[preset] | changed_initialization(model)), seed=seed)
+    if model.positions == "sines":
+        sine_positions_(backbone)
     return backbone
+
+
+def whiten(backbone: VisionTransformer, settings: "AnySettings", images: Images, image_size: int) -> None:
+    """Whiten the patch embedding, if the settings say so.
+
+    Args:
+        images: those to train on; 512 of them, evenly spread, are looked at, by one process, on its CPU.
+        image_size: side of the squares that are cut out of them, in pixels.
+
+    Raises:
+        ValueError: fewer than one image can be read, or all patches are the same.
+    """
+    if settings.model.patches == "default":
+        return
+    proj, state = backbone.patch_embed.proj, None
+    if distributed.rank() == 0:
+        whiten_patches_(proj, normalized_squares(images, WHITENED_ON, image_size), settings.seed)
+        state = proj.state_dict()
+    proj.load_state_dict(distributed.gather_objects(state)[0])
 
 
 def settle_beta(settings: "AnySettings", images: Images, image_size: int) -> str | None:
@@ -156,6 +184,10 @@ def settle_beta(settings: "AnySettings", images: Images, image_size: int) -> str
         torch.manual_seed(settings.seed)
         start = replace(settings.model, beta=1.0)
         backbone = build_backbone(start, image_size, settings.seed)
+        if start.patches == "whitened":
+            whiten_patches_(
+                backbone.patch_embed.proj, normalized_squares(images, WHITENED_ON, image_size), settings.seed
+            )
         arguments = PRESETS[initialization_of(start)] | changed_initialization(start)
         beta = choose_beta(backbone, normalized_squares(images, 32, image_size), arguments, seed=settings.seed)
     settings.model.beta = distributed.gather_objects(beta)[0]

@@ -52,6 +52,7 @@ from skipless.ssl.job import (
     run_command,
     settle_beta,
     state_to_resume,
+    whiten,
 )
 from skipless.ssl.logs import RunLog
 from skipless.ssl.meter import Meter
@@ -89,7 +90,9 @@ def pretrain(settings: Settings) -> Path:
     low_precision = autocast(device, bf16)
 
     torch.manual_seed(settings.seed)
-    student = build_model(settings).to(device)
+    student = build_model(settings)
+    whiten(student.backbone, settings, images, settings.crops.global_size)
+    student.to(device)
     parallel = None
     if distributed.world_size() > 1 and not settings.shard:
         # Makes all students equal, so it comes before the teacher is copied from one.

@@ -64,6 +64,12 @@ class ModelSettings:
     """Initialize query and key matrices; false leaves them as ViT's usual ones."""
     depth_scale: float = 1.0
     """How many times larger the last block's attention logits start than the first one's, growing geometrically."""
+    patches: Literal["default", "whitened"] = "default"
+    """Initialization of the patch embedding: torch's usual one, or one that makes the images' patches uncorrelated and
+    of equal variance, measured on 512 of the images: tokens that differ from the start."""
+    positions: Literal["default", "sines"] = "default"
+    """Initialization of the positions: ViT's usual noise, next to nothing, or sines and cosines of row and column, of a
+    size that counts beside whitened patches. Learned in both."""
     pool: Pool = "mean"
     """What the DINO head reads: `mean` of the patch tokens, or the class token `cls` (DINO's). Without skip connections
     use mean: near-identity attention starves a class token, and the loss would stay at ln K."""

@@ -48,6 +48,7 @@ from skipless.ssl.job import (
     run_command,
     settle_beta,
     state_to_resume,
+    whiten,
 )
 from skipless.ssl.logs import RunLog
 from skipless.ssl.meter import memory_gb, peak_flops
@@ -157,7 +158,9 @@ def train(settings: Settings) -> Path:
     low_precision = autocast(device, bf16)
 
     torch.manual_seed(settings.seed)
-    classifier = build_classifier(settings, len(images.classes)).to(device)
+    classifier = build_classifier(settings, len(images.classes))
+    whiten(classifier.backbone, settings, images, settings.augmentation.size)
+    classifier.to(device)
     model: nn.Module = classifier
     if distributed.world_size() > 1:
         model = DistributedDataParallel(

@@ -19,6 +19,7 @@ from skipless.datasets.images import open_images
 from skipless.ssl.checkpoints import load_run_backbone
 from skipless.ssl.crops import normalized_squares
 from skipless.ssl.distributed import StepBatches
+from skipless.ssl.embedding import sine_positions_, whiten_patches_
 from skipless.ssl.initialization import PRESETS, choose_beta
 from skipless.ssl.vit import VisionTransformer
 
@@ -218,20 +219,38 @@ def test_monitor_logs_the_conditioning_of_images_without_labels(photos: Path, tm
     assert not logged(out, "monitor/knn")
 
 
-def test_beta_is_chosen_on_the_images_and_a_resumed_run_keeps_it(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("patches", ["default", "whitened"])
+def test_beta_is_chosen_on_the_images_and_a_resumed_run_keeps_it(photos: Path, tmp_path: Path, patches: str) -> None:
     out, common = tmp_path / "run", [*SMALL, f"--data.path={photos}", "--model.beta=auto", "--model.residual=false"]
+    common += [f"--model.patches={patches}"]
     done = run(*common, f"--out={out}", processes=2)
     assert done.returncode == 0, done.stderr
     beta = yaml.safe_load((out / "settings.yaml").read_text())["model"]["beta"]
     torch.manual_seed(0)
     model = VisionTransformer(32, 2, 2, patch=8, residual=False, image_size=32)
     squares = normalized_squares(open_images(photos), 32, 32)
+    if patches == "whitened":
+        whiten_patches_(model.patch_embed.proj, normalized_squares(open_images(photos), 512, 32))
     assert beta == choose_beta(model, squares, PRESETS["small"])
     assert f"model.beta is {beta:g}: chosen on 32 of the images" in done.stdout + done.stderr
     state = torch.load(out / "checkpoints" / "last.pt", weights_only=True)
     assert state["settings"]["model"]["beta"] == beta
     resumed = run(*common, f"--out={out}", "--resume")
     assert resumed.returncode == 0, resumed.stderr
+
+
+def test_a_run_starts_from_the_embedding_that_the_settings_name(photos: Path, tmp_path: Path) -> None:
+    words = [*SMALL, "--model.residual=false", "--model.patches=whitened", "--model.positions=sines"]
+    tiny_steps = ["--optimizer.lr=1e-12", "--optimizer.min_lr=0", "--optimizer.weight_decay=0"]
+    done = run("--data.path", photos, "--out", tmp_path / "out", *words, *tiny_steps, "--optimizer.weight_decay_end=0")
+    assert done.returncode == 0, done.stderr
+    model = VisionTransformer(32, 2, 2, patch=8, residual=False, image_size=32)
+    whiten_patches_(model.patch_embed.proj, normalized_squares(open_images(photos), 40, 32))
+    sine_positions_(model)
+    trained = load_run_backbone(tmp_path / "out")[0].state_dict()
+    torch.testing.assert_close(trained["patch_embed.proj.weight"], model.patch_embed.proj.weight.detach())
+    torch.testing.assert_close(trained["patch_embed.proj.bias"], model.patch_embed.proj.bias.detach())
+    torch.testing.assert_close(trained["pos_embed"][:, 1:], model.pos_embed[:, 1:].detach())
 
 
 def test_unreadable_images_are_listed_and_too_many_stop_the_run(photos: Path, tmp_path: Path) -> None:
@@ -304,7 +323,7 @@ def test_a_run_of_before_a_setting_existed_is_resumed(photos: Path, reference: P
     shutil.copytree(reference, out)
     path = out / "checkpoints" / "last.pt"
     state = torch.load(path, weights_only=True)
-    for name in ("value_output", "query_key", "depth_scale"):
+    for name in ("value_output", "query_key", "depth_scale", "patches", "positions"):
         del state["settings"]["model"][name]
     path.unlink()
     torch.save(state, path)

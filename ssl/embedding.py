@@ -1,0 +1,97 @@
+"""How tokens start: patches that are whitened, and positions that tell them apart.
+
+What a photograph's patches have in common is most of what they are: in 12 x 12 pixels more than half of the variance
+is brightness, so tokens of the usual embedding differ in a few directions only. With skip connections the blocks add
+what is missing. Without them a block can do no more than turn what it is given, as long as it is near the orthogonal
+map it starts as; and attention cannot be diagonal between tokens that are alike. So a skipless model gains much by
+tokens that differ from the start, and a residual one little (docs/skipless.md).
+
+Both are initializations: parameters that are there anyway get other values, and are learned as ever.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from skipless.ssl.vit import VisionTransformer
+
+POSITION_STD = 0.5
+
+
+@torch.no_grad()
+def whiten_patches_(proj: nn.Conv2d, images: Tensor, seed: int = 0, ridge: float = 0.01) -> nn.Conv2d:
+    """Initialize a patch embedding in place so that its outputs are uncorrelated, have mean 0 and variance 1.
+
+    Principal components of the images' patches, as many as there are channels (or as a patch has values, if those are
+    fewer), each divided by its standard deviation, then turned by a random orthogonal matrix. Whitened patches as a
+    first layer: Coates and Ng 2012, "Learning feature representations with k-means"; frozen: Jordan, arXiv 2404.00498.
+
+    Args:
+        proj: kernel and stride of one patch, 3 input channels, with a bias: `model.patch_embed.proj`, here and in timm.
+        images: normalised as in training, [B, 3, H, W], at least of a patch's size. Some hundred; what is left beside
+            whole patches is ignored.
+        seed: of the orthogonal matrix.
+        ridge: added to the variances, in units of their mean, so that components that hardly occur (as in images
+            that were enlarged) are not blown up.
+
+    Returns:
+        The same layer.
+
+    Raises:
+        ValueError: a layer of another kind, or patches that are all the same.
+
+    Example:
+        >>> proj = whiten_patches_(nn.Conv2d(3, 8, 4, 4), torch.rand(16, 3, 32, 32))
+        >>> tuple(proj(torch.rand(2, 3, 8, 8)).shape)
+        (2, 8, 2, 2)
+    """
+    channels, inputs, *sides = proj.weight.shape
+    patch = (sides[0], sides[1])
+    if inputs != 3 or proj.bias is None or proj.stride != patch or proj.padding != (0, 0):
+        raise ValueError(f"{proj} cuts no images into patches, or has no bias; give the layer that does")
+    values = 3 * patch[0] * patch[1]
+    total, products, count = torch.zeros(values).double(), torch.zeros(values, values).double(), 0
+    for image in images.split(64):
+        patches = F.unfold(image.cpu().double(), patch, stride=patch).mT.flatten(0, 1)
+        total += patches.sum(0)
+        products += patches.T @ patches
+        count += len(patches)
+    mean = total / count
+    variances, components = torch.linalg.eigh(products / count - torch.outer(mean, mean))  # ascending
+    if not variances[-1] > 1e-8:
+        raise ValueError(f"the {count} patches of {len(images)} images are all the same; give other images")
+    kept = min(channels, values)
+    variances, components = variances.clamp_min(0).flip(0), components.flip(1)[:, :kept]
+    scale = (variances[:kept] + ridge * variances.mean()).rsqrt()
+    turn = nn.init.orthogonal_(
+        torch.empty(channels, kept, dtype=torch.double), generator=torch.Generator().manual_seed(seed)
+    )
+    weight = turn @ (components * scale).T
+    weight *= (channels / (scale.square() * variances[:kept]).sum()).sqrt()
+    proj.weight.copy_(weight.view_as(proj.weight))
+    proj.bias.copy_(-weight @ mean)
+    return proj
+
+
+@torch.no_grad()
+def sine_positions_(model: VisionTransformer, std: float = POSITION_STD) -> VisionTransformer:
+    """Initialize the patches' positions in place as sines and cosines of row and column, as in MAE (arXiv 2111.06377).
+
+    A quarter of the channels each: sine and cosine of the row, sine and cosine of the column, at frequencies from 1
+    down to 1 / 10,000 in equal ratios. Smooth, so what interpolation makes of them for other image sizes is as good.
+
+    Args:
+        std: root mean square of a channel. Beside whitened patches, of variance 1, ViT's usual 0.02 would be nothing.
+
+    Raises:
+        ValueError: a width that is not divisible by 4.
+    """
+    if model.dim % 4:
+        raise ValueError(f"sines and cosines of rows and columns need a width divisible by 4, and dim is {model.dim}")
+    n = round((model.pos_embed.shape[1] - 1) ** 0.5)
+    frequencies = 10_000.0 ** -torch.linspace(0, 1, model.dim // 4 + 1)[:-1]
+    angles = torch.arange(n)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = line[:, None].expand(n, n, -1), line[None].expand(n, n, -1)
+    model.pos_embed[0, 1:] = std * 2**0.5 * torch.cat([rows, columns], dim=2).flatten(0, 1).to(model.pos_embed)
+    return model
