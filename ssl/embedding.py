@@ -78,10 +78,11 @@ def sine_positions_(model: VisionTransformer, std: float = POSITION_STD) -> Visi
     """Initialize the patches' positions in place as sines and cosines of row and column, as in MAE (arXiv 2111.06377).
 
     A quarter of the channels each: sine and cosine of the row, sine and cosine of the column, at frequencies from 1
-    down to 1 / 10,000 in equal ratios. Smooth, so what interpolation makes of them for other image sizes is as good.
+    down to 1 / 10,000 in equal ratios. Less their mean over the grid, which would be a vector that all patches share,
+    and scaled together. Smooth, so what interpolation makes of them for other image sizes is as good.
 
     Args:
-        std: root mean square of a channel. Beside whitened patches, of variance 1, ViT's usual 0.02 would be nothing.
+        std: root mean square of all values. Beside whitened patches, of variance 1, ViT's usual 0.02 would be nothing.
 
     Raises:
         ValueError: a width that is not divisible by 4.
@@ -92,6 +93,8 @@ def sine_positions_(model: VisionTransformer, std: float = POSITION_STD) -> Visi
     frequencies = 10_000.0 ** -torch.linspace(0, 1, model.dim // 4 + 1)[:-1]
     angles = torch.arange(n)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=1)
+    line -= line.mean(0)
+    line *= std / line.square().mean().sqrt().clamp_min(1e-6)  # a grid of one patch has no positions
     rows, columns = line[:, None].expand(n, n, -1), line[None].expand(n, n, -1)
-    model.pos_embed[0, 1:] = std * 2**0.5 * torch.cat([rows, columns], dim=2).flatten(0, 1).to(model.pos_embed)
+    model.pos_embed[0, 1:] = torch.cat([rows, columns], dim=2).flatten(0, 1).to(model.pos_embed)
     return model

@@ -111,22 +111,27 @@ def test_tokens_of_whitened_patches_differ_in_more_directions() -> None:
         assert participation() > 3 * usual
 
 
-def test_positions_are_the_sines_and_cosines_of_row_and_column() -> None:
+def test_positions_are_the_sines_and_cosines_of_row_and_column_less_their_mean() -> None:
     model = VisionTransformer(8, 1, 2, patch=4, residual=False, image_size=12)
     cls = model.pos_embed[:, 0].clone()
-    sine_positions_(model, std=1.0)
+    sine_positions_(model)
     assert torch.equal(model.pos_embed[:, 0], cls)
-    for row in range(3):
-        for column in range(3):
-            expected = [
-                f(place * frequency) for place in (row, column) for f in (math.sin, math.cos) for frequency in (1, 1e-2)
-            ]
-            got = model.pos_embed[0, 1 + 3 * row + column].detach() / 2**0.5
-            np.testing.assert_allclose(got, expected, atol=1e-6)
+    expected = np.array(
+        [
+            [f(place * frequency) for place in (row, column) for f in (math.sin, math.cos) for frequency in (1, 1e-2)]
+            for row in range(3)
+            for column in range(3)
+        ]
+    )
+    expected -= expected.mean(0)
+    got = model.pos_embed[0, 1:].detach().numpy()
+    np.testing.assert_allclose(got, expected * 0.5 / np.sqrt((expected**2).mean()), atol=1e-6)
 
 
 def test_positions_have_the_size_asked_for() -> None:
     model = sine_positions_(vit_tiny(depth=1, residual=False), std=0.5)
     assert model.pos_embed[0, 1:].square().mean().sqrt().item() == pytest.approx(0.5, rel=1e-5)
+    one = sine_positions_(VisionTransformer(8, 1, 2, patch=4, image_size=4))
+    assert (one.pos_embed[0, 1:] == 0).all()
     with pytest.raises(ValueError, match="dim is 6"):
         sine_positions_(VisionTransformer(6, 1, 2, patch=4, image_size=8))
