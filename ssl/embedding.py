@@ -88,7 +88,10 @@ def sine_positions_(model: VisionTransformer, std: float = POSITION_STD) -> Visi
         ValueError: a width that is not divisible by 4.
     """
     if model.dim % 4:
-        raise ValueError(f"sines and cosines of rows and columns need a width divisible by 4, and dim is {model.dim}")
+        raise ValueError(
+            f"sines and cosines of rows and columns need a width divisible by 4, and dim is {model.dim}; "
+            "choose another, or the positions `default`"
+        )
     n = round((model.pos_embed.shape[1] - 1) ** 0.5)
     frequencies = 10_000.0 ** -torch.linspace(0, 1, model.dim // 4 + 1)[:-1]
     angles = torch.arange(n)[:, None] * frequencies

@@ -64,12 +64,14 @@ class ModelSettings:
     """Initialize query and key matrices; false leaves them as ViT's usual ones."""
     depth_scale: float = 1.0
     """How many times larger the last block's attention logits start than the first one's, growing geometrically."""
-    patches: Literal["default", "whitened"] = "default"
-    """Initialization of the patch embedding: torch's usual one, or one that makes the images' patches uncorrelated and
-    of equal variance, measured on 512 of the images: tokens that differ from the start."""
-    positions: Literal["default", "sines"] = "default"
-    """Initialization of the positions: ViT's usual noise, next to nothing, or sines and cosines of row and column, of a
-    size that counts beside whitened patches. Learned in both."""
+    patches: Literal["default", "whitened"] | None = None
+    """Initialization of the patch embedding: torch's usual one (default), or one that makes the images' patches
+    uncorrelated and of equal variance, measured on 512 of the images (whitened): tokens that differ from the start.
+    Where it is not given: whitened with the initialization `small`, default with all others."""
+    positions: Literal["default", "sines"] | None = None
+    """Initialization of the positions: ViT's usual noise, next to nothing (default), or sines and cosines of row and
+    column, of a size that counts beside whitened patches. Learned in both. Where it is not given: sines with `small`,
+    default with all others."""
     pool: Pool = "mean"
     """What the DINO head reads: `mean` of the patch tokens, or the class token `cls` (DINO's). Without skip connections
     use mean: near-identity attention starves a class token, and the loss would stay at ln K."""
@@ -83,6 +85,11 @@ class ModelSettings:
     """auto takes xformers on CUDA where it is installed, torch's SDPA elsewhere."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        small = initialization_of(self) == "small"
+        self.patches = self.patches or ("whitened" if small else "default")
+        self.positions = self.positions or ("sines" if small else "default")
 
 
 @dataclass

@@ -219,18 +219,19 @@ def test_monitor_logs_the_conditioning_of_images_without_labels(photos: Path, tm
     assert not logged(out, "monitor/knn")
 
 
-@pytest.mark.parametrize("patches", ["default", "whitened"])
-def test_beta_is_chosen_on_the_images_and_a_resumed_run_keeps_it(photos: Path, tmp_path: Path, patches: str) -> None:
+@pytest.mark.parametrize("usual", [True, False])
+def test_beta_is_chosen_on_the_images_and_a_resumed_run_keeps_it(photos: Path, tmp_path: Path, usual: bool) -> None:
     out, common = tmp_path / "run", [*SMALL, f"--data.path={photos}", "--model.beta=auto", "--model.residual=false"]
-    common += [f"--model.patches={patches}"]
+    common += ["--model.patches=default", "--model.positions=default"] * usual
     done = run(*common, f"--out={out}", processes=2)
     assert done.returncode == 0, done.stderr
     beta = yaml.safe_load((out / "settings.yaml").read_text())["model"]["beta"]
     torch.manual_seed(0)
     model = VisionTransformer(32, 2, 2, patch=8, residual=False, image_size=32)
     squares = normalized_squares(open_images(photos), 32, 32)
-    if patches == "whitened":
+    if not usual:
         whiten_patches_(model.patch_embed.proj, normalized_squares(open_images(photos), 512, 32))
+        sine_positions_(model)
     assert beta == choose_beta(model, squares, PRESETS["small"])
     assert f"model.beta is {beta:g}: chosen on 32 of the images" in done.stdout + done.stderr
     state = torch.load(out / "checkpoints" / "last.pt", weights_only=True)
@@ -239,10 +240,10 @@ def test_beta_is_chosen_on_the_images_and_a_resumed_run_keeps_it(photos: Path, t
     assert resumed.returncode == 0, resumed.stderr
 
 
-def test_a_run_starts_from_the_embedding_that_the_settings_name(photos: Path, tmp_path: Path) -> None:
-    words = [*SMALL, "--model.residual=false", "--model.patches=whitened", "--model.positions=sines"]
-    tiny_steps = ["--optimizer.lr=1e-12", "--optimizer.min_lr=0", "--optimizer.weight_decay=0"]
-    done = run("--data.path", photos, "--out", tmp_path / "out", *words, *tiny_steps, "--optimizer.weight_decay_end=0")
+def test_a_small_skipless_model_starts_from_whitened_patches_and_sines(photos: Path, tmp_path: Path) -> None:
+    still = ["--optimizer.lr=1e-12", "--optimizer.min_lr=0", "--optimizer.weight_decay=0"]
+    still += ["--optimizer.weight_decay_end=0", "--model.residual=false"]
+    done = run("--data.path", photos, "--out", tmp_path / "out", *SMALL, *still)
     assert done.returncode == 0, done.stderr
     model = VisionTransformer(32, 2, 2, patch=8, residual=False, image_size=32)
     whiten_patches_(model.patch_embed.proj, normalized_squares(open_images(photos), 40, 32))
@@ -327,11 +328,16 @@ def test_a_run_of_before_a_setting_existed_is_resumed(photos: Path, reference: P
         del state["settings"]["model"][name]
     path.unlink()
     torch.save(state, path)
-    done = run(*SMALL, f"--data.path={photos}", f"--out={out}", "--resume")
+    common = [*SMALL, f"--data.path={photos}", f"--out={out}", "--resume"]
+    theirs = ["--model.patches=default", "--model.positions=default"]
+    done = run(*common, *theirs)
     assert done.returncode == 0, done.stderr
-    other = run(*SMALL, f"--data.path={photos}", f"--out={out}", "--resume", "--model.depth_scale=2")
+    other = run(*common, *theirs, "--model.depth_scale=2")
     assert other.returncode == 2
     assert "depth_scale is 1.0 there and 2.0 here" in other.stderr
+    today = run(*common)
+    assert today.returncode == 2
+    assert "patches is 'default' there and 'whitened' here" in today.stderr
 
 
 def test_other_images_are_not_resumed_on(photos: Path, reference: Path, tmp_path: Path) -> None:
