@@ -35,6 +35,7 @@ from skipless.datasets.images import open_images
 from skipless.ssl.checkpoints import write_atomically
 from skipless.ssl.conditioning import cheap_conditioning, gradient_norms
 from skipless.ssl.crops import normalized_squares
+from skipless.ssl.embedding import WHITENED_ON, sine_positions_, whiten_patches_
 from skipless.ssl.initialization import PRESETS, skipless_init_
 from skipless.ssl.jacobians import TOLERANCE, jacobian_conditioning
 from skipless.ssl.provenance import provenance, write_result
@@ -47,14 +48,16 @@ from matplotlib.lines import Line2D
 
 matplotlib.rcParams["svg.hashsalt"] = "skipless"
 
-# What is compared: residual or not, and the skipless initialization's arguments (None: ViT's default one).
-ARMS: dict[str, tuple[bool, dict[str, Any] | None]] = {
-    "residual, default": (True, None),
-    "skipless, default": (False, None),
-    "skipless, paper-dino (SUO, beta 1)": (False, PRESETS["paper-dino"]),
-    "skipless, SUO, beta 4": (False, PRESETS["paper-dino"] | {"beta": 4.0}),
-    "skipless, mirrored, beta 1": (False, PRESETS["small"] | {"beta": 1.0}),
-    "skipless, small (mirrored, beta 4)": (False, PRESETS["small"]),
+# What is compared: residual or not, the skipless initialization's arguments (None: ViT's default one), and whether
+# patches are whitened and positions sines, as with the library's default, `small`.
+ARMS: dict[str, tuple[bool, dict[str, Any] | None, bool]] = {
+    "residual, default": (True, None, False),
+    "skipless, default": (False, None, False),
+    "skipless, paper-dino (SUO, beta 1)": (False, PRESETS["paper-dino"], False),
+    "skipless, SUO, beta 4": (False, PRESETS["paper-dino"] | {"beta": 4.0}, False),
+    "skipless, mirrored, beta 1": (False, PRESETS["small"] | {"beta": 1.0}, False),
+    "skipless, mirrored, beta 4": (False, PRESETS["small"], False),
+    "skipless, small (the same, whitened)": (False, PRESETS["small"], True),
 }
 
 # Title and axis of every measure, in the order of the table and of the figure's panels.
@@ -94,23 +97,21 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 Statistics = dict[str, list[float]]
 
 
-def fresh_models(size: str, image_size: int, seed: int) -> Iterator[tuple[str, VisionTransformer]]:
+def fresh_models(size: str, images: Tensor, seed: int) -> Iterator[tuple[str, VisionTransformer]]:
     """The models of `ARMS`, of one of `SIZES`, with 16-pixel patches.
 
-    Raises:
-        ValueError: `image_size`, in pixels, is no multiple of 16.
+    Args:
+        images: normalised [B, 3, S, S], S a multiple of 16: what patches are whitened on; the models' image size is S.
     """
-    for name, (residual, arguments) in ARMS.items():
+    for name, (residual, arguments, whitened) in ARMS.items():
         torch.manual_seed(seed)
-        model = VisionTransformer(**SIZES[size], residual=residual, image_size=image_size, attention="sdpa")
+        model = VisionTransformer(**SIZES[size], residual=residual, image_size=images.shape[-1], attention="sdpa")
         if arguments is not None:
             skipless_init_(model, **arguments, seed=seed)
+        if whitened:
+            whiten_patches_(model.patch_embed.proj, images, seed)
+            sine_positions_(model)
         yield name, model.eval()
-
-
-def compare_initializations(size: str, images: Tensor, seed: int) -> dict[str, Statistics]:
-    """`cheap_conditioning` of fresh models of one size, one for each of `ARMS`; images normalised [B, 3, S, S]."""
-    return {name: cheap_conditioning(model, images) for name, model in fresh_models(size, images.shape[-1], seed)}
 
 
 def load_model(path: Path) -> tuple[VisionTransformer, str]:
@@ -309,8 +310,8 @@ def report(arguments: argparse.Namespace) -> None:
         size, pixels = arguments.size or "small", arguments.pixels or 224
         if pixels % 16:
             raise ValueError(f"--pixels is {pixels}: fresh models need a multiple of their patch, 16")
-        fresh = fresh_models(size, pixels, arguments.seed)
-        models = ((name, model, {"initialization": ARMS[name][1]}) for name, model in fresh)
+        fresh = fresh_models(size, normalized_squares(source, WHITENED_ON, pixels), arguments.seed)
+        models = ((name, model, {"initialization": ARMS[name][1], "whitened": ARMS[name][2]}) for name, model in fresh)
         depths = [SIZES[size]["depth"]] * len(ARMS)
 
     for path in (arguments.out, figure):

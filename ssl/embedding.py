@@ -17,6 +17,9 @@ from skipless.ssl.vit import VisionTransformer
 
 POSITION_STD = 0.5
 
+# Images of a set whose patches training looks at: enough for the covariance of 768 values.
+WHITENED_ON = 512
+
 
 @torch.no_grad()
 def whiten_patches_(proj: nn.Conv2d, images: Tensor, seed: int = 0, ridge: float = 0.01) -> nn.Conv2d:

@@ -22,7 +22,7 @@ from skipless.ssl import distributed
 from skipless.ssl.attention import choose_backend
 from skipless.ssl.checkpoints import load_checkpoint
 from skipless.ssl.crops import Images, normalized_squares
-from skipless.ssl.embedding import sine_positions_, whiten_patches_
+from skipless.ssl.embedding import WHITENED_ON, sine_positions_, whiten_patches_
 from skipless.ssl.initialization import PRESETS, choose_beta, skipless_init_
 from skipless.ssl.settings import ModelSettings, changed_initialization, flat, initialization_of, plain
 from skipless.ssl.vit import SIZES, VisionTransformer
@@ -43,9 +43,6 @@ LATER: dict[str, Any] = {
     "model.positions": "default",
     "shard": False,
 }
-
-# Images whose patches are looked at to whiten the patch embedding.
-WHITENED_ON = 512
 
 
 def check_run(settings: "AnySettings", images: int, source: str, root: Path, device: torch.device) -> None:
@@ -144,7 +141,7 @@ def whiten(backbone: VisionTransformer, settings: "AnySettings", images: Images,
     """Whiten the patch embedding, if the settings say so.
 
     Args:
-        images: those to train on; 512 of them, evenly spread, are looked at, by one process, on its CPU.
+        images: those to train on; WHITENED_ON of them, evenly spread, are looked at, by one process, on its CPU.
         image_size: side of the squares that are cut out of them, in pixels.
 
     Raises:
