@@ -29,6 +29,7 @@ from skipless.eval.pca import pca_colours
 from skipless.eval.report import DiscoveryData, SegmentationData, Settings, make_report
 from skipless.ssl.checkpoints import export_backbone
 from skipless.ssl.crops import center_crop
+from skipless.ssl.job import whiten
 from skipless.ssl.pretrain import build_model, parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,10 +70,13 @@ def main() -> None:
 
     print("\n3/3 what it learned, on held-out scenes", flush=True)
     settings = parse(arguments)
+    settings.resume = False  # from the start
     torch.manual_seed(settings.seed)
     # The very weights that training started from.
     (out / "untrained").mkdir(exist_ok=True)
-    export_backbone(out / "untrained", build_model(settings).backbone, {})
+    start = build_model(settings).backbone
+    whiten(start, settings, open_images(out / "scenes" / "train"), settings.crops.global_size)
+    export_backbone(out / "untrained", start, {})
     backbones = {name: load_backbone(folder) for name, folder in (("untrained", out / "untrained"), ("trained", run))}
     picture = out / "pca.png"
     draw_pca(out / "scenes" / "val", backbones, picture)

@@ -35,7 +35,7 @@ from skipless.datasets.images import open_images
 from skipless.ssl.checkpoints import write_atomically
 from skipless.ssl.conditioning import cheap_conditioning, gradient_norms
 from skipless.ssl.crops import normalized_squares
-from skipless.ssl.embedding import WHITENED_ON, sine_positions_, whiten_patches_
+from skipless.ssl.embedding import images_to_whiten_on, sine_positions_, whiten_patches_
 from skipless.ssl.initialization import PRESETS, skipless_init_
 from skipless.ssl.jacobians import TOLERANCE, jacobian_conditioning
 from skipless.ssl.provenance import provenance, write_result
@@ -310,7 +310,7 @@ def report(arguments: argparse.Namespace) -> None:
         size, pixels = arguments.size or "small", arguments.pixels or 224
         if pixels % 16:
             raise ValueError(f"--pixels is {pixels}: fresh models need a multiple of their patch, 16")
-        fresh = fresh_models(size, normalized_squares(source, WHITENED_ON, pixels), arguments.seed)
+        fresh = fresh_models(size, normalized_squares(source, images_to_whiten_on(pixels, 16), pixels), arguments.seed)
         models = ((name, model, {"initialization": ARMS[name][1], "whitened": ARMS[name][2]}) for name, model in fresh)
         depths = [SIZES[size]["depth"]] * len(ARMS)
 

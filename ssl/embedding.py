@@ -3,8 +3,8 @@
 What a photograph's patches have in common is most of what they are: in 12 x 12 pixels more than half of the variance
 is brightness, so tokens of the usual embedding differ in a few directions only. With skip connections the blocks add
 what is missing. Without them a block can do no more than turn what it is given, as long as it is near the orthogonal
-map it starts as; and attention cannot be diagonal between tokens that are alike. So a skipless model gains much by
-tokens that differ from the start, and a residual one little (docs/skipless.md).
+map it starts as; and attention cannot be diagonal between tokens that are alike. Tokens that differ from the start
+help both kinds of models, and the skipless one more (docs/skipless.md).
 
 Both are initializations: parameters that are there anyway get other values, and are learned as ever.
 """
@@ -17,13 +17,18 @@ from skipless.ssl.vit import VisionTransformer
 
 POSITION_STD = 0.5
 
-# Images of a set whose patches training looks at: enough for the covariance of 768 values.
-WHITENED_ON = 512
+
+def images_to_whiten_on(image_size: int, patch: int) -> int:
+    """How many images of a set to look at: enough for the covariance of 768 values, in seconds. 64 to 512."""
+    return min(512, max(64, 50_000 // (image_size // patch) ** 2))
 
 
 @torch.no_grad()
 def whiten_patches_(proj: nn.Conv2d, images: Tensor, seed: int = 0, ridge: float = 0.01) -> nn.Conv2d:
-    """Initialize a patch embedding in place so that its outputs are uncorrelated, have mean 0 and variance 1.
+    """Initialize a patch embedding in place so that its outputs have mean 0, variance 1, and no correlations.
+
+    That is exact with a ridge of 0 and no more channels than a patch has values. Else it holds as far as the ridge
+    and the number of values let it, and the mean variance is 1.
 
     Principal components of the images' patches, as many as there are channels (or as a patch has values, if those are
     fewer), each divided by its standard deviation, then turned by a random orthogonal matrix. Whitened patches as a
@@ -34,14 +39,14 @@ def whiten_patches_(proj: nn.Conv2d, images: Tensor, seed: int = 0, ridge: float
         images: normalised as in training, [B, 3, H, W], at least of a patch's size. Some hundred; what is left beside
             whole patches is ignored.
         seed: of the orthogonal matrix.
-        ridge: added to the variances, in units of their mean, so that components that hardly occur (as in images
-            that were enlarged) are not blown up.
+        ridge: added to the components' variances, in units of their mean, so that those that hardly occur (as in images
+            that were enlarged) are not blown up; 0 or more.
 
     Returns:
         The same layer.
 
     Raises:
-        ValueError: a layer of another kind, or patches that are all the same.
+        ValueError: a layer of another kind, a negative ridge, no patches, or patches that are all the same.
 
     Example:
         >>> proj = whiten_patches_(nn.Conv2d(3, 8, 4, 4), torch.rand(16, 3, 32, 32))
@@ -50,8 +55,13 @@ def whiten_patches_(proj: nn.Conv2d, images: Tensor, seed: int = 0, ridge: float
     """
     channels, inputs, *sides = proj.weight.shape
     patch = (sides[0], sides[1])
-    if inputs != 3 or proj.bias is None or proj.stride != patch or proj.padding != (0, 0):
+    plain = proj.stride == patch and proj.padding == (0, 0) and proj.dilation == (1, 1)
+    if inputs != 3 or proj.bias is None or not plain:
         raise ValueError(f"{proj} cuts no images into patches, or has no bias; give the layer that does")
+    if ridge < 0:
+        raise ValueError(f"ridge is {ridge:g}; it must be 0 or more")
+    if not len(images) or images.shape[2] < patch[0] or images.shape[3] < patch[1]:
+        raise ValueError(f"images of shape {tuple(images.shape)} hold no patch of {patch[0]} x {patch[1]} pixels")
     values = 3 * patch[0] * patch[1]
     total, products, count = torch.zeros(values).double(), torch.zeros(values, values).double(), 0
     for image in images.split(64):
@@ -62,10 +72,14 @@ def whiten_patches_(proj: nn.Conv2d, images: Tensor, seed: int = 0, ridge: float
     mean = total / count
     variances, components = torch.linalg.eigh(products / count - torch.outer(mean, mean))  # ascending
     if not variances[-1] > 1e-8:
-        raise ValueError(f"the {count} patches of {len(images)} images are all the same; give other images")
+        raise ValueError(
+            f"the {count} patches of {len(images)} images are all the same, so they cannot be whitened; give other "
+            "images, or model.patches default"
+        )
     kept = min(channels, values)
     variances, components = variances.clamp_min(0).flip(0), components.flip(1)[:, :kept]
-    scale = (variances[:kept] + ridge * variances.mean()).rsqrt()
+    spread = variances[:kept] + ridge * variances.mean()
+    scale = torch.where(spread > 1e-12 * variances[0], spread.rsqrt(), 0.0)
     turn = nn.init.orthogonal_(
         torch.empty(channels, kept, dtype=torch.double), generator=torch.Generator().manual_seed(seed)
     )
@@ -81,8 +95,8 @@ def sine_positions_(model: VisionTransformer, std: float = POSITION_STD) -> Visi
     """Initialize the patches' positions in place as sines and cosines of row and column, as in MAE (arXiv 2111.06377).
 
     A quarter of the channels each: sine and cosine of the row, sine and cosine of the column, at frequencies from 1
-    down to 1 / 10,000 in equal ratios. Less their mean over the grid, which would be a vector that all patches share,
-    and scaled together. Smooth, so what interpolation makes of them for other image sizes is as good.
+    down towards 1 / 10,000 in equal ratios. Less their mean over the grid, a vector that all patches would share, and
+    scaled together. Smooth, so what interpolation makes of them for other image sizes is as good.
 
     Args:
         std: root mean square of all values. Beside whitened patches, of variance 1, ViT's usual 0.02 would be nothing.
@@ -93,7 +107,7 @@ def sine_positions_(model: VisionTransformer, std: float = POSITION_STD) -> Visi
     if model.dim % 4:
         raise ValueError(
             f"sines and cosines of rows and columns need a width divisible by 4, and dim is {model.dim}; "
-            "choose another, or the positions `default`"
+            "choose another, or model.positions default"
         )
     n = round((model.pos_embed.shape[1] - 1) ** 0.5)
     frequencies = 10_000.0 ** -torch.linspace(0, 1, model.dim // 4 + 1)[:-1]

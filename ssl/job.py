@@ -22,9 +22,9 @@ from skipless.ssl import distributed
 from skipless.ssl.attention import choose_backend
 from skipless.ssl.checkpoints import load_checkpoint
 from skipless.ssl.crops import Images, normalized_squares
-from skipless.ssl.embedding import WHITENED_ON, sine_positions_, whiten_patches_
+from skipless.ssl.embedding import images_to_whiten_on, sine_positions_, whiten_patches_
 from skipless.ssl.initialization import PRESETS, choose_beta, skipless_init_
-from skipless.ssl.settings import ModelSettings, changed_initialization, flat, initialization_of, plain
+from skipless.ssl.settings import ModelSettings, changed_initialization, embedding_of, flat, initialization_of, plain
 from skipless.ssl.vit import SIZES, VisionTransformer
 
 if TYPE_CHECKING:
@@ -114,8 +114,8 @@ def check_size(name: str, size: int, patch: int) -> None:
 def build_backbone(model: ModelSettings, image_size: int, seed: int) -> VisionTransformer:
     """The backbone at its start, initialized as the settings say.
 
-    Draws from torch's global random state, except for the skipless initialization, which draws from `seed`. Patches
-    are whitened after that, by `whiten`, which needs images.
+    Draws from torch's global random state, except for the skipless initialization, which draws from `seed`. Only
+    whitened patches are missing: they need images, see `whiten`.
     """
     overrides = {name: getattr(model, name) for name in ("dim", "depth", "heads") if getattr(model, name) is not None}
     backbone = VisionTransformer(
@@ -132,28 +132,37 @@ def build_backbone(model: ModelSettings, image_size: int, seed: int) -> VisionTr
     preset = initialization_of(model)
     if preset != "default":
         skipless_init_(backbone, **(PRESETS[preset] | changed_initialization(model)), seed=seed)
-    if model.positions == "sines":
+    if embedding_of(model)[1] == "sines":
         sine_positions_(backbone)
     return backbone
 
 
 def whiten(backbone: VisionTransformer, settings: "AnySettings", images: Images, image_size: int) -> None:
-    """Whiten the patch embedding, if the settings say so.
+    """Whiten the patch embedding, if the settings say so and the run does not go on from a checkpoint.
+
+    The first process does, from which the others get their weights when they come together for training.
 
     Args:
-        images: those to train on; WHITENED_ON of them, evenly spread, are looked at, by one process, on its CPU.
+        images: those to train on; some hundred, evenly spread, are looked at.
         image_size: side of the squares that are cut out of them, in pixels.
 
     Raises:
-        ValueError: fewer than one image can be read, or all patches are the same.
+        ValueError: none of them can be read, or all patches are the same.
     """
-    if settings.model.patches == "default":
-        return
-    proj, state = backbone.patch_embed.proj, None
-    if distributed.rank() == 0:
-        whiten_patches_(proj, normalized_squares(images, WHITENED_ON, image_size), settings.seed)
-        state = proj.state_dict()
-    proj.load_state_dict(distributed.gather_objects(state)[0])
+    if embedding_of(settings.model)[0] == "whitened" and not _goes_on(settings) and distributed.rank() == 0:
+        squares = normalized_squares(images, images_to_whiten_on(image_size, settings.model.patch), image_size)
+        whiten_patches_(backbone.patch_embed.proj, squares, settings.seed)
+
+
+def _goes_on(settings: "AnySettings") -> bool:
+    """Whether the run has a checkpoint, and is to go on from it."""
+    out = Path(settings.out)
+    return settings.resume and (out / "settings.yaml").exists() and (out / "checkpoints" / "last.pt").exists()
+
+
+def settle_embedding(model: ModelSettings) -> None:
+    """Put words in the place of `model.patches` and `model.positions` where they are not given."""
+    model.patches, model.positions = embedding_of(model)
 
 
 def settle_beta(settings: "AnySettings", images: Images, image_size: int) -> str | None:
@@ -173,18 +182,14 @@ def settle_beta(settings: "AnySettings", images: Images, image_size: int) -> str
         return None
     # By one process, on its CPU: all have to start from the same number, whatever their machines see and round to.
     beta = 0.0
-    out = Path(settings.out)
-    goes_on = settings.resume and (out / "settings.yaml").exists() and (out / "checkpoints" / "last.pt").exists()
+    goes_on = _goes_on(settings)
     if distributed.rank() == 0 and goes_on:
-        beta = yaml.safe_load((out / "settings.yaml").read_text())["model"]["beta"]
+        beta = yaml.safe_load((Path(settings.out) / "settings.yaml").read_text())["model"]["beta"]
     elif distributed.rank() == 0:
         torch.manual_seed(settings.seed)
         start = replace(settings.model, beta=1.0)
         backbone = build_backbone(start, image_size, settings.seed)
-        if start.patches == "whitened":
-            whiten_patches_(
-                backbone.patch_embed.proj, normalized_squares(images, WHITENED_ON, image_size), settings.seed
-            )
+        whiten(backbone, settings, images, image_size)
         arguments = PRESETS[initialization_of(start)] | changed_initialization(start)
         beta = choose_beta(backbone, normalized_squares(images, 32, image_size), arguments, seed=settings.seed)
     settings.model.beta = distributed.gather_objects(beta)[0]

@@ -51,6 +51,7 @@ from skipless.ssl.job import (
     parse_settings,
     run_command,
     settle_beta,
+    settle_embedding,
     state_to_resume,
     whiten,
 )
@@ -80,6 +81,7 @@ def pretrain(settings: Settings) -> Path:
     check(settings, images, device)
     if settings.compile:
         settings.model.attention = "sdpa"  # xformers' kernels would cut the graph
+    settle_embedding(settings.model)
     beta_chosen = settle_beta(settings, images, settings.crops.global_size)
     out = Path(settings.out)
     sets = labelled_sets(images, settings.monitor, settings.crops.global_size)
@@ -253,7 +255,7 @@ def check(settings: Settings, images: ImageSource, device: torch.device) -> None
 
 
 def build_model(settings: Settings) -> DINOModel:
-    """The student at its start: backbone, initialized as the settings say, and head.
+    """The student at its start: backbone, initialized as the settings say but for `whiten`, and head.
 
     Draws from torch's global random state, except for the skipless initialization, which draws from `settings.seed`.
     """

@@ -86,11 +86,6 @@ class ModelSettings:
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
 
-    def __post_init__(self) -> None:
-        small = initialization_of(self) == "small"
-        self.patches = self.patches or ("whitened" if small else "default")
-        self.positions = self.positions or ("sines" if small else "default")
-
 
 @dataclass
 class DINOSettings:
@@ -174,6 +169,12 @@ class Settings:
 def initialization_of(model: ModelSettings) -> str:
     """Name of the initialization: "default" for ViT's usual one, or one of `PRESETS`."""
     return model.init or ("default" if model.residual else "small")
+
+
+def embedding_of(model: ModelSettings) -> tuple[Literal["default", "whitened"], Literal["default", "sines"]]:
+    """How patch embedding and positions start; where the settings do not say, as the initialization has it."""
+    small = initialization_of(model) == "small"
+    return model.patches or ("whitened" if small else "default"), model.positions or ("sines" if small else "default")
 
 
 def changed_initialization(model: ModelSettings) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from skipless.ssl.job import (
     parse_settings,
     run_command,
     settle_beta,
+    settle_embedding,
     state_to_resume,
     whiten,
 )
@@ -152,6 +153,7 @@ def train(settings: Settings) -> Path:
     data = settings.data
     images, val_images = open_splits(data.name, data.root, data.train_split, data.split, data.image, data.label)
     check(settings, images, device)
+    settle_embedding(settings.model)
     beta_chosen = settle_beta(settings, images, settings.augmentation.size)
     out = Path(settings.out)
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_bf16(device))
@@ -294,7 +296,7 @@ def check(settings: Settings, images: LabelledSet, device: torch.device) -> None
 
 
 def build_classifier(settings: Settings, classes: int) -> Classifier:
-    """The classifier at its start: backbone, initialized as the settings say, and head.
+    """The classifier at its start: backbone, initialized as the settings say but for `whiten`, and head.
 
     Draws from torch's global random state, except for the skipless initialization, which draws from `settings.seed`.
     """

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +18,14 @@ import torch
 import yaml
 
 from skipless.datasets.images import open_images
+from skipless.ssl import supervised
 from skipless.ssl.checkpoints import load_run_backbone
 from skipless.ssl.crops import normalized_squares
 from skipless.ssl.distributed import StepBatches
 from skipless.ssl.embedding import sine_positions_, whiten_patches_
 from skipless.ssl.initialization import PRESETS, choose_beta
+from skipless.ssl.pretrain import parse
+from skipless.ssl.settings import embedding_of
 from skipless.ssl.vit import VisionTransformer
 
 ROOT = Path(__file__).parent.parent
@@ -238,6 +243,25 @@ def test_beta_is_chosen_on_the_images_and_a_resumed_run_keeps_it(photos: Path, t
     assert state["settings"]["model"]["beta"] == beta
     resumed = run(*common, f"--out={out}", "--resume")
     assert resumed.returncode == 0, resumed.stderr
+
+
+@pytest.mark.parametrize("command", [parse, supervised.parse])
+def test_small_has_an_embedding_of_its_own_and_all_others_have_the_usual_one(command: Callable[..., Any]) -> None:
+    def start_of(*words: str) -> tuple[str, str]:
+        root = "--data.path=x" if command is parse else "--data.root=x"
+        return embedding_of(command([root, "--out=x", *words]).model)
+
+    usual, ours = ("default", "default"), ("whitened", "sines")
+    assert start_of() == start_of("--model.init=small") == ours
+    for words in (["--model.residual=true"], ["--model.init=paper-dino"], ["--model.init=default"]):
+        assert start_of(*words) == usual
+    assert start_of("--model.residual=true", "--model.patches=whitened") == ("whitened", "default")
+    assert start_of("--model.positions=default") == ("whitened", "default")
+    for path in (ROOT / "configs").glob("*.yaml"):
+        if ("supervised" in path.name) == (command is not parse):
+            small = path.name in ("demo.yaml", "imagenette_cpu.yaml", "one_gpu.yaml", "supervised_small.yaml")
+            assert start_of(f"--config={path}") == (ours if small else usual), path
+            assert start_of(f"--config={path}", "--model.init=null", "--model.residual=true") == usual, path
 
 
 def test_a_small_skipless_model_starts_from_whitened_patches_and_sines(photos: Path, tmp_path: Path) -> None:
