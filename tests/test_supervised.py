@@ -451,7 +451,7 @@ def test_an_unreadable_image_is_named_and_loader_workers_end(
         for i in range(8):
             path = tmp_path / split / ("even", "odd")[i % 2] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (16, 16)).save(path)
+            Image.effect_noise((16, 16), 50).convert("RGB").save(path)
     broken = tmp_path / "train" / "odd" / "3.png"
     broken.write_bytes(broken.read_bytes()[:40])
     with pytest.raises(SystemExit) as ending:
