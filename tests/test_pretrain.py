@@ -259,7 +259,7 @@ def test_small_has_an_embedding_of_its_own_and_all_others_have_the_usual_one(com
     assert start_of("--model.positions=default") == ("whitened", "default")
     for path in (ROOT / "configs").glob("*.yaml"):
         if ("supervised" in path.name) == (command is not parse):
-            small = path.name in ("demo.yaml", "imagenette_cpu.yaml", "one_gpu.yaml", "supervised_small.yaml")
+            small = path.name in ("imagenette_cpu.yaml", "one_gpu.yaml", "supervised_small.yaml")
             assert start_of(f"--config={path}") == (ours if small else usual), path
             assert start_of(f"--config={path}", "--model.init=null", "--model.residual=true") == usual, path
 
