@@ -1,7 +1,7 @@
 """How tokens start: patches that are whitened, and positions that tell them apart.
 
-What a photograph's patches have in common is most of what they are: in 12 x 12 pixels more than half of the variance
-is brightness, so tokens of the usual embedding differ in a few directions only. With skip connections the blocks add
+Patches of photographs differ in brightness first of all: of 12 x 12 pixels it is more than half of the variance. So
+tokens of the usual embedding differ in a few directions only. With skip connections the blocks add
 what is missing. Without them a block can do no more than turn what it is given, as long as it is near the orthogonal
 map it starts as; and attention cannot be diagonal between tokens that are alike. Tokens that differ from the start
 help both kinds of models, and the skipless one more (docs/skipless.md).

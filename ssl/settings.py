@@ -66,7 +66,7 @@ class ModelSettings:
     """How many times larger the last block's attention logits start than the first one's, growing geometrically."""
     patches: Literal["default", "whitened"] | None = None
     """Initialization of the patch embedding: torch's usual one (default), or one that makes the images' patches
-    uncorrelated and of equal variance, measured on 512 of the images (whitened): tokens that differ from the start.
+    uncorrelated and of equal variance, measured on some hundred of them (whitened): tokens that differ from the start.
     Where it is not given: whitened with the initialization `small`, default with all others."""
     positions: Literal["default", "sines"] | None = None
     """Initialization of the positions: ViT's usual noise, next to nothing (default), or sines and cosines of row and
