@@ -24,7 +24,8 @@ from skipless.ssl.crops import normalized_squares
 from skipless.ssl.distributed import StepBatches
 from skipless.ssl.embedding import sine_positions_, whiten_patches_
 from skipless.ssl.initialization import PRESETS, choose_beta
-from skipless.ssl.pretrain import parse
+from skipless.ssl.job import whiten
+from skipless.ssl.pretrain import build_model, parse
 from skipless.ssl.settings import embedding_of
 from skipless.ssl.vit import VisionTransformer
 
@@ -276,6 +277,16 @@ def test_a_small_skipless_model_starts_from_whitened_patches_and_sines(photos: P
     torch.testing.assert_close(trained["patch_embed.proj.weight"], model.patch_embed.proj.weight.detach())
     torch.testing.assert_close(trained["patch_embed.proj.bias"], model.patch_embed.proj.bias.detach())
     torch.testing.assert_close(trained["pos_embed"][:, 1:], model.pos_embed[:, 1:].detach())
+
+
+def test_a_resumed_run_reads_no_images_to_whiten_patches(reference: Path) -> None:
+    words = [*SMALL, "--data.path=x", f"--out={reference}"]
+    backbone = build_model(parse(words)).backbone
+    before = backbone.patch_embed.proj.weight.clone()
+    whiten(backbone, parse([*words, "--resume"]), [], 32)  # type: ignore[arg-type]
+    assert torch.equal(backbone.patch_embed.proj.weight, before)
+    with pytest.raises(ValueError, match="none of 0 images"):
+        whiten(backbone, parse(words), [], 32)  # type: ignore[arg-type]
 
 
 def test_unreadable_images_are_listed_and_too_many_stop_the_run(photos: Path, tmp_path: Path) -> None:
