@@ -223,8 +223,8 @@ def load_backbone(ckpt: str | Path, weights: Weights = "teacher") -> Backbone:
 def untrained(backbone: Backbone, seed: int = 0) -> Backbone:
     """The same architecture with fresh random weights: the floor that a checkpoint's figures stand on.
 
-    Weights as DINO's before training; skipless models get the `small` initialization in
-    their blocks. Patches are never whitened here, and positions never sines, whatever the checkpoint started from.
+    Weights as DINO's before training; skipless models get the `small` initialization in their blocks. Patches are never
+    whitened here, and positions never sines, whatever the checkpoint started from.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from skipless.ssl.vit import VisionTransformer
 
-POSITION_STD = 0.5
-
 
 def images_to_whiten_on(image_size: int, patch: int) -> int:
     """How many images of a set to look at: enough for the covariance of 768 values, in seconds. 64 to 512."""
@@ -64,8 +62,8 @@ def whiten_patches_(proj: nn.Conv2d, images: Tensor, seed: int = 0, ridge: float
         raise ValueError(f"images of shape {tuple(images.shape)} hold no patch of {patch[0]} x {patch[1]} pixels")
     values = 3 * patch[0] * patch[1]
     total, products, count = torch.zeros(values).double(), torch.zeros(values, values).double(), 0
-    for image in images.split(64):
-        patches = F.unfold(image.cpu().double(), patch, stride=patch).mT.flatten(0, 1)
+    for some in images.split(64):
+        patches = F.unfold(some.cpu().double(), patch, stride=patch).mT.flatten(0, 1)
         total += patches.sum(0)
         products += patches.T @ patches
         count += len(patches)
@@ -91,7 +89,7 @@ def whiten_patches_(proj: nn.Conv2d, images: Tensor, seed: int = 0, ridge: float
 
 
 @torch.no_grad()
-def sine_positions_(model: VisionTransformer, std: float = POSITION_STD) -> VisionTransformer:
+def sine_positions_(model: VisionTransformer, std: float = 0.5) -> VisionTransformer:
     """Initialize the patches' positions in place as sines and cosines of row and column, as in MAE (arXiv 2111.06377).
 
     A quarter of the channels each: sine and cosine of the row, sine and cosine of the column, at frequencies from 1

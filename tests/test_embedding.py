@@ -70,9 +70,10 @@ def test_what_hardly_occurs_is_not_blown_up() -> None:
 
 
 def test_seed_decides_and_the_global_state_does_not() -> None:
+    layers = [nn.Conv2d(3, 8, 4, 4) for _ in range(3)]
     before = torch.get_rng_state()
-    a, b, c = (whiten_patches_(nn.Conv2d(3, 8, 4, 4), photographs(), seed) for seed in (3, 3, 4))
-    torch.set_rng_state(before)
+    a, b, c = (whiten_patches_(layer, photographs(), seed) for layer, seed in zip(layers, (3, 3, 4), strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(a.weight, b.weight)
     assert not torch.allclose(a.weight, c.weight, atol=1e-2)
     torch.testing.assert_close(a.weight.flatten(1).T @ a.weight.flatten(1), c.weight.flatten(1).T @ c.weight.flatten(1))
