@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import matplotlib
 import yaml
 
 from skipless.ssl.checkpoints import write_text
+from skipless.ssl.conditioning import DEAD
 from skipless.ssl.provenance import provenance, write_result
 
 matplotlib.use("Agg")
@@ -37,7 +38,6 @@ import matplotlib.pyplot as plt
 matplotlib.rcParams["svg.hashsalt"] = "skipless"
 
 ROOT = Path(__file__).resolve().parent.parent
-DEAD = 0.98  # mean share of the last block from which its tokens are one and the same
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,11 @@ def best(value: Any) -> float:
 def read_experiment(path: Path) -> Experiment:
     """Raises ValueError, naming the field, where the file is no experiment."""
     try:
-        experiment = Experiment(path.stem, **yaml.safe_load(path.read_text()))
+        content = yaml.safe_load(path.read_text())
+        known = [field.name for field in fields(Experiment)][1:]
+        if not isinstance(content, dict) or set(content) != set(known):
+            raise TypeError(f"its fields have to be {', '.join(known)}")
+        experiment = Experiment(path.stem, **content)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such experiment") from None
     except (TypeError, yaml.YAMLError) as error:
@@ -115,6 +119,13 @@ def read_experiment(path: Path) -> Experiment:
         if not experiment.rates(arm) or not all(isinstance(lr, float) for lr in experiment.rates(arm)):
             raise ValueError(f"{path}: learning_rates must be numbers with a point, as in 1.0e-3")
     return experiment
+
+
+def check_data(data: str) -> None:
+    """Raises ValueError where --data is missing or no folder."""
+    if not data or not Path(data).is_dir():
+        said = f"{data} is no folder" if data else "this experiment needs images"
+        raise ValueError(f"{said}: give the folder that has train and val as --data")
 
 
 def one_run(runs: Path, arm: str, lr: float, seed: int) -> Run:
@@ -189,8 +200,9 @@ def train(experiment: Experiment, run: Run, data: str, deadline: float) -> bool:
     return True
 
 
-def collect(experiment: Experiment, runs: list[Run], out: Path) -> None:
-    """Write the results of all runs there are: for machines, as a table, as curves."""
+def collect(experiment: Experiment, runs: list[Run], out: Path) -> str:
+    """Write the results of all runs there are: for machines, as a table (which is returned), as curves. Where none has
+    any, older results stay."""
     rows = []
     for run in runs:
         entries = run.entries(experiment.metric)
@@ -228,8 +240,11 @@ def collect(experiment: Experiment, runs: list[Run], out: Path) -> None:
         "commits_of_runs": sorted(str(commit) for commit in commits),
         **provenance("cpu"),
     }
+    if all(row["value"] is None for row in rows) and (out / f"{experiment.name}.json").exists():
+        return table(experiment, rows)
     write_result(out / experiment.name, result, table(experiment, rows))
     draw(experiment, rows, out / f"{experiment.name}.svg")
+    return table(experiment, rows)
 
 
 def status(run: Run, last: dict[str, Any]) -> str:
@@ -362,6 +377,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         experiment = read_experiment(arguments.experiment)
+        if any("{data}" in word for word in experiment.command) and not arguments.list:
+            check_data(arguments.data)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -395,8 +412,12 @@ def drive(experiment: Experiment, arguments: argparse.Namespace) -> None:
             if not ended:
                 break
     if not arguments.list:
-        collect(experiment, everything, arguments.out)
-        print((arguments.out / f"{experiment.name}.md").read_text())
+        print(collect(experiment, everything, arguments.out))
+        failed = [run for run in everything if run.failed is not None]
+        for run in failed:
+            print(f"{run.folder} failed: {run.failed} (delete the folder to try again)", file=sys.stderr)
+        if failed and not any(run.done and run.failed is None for run in everything):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ from skipless.ssl.vit import Block, LayerScale, VisionTransformer
 # A singular value below this part of the largest cannot be told from zero in float64.
 PRECISION = 1e-14
 
+# Mean share from which a block's tokens are, for training, one and the same vector.
+DEAD = 0.98
+
 
 # --- tokens
 

@@ -12,6 +12,7 @@ Weights follow the row-vector convention of the paper (y = x W); torch's `Linear
 
 import bisect
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -66,7 +67,8 @@ def skipless_init_(
     we know no more of it than that, so its formula may well be another one, and this one is ours.
 
     Args:
-        alpha, beta: scale of the noise and of the identity in W_Q W_K^T. A larger beta makes attention more diagonal.
+        alpha, beta: scale of the noise and of the identity in W_Q W_K^T. A larger beta makes attention more diagonal;
+            0 or more.
         c: scale of W_V and of W_O.
         mlp: "suo", "mirrored", or None to leave the MLPs alone.
         value_output, query_key: False leaves that part alone.
@@ -78,8 +80,8 @@ def skipless_init_(
 
     Raises:
         ValueError: the model has no blocks of a known kind, or attention or MLPs that the initialization is not derived
-            for; or a mirrored MLP is asked of layers whose shape or activation does not allow it. The model is
-            unchanged then.
+            for; a mirrored MLP is asked of layers whose shape or activation does not allow it; or a value is out of
+            its range. The model is unchanged then.
 
     Example:
         >>> from skipless.ssl.vit import vit_small
@@ -87,6 +89,8 @@ def skipless_init_(
     """
     if mlp not in ("suo", "mirrored", None):
         raise ValueError(f"mlp is {mlp!r}; choose suo, mirrored or None")
+    if not (isinstance(beta, (int, float)) and 0 <= beta < math.inf):
+        raise ValueError(f"beta is {beta!r}; it must be a number, 0 or more (`choose_beta` finds one)")
     if not depth_scale > 0:
         raise ValueError(f"depth_scale is {depth_scale:g}; it must be positive")
     blocks = block_weights(model)
@@ -134,7 +138,7 @@ def choose_beta(
     rank than they are asked to, spend it, and no beta of later blocks brings it back.)
 
     Args:
-        model: skipless; it is not changed. Embeddings as they will be at the start of training.
+        model: skipless, of this package; it is not changed. Embeddings as they will be at the start of training.
         images: normalised, [B, 3, H, W], on the model's device; 16 to 32 will do.
         arguments: of `skipless_init_`, as in `PRESETS`; a beta among them is ignored.
         keep: share of the rank, positive. Above 1, blocks have to add to it.
@@ -142,12 +146,16 @@ def choose_beta(
         seed: of the initialization; the same seed and images give the same beta.
 
     Raises:
-        ValueError: a residual model; or not even the largest candidate keeps that much.
+        ValueError: a residual model, or another package's; or not even the largest candidate keeps that much.
 
     Example:
         beta = choose_beta(model, images, PRESETS["small"], seed=0)
         skipless_init_(model, **PRESETS["small"] | {"beta": beta}, seed=0)
     """
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(
+            f"{type(model)} is of another package; choose_beta reads skipless.ssl.vit.VisionTransformer alone"
+        )
     if model.architecture["residual"]:
         raise ValueError("the model is residual, and beta is of no consequence there; give one with residual=False")
     model, candidates = copy.deepcopy(model), sorted(betas)

@@ -69,7 +69,9 @@ def check_run(settings: "AnySettings", images: int, source: str, root: Path, dev
         )
     changed = [*changed_initialization(settings.model)]
     if changed and initialization_of(settings.model) == "default":
-        raise ValueError(f"model.{changed[0]} belongs to the skipless initializations; choose one with model.init")
+        raise ValueError(
+            f"model.{changed[0]} belongs to the skipless initializations; give model.init {', '.join(PRESETS)}"
+        )
     idle = {"value_output": ("c",), "query_key": ("alpha", "beta", "depth_scale")}
     for part, names in idle.items():
         given = [name for name in names if name in changed]
@@ -173,10 +175,10 @@ def settle_beta(settings: "AnySettings", images: Images, image_size: int) -> str
         image_size: side of the squares that are cut out of them, in pixels.
 
     Returns:
-        What it was chosen on, for a message; None where it was given.
+        Where it is from, for a message; None where it was given.
 
     Raises:
-        ValueError: no beta keeps the rank; fewer than one image can be read.
+        ValueError: the run that is resumed has none; no beta keeps the rank; fewer than one image can be read.
     """
     if settings.model.beta != "auto":
         return None
@@ -185,6 +187,10 @@ def settle_beta(settings: "AnySettings", images: Images, image_size: int) -> str
     goes_on = _goes_on(settings)
     if distributed.rank() == 0 and goes_on:
         beta = yaml.safe_load((Path(settings.out) / "settings.yaml").read_text())["model"]["beta"]
+        if beta is None:
+            raise ValueError(
+                f"{settings.out} is of a run that named no model.beta; leave it out, or give another --out"
+            )
     elif distributed.rank() == 0:
         torch.manual_seed(settings.seed)
         start = replace(settings.model, beta=1.0)
@@ -193,7 +199,7 @@ def settle_beta(settings: "AnySettings", images: Images, image_size: int) -> str
         arguments = PRESETS[initialization_of(start)] | changed_initialization(start)
         beta = choose_beta(backbone, normalized_squares(images, 32, image_size), arguments, seed=settings.seed)
     settings.model.beta = distributed.gather_objects(beta)[0]
-    return "the images when the run began" if goes_on else f"{min(32, len(images))} of the images"
+    return "as in the run so far" if goes_on else f"chosen on {min(32, len(images))} of the images"
 
 
 def state_to_resume(

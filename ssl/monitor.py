@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from skipless.datasets.images import ImageSource, UnreadableImage, open_images
-from skipless.ssl.conditioning import effective_rank, mean_share
+from skipless.ssl.conditioning import DEAD, effective_rank, mean_share
 from skipless.ssl.crops import center_crop, normalize
 from skipless.ssl.dino import Pool
 from skipless.ssl.distributed import gather_objects, leave_signals_to_main, rank, world_size
@@ -40,6 +40,10 @@ class MonitorSettings:
         if self.every_epochs < 0 or self.k < 1 or self.max_images < 1:
             raise ValueError(
                 "monitor.every_epochs cannot be negative; monitor.k and monitor.max_images must be at least 1"
+            )
+        if self.conditioning and not self.every_epochs:
+            raise ValueError(
+                "monitor.conditioning is true, and monitor.every_epochs 0 turns the monitor off: give 1 or more"
             )
 
 
@@ -142,11 +146,16 @@ def measure_blocks(
 
 
 def describe_blocks(blocks: list[dict[str, float]], k: int) -> str:
-    """One line on what `measure_blocks` found."""
+    """One line on what `measure_blocks` found, and one more where the last block is dead."""
     last, best = blocks[-1], max(range(len(blocks)), key=lambda i: blocks[i]["knn"])
+    dead = (
+        "\nWARNING: the last block's patch tokens are one and the same vector, and a model that starts so has not "
+        "recovered here; in a skipless one --model.init small, whitened patches or a larger --model.beta mend it"
+    )
     return (
         f"{k}-NN {100 * last['knn']:.1f} % (last block), best {100 * blocks[best]['knn']:.1f} % (block {best + 1}); "
         f"last block's mean share {last['mean_share']:.2f}, effective rank {last['effective_rank']:.1f}"
+        f"{dead if last['mean_share'] > DEAD else ''}"
     )
 
 

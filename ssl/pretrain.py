@@ -82,7 +82,7 @@ def pretrain(settings: Settings) -> Path:
     if settings.compile:
         settings.model.attention = "sdpa"  # xformers' kernels would cut the graph
     settle_embedding(settings.model)
-    beta_chosen = settle_beta(settings, images, settings.crops.global_size)
+    beta_from = settle_beta(settings, images, settings.crops.global_size)
     out = Path(settings.out)
     sets = labelled_sets(images, settings.monitor, settings.crops.global_size)
     squares = None
@@ -128,8 +128,8 @@ def pretrain(settings: Settings) -> Path:
     log = RunLog(out, plain(settings), start, total, active=first_process, wandb=settings.wandb)
     meter = Meter(settings, student.backbone, device, steps_per_epoch, log)
     _introduce(log, settings, images, student, device, bf16, sets[2] if sets else None, start, total)
-    if beta_chosen:
-        log.say(f"model.beta is {settings.model.beta:g}: chosen on {beta_chosen}")
+    if beta_from:
+        log.say(f"model.beta is {settings.model.beta:g}: {beta_from}")
     interrupted = Interruption()
 
     def save(step: int) -> None:

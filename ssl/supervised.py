@@ -154,7 +154,7 @@ def train(settings: Settings) -> Path:
     images, val_images = open_splits(data.name, data.root, data.train_split, data.split, data.image, data.label)
     check(settings, images, device)
     settle_embedding(settings.model)
-    beta_chosen = settle_beta(settings, images, settings.augmentation.size)
+    beta_from = settle_beta(settings, images, settings.augmentation.size)
     out = Path(settings.out)
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_bf16(device))
     low_precision = autocast(device, bf16)
@@ -194,8 +194,8 @@ def train(settings: Settings) -> Path:
     log = RunLog(out, plain(settings), start, total, active=first_process, wandb=settings.wandb)
     meter = Meter(settings, classifier.backbone, device, steps_per_epoch, log)
     _introduce(log, settings, images, val_images, classifier, device, bf16, start, total)
-    if beta_chosen:
-        log.say(f"model.beta is {settings.model.beta:g}: chosen on {beta_chosen}")
+    if beta_from:
+        log.say(f"model.beta is {settings.model.beta:g}: {beta_from}")
     interrupted = Interruption()
     validation: dict[str, float] = {}
 

@@ -180,7 +180,7 @@ class VisionTransformer(nn.Module):
         if not residual and (layer_scale is not None or drop_path > 0):
             raise ValueError(
                 "layer_scale and drop_path act on the branch beside a skip connection, and residual=False has none; "
-                f"leave them out (layer_scale={layer_scale}, drop_path={drop_path})"
+                f"layer_scale is {layer_scale} and drop_path {drop_path:g}: leave them out"
             )
         self.architecture: dict[str, Any] = {
             "dim": dim, "depth": depth, "heads": heads, "patch": patch, "residual": residual, "registers": registers,

@@ -89,6 +89,9 @@ def test_seed_decides_and_the_global_state_does_not() -> None:
         (nn.Conv2d(1, 8, 4, 4), photographs(4), "cuts no images into patches"),
         (nn.Conv2d(3, 8, 4, 4, dilation=2), photographs(4), "cuts no images into patches"),
         (nn.Conv2d(3, 8, 4, 4), photographs(4)[:, :, :3], "hold no patch of 4 x 4 pixels"),
+        (nn.Conv2d(3, 8, 4, 4), photographs(4)[0], "give normalised ones"),
+        (nn.Conv2d(3, 8, 4, 4), photographs(4).byte(), "images are torch.uint8"),
+        (nn.Conv2d(3, 8, 4, 4), photographs(4) / 0, "all finite"),
         (nn.Conv2d(3, 8, 4, 4), photographs(4)[:0], "hold no patch of 4 x 4 pixels"),
     ],
 )
@@ -97,6 +100,14 @@ def test_what_cannot_be_whitened_is_named(layer: nn.Conv2d, images: Tensor, mess
     with pytest.raises(ValueError, match=message):
         whiten_patches_(layer, images)
     assert torch.equal(layer.weight, before)
+
+
+def test_a_model_in_place_of_its_layer_is_named() -> None:
+    model = VisionTransformer(8, 1, 2, patch=4, image_size=8)
+    with pytest.raises(ValueError, match="VisionTransformer'> is no patch embedding"):
+        whiten_patches_(model, torch.rand(4, 3, 8, 8))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Conv2d'> is of another package"):
+        sine_positions_(nn.Conv2d(3, 8, 4, 4))  # type: ignore[arg-type]
 
 
 def test_grey_images_have_fewer_components_and_no_infinite_weights() -> None:

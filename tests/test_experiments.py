@@ -124,6 +124,27 @@ def test_a_file_that_is_no_experiment(tmp_path: Path, content: str | None) -> No
     assert done.stderr.count("\n") == 1
 
 
+def test_without_its_images_or_a_run_that_works_nothing_is_replaced(experiment: Path) -> None:
+    content = json.loads(experiment.read_text())
+    content["command"] += ["--data={data}/train"]
+    experiment.write_text(json.dumps(content))
+    for more, message in (([], "this experiment needs images"), (["--data", "no/where"], "no/where is no folder")):
+        done = drive(experiment, *more)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert message in done.stderr
+        assert not (experiment.parent / "runs").exists()
+
+    content |= {"command": [str(experiment.parent / "fake.py")], "arms": {"broken": ["--broken"]}}
+    experiment.write_text(json.dumps(content))
+    result = experiment.parent / "results" / "trial.json"
+    result.parent.mkdir()
+    result.write_text("{}")
+    done = drive(experiment)
+    assert done.returncode == 1
+    assert "broken-lr0.1-seed0 failed: exit code 1" in done.stderr
+    assert result.read_text() == "{}"
+
+
 def test_interrupted_a_real_run_leaves_a_checkpoint_and_is_taken_up_again(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()

@@ -1,5 +1,7 @@
 """The initialization against its definition, on our models and on timm's; and the choice of beta."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -210,6 +212,8 @@ def test_rank_kept_against_numpy() -> None:
 
 
 def test_choose_beta_refuses() -> None:
+    with pytest.raises(ValueError, match="is of another package"):
+        choose_beta(torch.nn.Linear(2, 2), images(), PRESETS["small"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the model is residual"):
         choose_beta(narrow(residual=True), images(), PRESETS["small"])
     with pytest.raises(ValueError, match=r"beta 4 keeps 0\.\d\d of the tokens' effective rank, less than keep \(3\)"):
@@ -219,6 +223,9 @@ def test_choose_beta_refuses() -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="depth_scale is 0; it must be positive"):
         fresh(depth_scale=0.0)
+    for beta in (-1.0, math.inf, math.nan, "auto"):
+        with pytest.raises(ValueError, match=r"beta is '?-?(1.0|inf|nan|auto)'?; it must be a number, 0 or more"):
+            fresh(beta=beta)
     with pytest.raises(ValueError, match="Linear has no blocks"):
         skipless_init_(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="at least 2 x 96, this one has 96"):

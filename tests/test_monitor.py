@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from skipless.datasets.images import open_images
 from skipless.eval.pca import pca_colours
 from skipless.ssl.conditioning import effective_rank, mean_share, token_statistics
-from skipless.ssl.monitor import MonitorSettings, knn_accuracy, labelled_sets, measure_blocks
+from skipless.ssl.monitor import MonitorSettings, describe_blocks, knn_accuracy, labelled_sets, measure_blocks
 from skipless.ssl.summarize import summarize, table
 from skipless.ssl.vit import VisionTransformer
 
@@ -165,3 +165,16 @@ def test_summary_tells_first_and_last_measurement(tmp_path: Path) -> None:
     assert "| arm | 10.0 | 25.0 (+15.0) | 50.0 (block 1) | 2.000 | 2.0 |" in table([result])
     with pytest.raises(ValueError, match="no finished pretraining run"):
         summarize([tmp_path])
+
+
+def test_a_dead_last_block_is_warned_of() -> None:
+    alive = {"knn": 0.5, "mean_share": 0.3, "effective_rank": 7.0}
+    assert "WARNING" not in describe_blocks([alive, alive], 20)
+    assert "WARNING: the last block's patch tokens are one and the same" in describe_blocks(
+        [alive, alive | {"mean_share": 0.99}], 20
+    )
+
+
+def test_conditioning_needs_the_monitor() -> None:
+    with pytest.raises(ValueError, match="every_epochs 0 turns the monitor off"):
+        MonitorSettings(conditioning=True, every_epochs=0)

@@ -244,6 +244,15 @@ def test_beta_is_chosen_on_the_images_and_a_resumed_run_keeps_it(photos: Path, t
     assert state["settings"]["model"]["beta"] == beta
     resumed = run(*common, f"--out={out}", "--resume")
     assert resumed.returncode == 0, resumed.stderr
+    assert f"model.beta is {beta:g}: as in the run so far" in resumed.stdout + resumed.stderr
+
+
+def test_a_run_without_a_beta_is_not_resumed_with_a_chosen_one(photos: Path, tmp_path: Path) -> None:
+    common = [*SMALL, f"--data.path={photos}", f"--out={tmp_path / 'run'}", "--model.residual=false"]
+    assert run(*common).returncode == 0
+    resumed = run(*common, "--resume", "--model.beta=auto")
+    assert resumed.returncode == 2
+    assert "is of a run that named no model.beta; leave it out" in resumed.stderr
 
 
 @pytest.mark.parametrize("command", [parse, supervised.parse])
