@@ -388,7 +388,10 @@ def smallest_singular_value(
         x = x / x.norm()
         for _ in range(2):
             x = x - (basis[:size] @ x) @ basis[:size]
-            x = x / x.norm().clamp_min(1e-300)
+            if x.norm() < PRECISION:  # nothing but what V spans: the axis that V sees least of is new
+                x = torch.eye(len(x), dtype=x.dtype, device=x.device)[basis[:size].square().sum(0).argmin()]
+                x = x - (basis[:size] @ x) @ basis[:size]
+            x = x / x.norm()
         y = product(x)
         basis[size] = x
         for _ in range(2):
