@@ -75,6 +75,8 @@ class Backbone:
     """How the network computes, where that is not in floating point: what its features depend on beside the weights."""
     precision: Precision = "fp32"
     """In which `features` are computed; they come out in float32."""
+    pool: str | None = None
+    """What the head read in training, "cls" or "mean" (of the patches); None where the checkpoint does not say."""
 
     @property
     def described_precision(self) -> str:
@@ -217,7 +219,7 @@ def load_backbone(ckpt: str | Path, weights: Weights = "teacher") -> Backbone:
     family = "skipless" if architecture else _family(tensors)
     model = _build(path, tensors, architecture or _read_architecture(path, tensors, family))
     mean, std = _normalization(path)
-    return Backbone(model, str(ckpt), family, _file_sha256(path), mean, std)
+    return Backbone(model, str(ckpt), family, _file_sha256(path), mean, std, pool=_trained_pool(path))
 
 
 def untrained(backbone: Backbone, seed: int = 0) -> Backbone:
@@ -233,7 +235,11 @@ def untrained(backbone: Backbone, seed: int = 0) -> Backbone:
         skipless_init_(model, **PRESETS["small"], seed=seed)
     model = model.eval().requires_grad_(False).to(backbone.model.pos_embed.device)
     return replace(
-        backbone, model=model, path=f"untrained twin of {backbone.path}", sha256=_fingerprint(model, "untrained")
+        backbone,
+        model=model,
+        path=f"untrained twin of {backbone.path}",
+        sha256=_fingerprint(model, "untrained"),
+        pool=None,
     )
 
 
@@ -438,6 +444,15 @@ def _normalization(path: Path) -> tuple[tuple[float, float, float], tuple[float,
         return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return MEAN, STD
+
+
+def _trained_pool(path: Path) -> str | None:
+    """From the .json beside a run's backbone."""
+    try:
+        pool = json.loads(path.with_suffix(".json").read_text())["pool"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return pool if pool in ("cls", "mean") else None
 
 
 def _some(names: list[str], count: int = 4) -> str:

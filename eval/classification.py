@@ -50,6 +50,17 @@ def open_labelled(data: DataSettings) -> tuple[LabelledSet, LabelledSet]:
     return train, val
 
 
+def warn_of_pool(backbone: Backbone, pool: Pooling) -> None:
+    """Say so where the vector that is measured is one that no loss has seen."""
+    if {backbone.pool, pool} == {"cls", "mean"} and distributed.rank() == 0:
+        other = "mean of the patches" if backbone.pool == "mean" else "CLS token"
+        print(
+            f"warning: the head of {backbone.path} read the {other} in training, and pool is {pool}, which it did not "
+            f"train: --pool {backbone.pool} measures what it has learned",
+            flush=True,
+        )
+
+
 def pooled_features(
     backbone: Backbone,
     images: LabelledSet,

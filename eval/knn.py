@@ -28,6 +28,7 @@ from skipless.eval.classification import (
     open_labelled,
     pooled_features,
     vectors,
+    warn_of_pool,
 )
 from skipless.eval.command_line import join_list, parse_settings, run
 from skipless.eval.features import default_cache
@@ -122,6 +123,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     if settings.untrained:
         backbone = untrained(backbone, settings.seed)
     backbone = backbone.to(device, settings.precision)
+    warn_of_pool(backbone, settings.pool)
     workers = distributed.loader_workers(settings.workers, device)
     choices = choose_blocks(settings.blocks, settings.every_block, backbone)
     train, val = open_labelled(settings.data)

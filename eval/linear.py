@@ -44,6 +44,7 @@ from skipless.eval.classification import (
     open_labelled,
     pooled_features,
     vectors,
+    warn_of_pool,
 )
 from skipless.eval.command_line import join_list, parse_settings, run
 from skipless.eval.features import data_sha256, default_cache
@@ -127,6 +128,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     if settings.untrained:
         backbone = untrained(backbone, settings.seed)
     backbone = backbone.to(device, settings.precision)
+    warn_of_pool(backbone, settings.pool)
     workers = distributed.loader_workers(settings.workers, device)
     by_default = settings.every_block and settings.blocks == "last4"
     choices = choose_blocks("last" if by_default else settings.blocks, settings.every_block, backbone)

@@ -37,7 +37,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from skipless.eval.backbones import Backbone, Weights, load_backbone
-from skipless.eval.classification import DataSettings, Pooling, accuracy, open_labelled, pooled_features, vectors
+from skipless.eval.classification import (
+    DataSettings,
+    Pooling,
+    accuracy,
+    open_labelled,
+    pooled_features,
+    vectors,
+    warn_of_pool,
+)
 from skipless.eval.command_line import parse_settings, run
 from skipless.eval.features import default_cache
 from skipless.eval.knn import knn_predict
@@ -251,6 +259,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     began = time.perf_counter()
     require_faiss()
     backbone = load_backbone(settings.ckpt, settings.weights).to(device)
+    warn_of_pool(backbone, settings.pool)
     workers = distributed.loader_workers(settings.workers, device)
     train, val = open_labelled(settings.data)
     if settings.k > len(train):
@@ -306,8 +315,10 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     details |= {"train_images": len(train), "classes": len(val.classes), "schemes": list(SCHEMES)}
     if masks:
         details["segmentation_images"] = [len(images) for images in masks]
+    protocol = f"{val.name}-quantization/{settings.k}-nn-{settings.pool}"
+    protocol += f"/{settings.size}px" if settings.size != 224 else ""
     result = result_of(
-        "quantization", f"{val.name}-quantization/{settings.k}-nn-{settings.pool}", val.name, val.split, len(val),
+        "quantization", protocol, val.name, val.split, len(val),
         "top-1 w8a8", details["knn"]["w8a8"]["top1"], details, backbone, recorded, settings.seed,
         time.perf_counter() - began, device,
     )  # fmt: skip

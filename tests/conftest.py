@@ -8,7 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
+
+# A machine may be as busy as it likes.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 RunTwo = Callable[[Sequence[object]], list[tuple[str, str]]]
 

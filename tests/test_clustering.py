@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
@@ -91,7 +91,6 @@ def iou_of(confusion: np.ndarray, label: int, cluster: int) -> float:
 
 
 @given(st.integers(1, 6), st.integers(0, 10**6), st.sampled_from([0, 3, 100]))
-@settings(deadline=None)
 def test_matching_is_the_best_of_all_permutations(classes: int, seed: int, most: int) -> None:
     confusion = np.random.default_rng(seed).integers(0, most + 1, (classes, classes))
     class_of = match_clusters(confusion)
@@ -105,7 +104,6 @@ def test_matching_is_the_best_of_all_permutations(classes: int, seed: int, most:
 
 
 @given(st.integers(1, 12), st.integers(0, 10**6))
-@settings(deadline=None)
 def test_renamed_clusters_are_named_back(classes: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     labels = np.concatenate([np.arange(classes), rng.integers(0, classes, 40)]).astype(np.uint8)[None]

@@ -180,7 +180,7 @@ def test_small_jacobians_are_computed_whole() -> None:
     assert found.small_share == (exact < 0.01 * exact[0]).mean()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.floats(-8, 2), min_size=12, max_size=60), st.integers(0, 10**6), st.integers(4, 40))
 @example(exponents=[0.0] * 12, seed=0, steps=4)  # an orthogonal matrix: the first direction is all there is to see
 def test_the_ends_of_any_spectrum_are_bounded_as_stated(exponents: list[float], seed: int, steps: int) -> None:
@@ -200,7 +200,7 @@ def test_the_ends_of_any_spectrum_are_bounded_as_stated(exponents: list[float], 
         assert nearest <= found.smallest_error * found.smallest + rounding
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.floats(-3, 0), min_size=12, max_size=60), st.integers(0, 10**6), st.integers(2, 30))
 def test_the_share_that_a_start_sees_is_bounded(exponents: list[float], seed: int, steps: int) -> None:
     """The weights of a start's components, squared, below any threshold: known here, as the matrix is diagonal."""

@@ -74,7 +74,7 @@ def rng(*seed: int) -> np.random.Generator:
 
 
 @given(st.floats(0, 2))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_brightness_contrast_and_saturation_are_torchvisions(factor: float) -> None:
     image = photo()
     assert difference(module.adjust_brightness(image, factor), functional.adjust_brightness(tensor(image), factor)) <= 1
@@ -83,7 +83,7 @@ def test_brightness_contrast_and_saturation_are_torchvisions(factor: float) -> N
 
 
 @given(st.floats(-0.5, 0.5))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_hue_is_torchvisions_within_the_steps_of_8_bits(turns: float) -> None:
     # A step, 1/256 turn, is 6 levels in the purest colours. The hue is rounded, the shift is rounded, and OpenCV's way
     # back from HSV divides by 255: half a step each, or up to one for the last.
@@ -109,7 +109,7 @@ def test_blur_is_torchvisions(sigma: float) -> None:
 
 
 @given(*[st.integers(1, 150)] * 2, *[st.integers(1, 120)] * 2)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_resampling_is_pillows_antialiased_bicubic(height: int, width: int, new_height: int, new_width: int) -> None:
     image = photo(150, 150)[:height, :width]
     expected = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
@@ -172,7 +172,6 @@ def test_long_images_fall_back_to_torchvisions_central_crop(height: int, width: 
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.floats(0.01, 1), st.integers(0, 9))
-@settings(deadline=None)
 def test_boxes_lie_inside(height: int, width: int, low: float, seed: int) -> None:
     top, left, rows, columns = crop_box(height, width, (low, 1.0), rng(seed))
     assert top >= 0
@@ -350,7 +349,7 @@ def test_each_operation_has_its_probability(
     st.integers(0, 3),
     st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_image_gives_views_of_the_sizes_asked_for(
     height: int, width: int, global_size: int, local_size: int, local_count: int, seed: int
 ) -> None:

@@ -98,7 +98,7 @@ def whole(image: np.ndarray, **changes: object) -> View:
 
 
 @given(st.data(), *[st.integers(1, 90)] * 2, st.integers(1, 64), st.booleans())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_crop_resize_and_flip_are_pillows(data: st.DataObject, rows: int, columns: int, size: int, flip: bool) -> None:
     top, left = data.draw(st.integers(0, 90 - rows)), data.draw(st.integers(0, 120 - columns))
     cut = Image.fromarray(photo()[top : top + rows, left : left + columns])
@@ -127,7 +127,7 @@ def as_float(image: np.ndarray) -> Tensor:
 
 
 @given(st.floats(0, 2))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_brightness_contrast_and_saturation_are_torchvisions(factor: float) -> None:
     # Of images of floats, where torchvision does not truncate. Ours is rounded, half a level; and so is the mean of
     # contrast's grey picture, less than half a level.
@@ -138,7 +138,7 @@ def test_brightness_contrast_and_saturation_are_torchvisions(factor: float) -> N
 
 
 @given(st.floats(-0.5, 0.5))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_hue_is_opencvs_and_torchvisions_within_the_steps_of_8_bits(turns: float) -> None:
     made = colours(3, turns)
     assert np.abs(made - one_by_one.adjust_hue(SQUARE, turns)).max() <= 1
@@ -157,7 +157,7 @@ def test_grey_and_solarize_are_torchvisions() -> None:
 
 
 @given(st.floats(0.1, 2.0), st.sampled_from([64, 9, 5, 2, 1]))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_blur_is_opencvs_and_torchvisions(sigma: float, size: int) -> None:
     square = np.ascontiguousarray(SQUARE[:size, :size])
     made = make_one(square, whole(square, sigma=sigma), size)
@@ -229,7 +229,7 @@ def test_both_ways_see_the_same_views(products: torch.dtype, mean: float, rare: 
 
 @given(st.lists(st.tuples(*[st.integers(1, 70)] * 2), min_size=1, max_size=3), st.integers(1, 40), st.integers(1, 20),
        st.integers(0, 3), st.integers(0, 99))  # fmt: skip
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_any_images_give_the_same_views(
     sizes: list[tuple[int, int]], global_size: int, local_size: int, local_count: int, seed: int
 ) -> None:

@@ -20,7 +20,7 @@ from skipless.ssl.dino import (
 from skipless.ssl.vit import VisionTransformer
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(views=st.integers(2, 6), batch=st.integers(1, 4), prototypes=st.integers(2, 9), seed=st.integers(0, 10**6))
 def test_loss_equals_a_double_loop_over_pairs(views: int, batch: int, prototypes: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

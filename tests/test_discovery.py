@@ -189,7 +189,7 @@ a_box = st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(1, 6), st.in
 
 
 @given(st.lists(st.tuples(a_box, st.lists(a_box, max_size=3)), min_size=1, max_size=5))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_corloc_is_that_of_counted_pixels(images: list[tuple[Any, list[Any]]]) -> None:
     expected = []
     for box, truth in images:

@@ -171,7 +171,7 @@ def test_jpegs_are_decoded_no_smaller_than_needed(min_side: int, factor: int, or
 
 
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 300))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_reduced_decoding_keeps_the_short_side(height: int, width: int, min_side: int) -> None:
     image = decode(encode(picture(height, width), "JPEG"), min_side)
     assert min(image.shape[:2]) >= min(min_side, height, width)
@@ -244,7 +244,7 @@ def test_what_is_no_image_says_so(tmp_path: Path, data: bytes, reason: str) -> N
     st.sampled_from(sorted(FORMATS)),
     st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=8),
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_damage_gives_an_image_or_a_value_error(name: str, changes: list[tuple[float, int]]) -> None:
     data = bytearray(FORMATS[name][0])
     for place, value in changes:
@@ -348,7 +348,7 @@ def test_no_labels_from_one_folder_or_with_stray_images(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.text(st.characters(blacklist_categories=["Cs"]), max_size=12)), st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_names_behave_as_a_list(names: list[str], data: st.DataObject) -> None:
     packed = pickle.loads(pickle.dumps(Names(names)))
     assert len(packed) == len(names)
@@ -547,7 +547,7 @@ def test_a_file_that_is_no_archive_and_a_damaged_archive(tmp_path: Path) -> None
 
 
 @given(st.binary(max_size=40), st.integers(0, 400))
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_scrambled_archive_gives_an_image_or_one_of_our_errors(tmp_path: Path, junk: bytes, place: int) -> None:
     path = tmp_path / "images.zip"
     with zipfile.ZipFile(path, "w") as archive:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +88,7 @@ def cosines(bank: np.ndarray, queries: np.ndarray) -> np.ndarray:
 
 
 @given(st.integers(0, 999), st.integers(1, 30), st.integers(1, 6), st.integers(1, 9), st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_nearest_is_an_exhaustive_search(seed: int, n: int, m: int, dim: int, data: st.DataObject) -> None:
     """Whatever the lengths; some vectors have none."""
     k = data.draw(st.integers(1, n))
@@ -133,7 +134,7 @@ def test_votes_are_scikit_learns(k: int) -> None:
 
 
 @given(st.integers(0, 9999), st.integers(1, 25), st.integers(1, 12), st.sampled_from([0.02, 0.07, 1.0]))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_votes_of_any_number_of_neighbours(seed: int, n: int, classes: int, temperature: float) -> None:
     """For the same neighbours."""
     rng = np.random.default_rng(seed)
@@ -245,6 +246,19 @@ def test_figures_are_scikit_learns(data: Path, ckpt: Path, cache: Path, tmp_path
     assert found["details"]["by_k"] == expected
     assert found["value"] == expected["7"]
     assert len(set(expected.values())) > 1
+
+
+def test_a_vector_that_no_loss_has_seen_is_named(
+    data: Path, ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(ckpt, tmp_path / "run")
+    about = json.loads((run / "backbone.json").read_text())
+    for trained, pool, expected in (("mean", "cls", True), ("cls", "mean", True), ("mean", "mean", False)):
+        (run / "backbone.json").write_text(json.dumps(about | {"pool": trained}))
+        evaluate(parse(command(data, run, cache, "--data.name=arrays", f"--pool={pool}")))
+        said = capsys.readouterr().out
+        assert (f"warning: the head of {run} read the" in said) == expected
+        assert (f"--pool {trained} measures" in said) == expected
 
 
 def test_every_block_gives_what_each_block_gives_alone(data: Path, ckpt: Path, cache: Path) -> None:

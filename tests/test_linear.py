@@ -178,7 +178,7 @@ def test_every_tenth_image_is_held_out() -> None:
 
 
 @given(st.one_of(st.integers(2, 300), st.integers(90_000, 200_000)))
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_held_out_images_are_evenly_spread_and_not_trained_on(count: int) -> None:
     kept, held_out = hold_out(count)
     assert len(held_out) == min(max(count // 10, 1), 10_000)

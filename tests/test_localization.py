@@ -74,7 +74,7 @@ def assert_same(found: Localization, expected: SimpleNamespace) -> None:
 # Against the references -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(features=random_features(13), k=st.sampled_from([1, 5, 100]))
 def test_lost_is_the_loop_of_the_paper(features: Tensor, k: int) -> None:
     (found,) = lost(features, k)
@@ -82,7 +82,7 @@ def test_lost_is_the_loop_of_the_paper(features: Tensor, k: int) -> None:
     assert_same(found, reference.lost(features[0].numpy(), k))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(features=random_features(13), tau=st.sampled_from([0.0, 0.2, 0.5]))
 @example(features=clustered(12, 13, 5, 0.5, 0, 0), tau=0.2)  # more patches than LAPACK is used for
 def test_tokencut_is_the_dense_solution(features: Tensor, tau: float) -> None:
@@ -97,7 +97,7 @@ def test_tokencut_is_the_dense_solution(features: Tensor, tau: float) -> None:
     np.testing.assert_allclose(found.map, x, atol=1e-8 + 1e-12 / expected.eigengap)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(features=random_features(13), tau=st.sampled_from([0.0, 0.15, 0.5]), n=st.integers(1, 4))
 @example(features=clustered(12, 13, 5, 0.5, 0, 0), tau=0.15, n=3)
 def test_maskcut_is_the_dense_solution(features: Tensor, tau: float, n: int) -> None:

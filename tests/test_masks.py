@@ -134,7 +134,7 @@ def test_truncated_masks_are_unreadable(tmp_path: Path, palette: bool) -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6))
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damage_gives_values_or_one_of_our_errors(tmp_path: Path, changes: list[tuple[float, int]]) -> None:
     save_mask(tmp_path / "a.png", VALUES)
     data = bytearray((tmp_path / "a.png").read_bytes())

@@ -18,7 +18,7 @@ from skipless.eval.windows import by_shape, cut_windows, mean_of_windows, window
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_scores_are_scikit_learns(data: st.DataObject) -> None:
     """Random maps of two images, with void pixels and classes that occur in one of the two or in neither."""
     classes = data.draw(st.integers(2, 8))
@@ -125,7 +125,7 @@ def toy_predict(crops: torch.Tensor) -> torch.Tensor:
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 24), st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_sliding_logits_are_the_plain_references(height: int, width: int, size: int, data: st.DataObject) -> None:
     """Also for images smaller than the window."""
     stride = data.draw(st.integers(max(1, size // 3), size))

@@ -180,7 +180,7 @@ def test_command_reports_every_arithmetic(backbone: Backbone, tmp_path: Path) ->
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out" / "quantization.json").read_text())
-    assert result["protocol"] == "data-quantization/3-nn-mean"
+    assert result["protocol"] == "data-quantization/3-nn-mean/32px"
     assert list(result["details"]["knn"]) == ["float", "w8a8", "w4a8", "w4a4"]
     # Dark and light are told apart by anything, in any arithmetic.
     assert result["details"]["knn"]["w8a8"]["top1"] == 1

@@ -226,7 +226,7 @@ def test_tables_by_hand() -> None:
 # Codes ----------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(3, 20), st.integers(3, 30), st.integers(0, 10**6))
 def test_codes_give_cosines_and_state_their_error(h: int, w: int, dim: int, dims: int, seed: int) -> None:
     features = np.random.default_rng(seed).normal(size=(h, w, dim))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
@@ -105,7 +105,6 @@ def test_labels_are_those_of_a_plain_computation(k: int, temperature: float) -> 
 
 
 @given(st.integers(0, 999), st.integers(1, 12), st.sampled_from([0.01, 0.02, 1.0, 50.0]))
-@settings(deadline=None)
 def test_labels_lie_between_those_of_the_neighbours(seed: int, k: int, temperature: float) -> None:
     rng = np.random.default_rng(seed)
     similarities = np.sort(rng.uniform(-1, 1, (7, k)).astype(np.float32))[:, ::-1]

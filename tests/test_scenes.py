@@ -60,7 +60,7 @@ def same(a: Scene, b: Scene) -> bool:
 # One scene
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), size=st.integers(32, 96), label=st.none() | st.integers(1, 10))
 def test_labels_of_a_scene_agree(seed: int, size: int, label: int | None) -> None:
     scene = render_scene(np.random.default_rng(seed), size, label)
@@ -84,7 +84,7 @@ def test_labels_of_a_scene_agree(seed: int, size: int, label: int | None) -> Non
         assert scene.objects[0].label == label
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32))
 def test_an_object_alone_is_truncated_only_by_the_border(seed: int) -> None:
     scene = render_scene(np.random.default_rng(seed), 64)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
@@ -316,7 +316,6 @@ def test_shares_of_a_mask_smaller_than_the_grid() -> None:
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 6), st.integers(1, 6), st.integers(0, 999))
-@settings(deadline=None)
 def test_shares_are_those_of_a_plain_loop(height: int, width: int, h: int, w: int, seed: int) -> None:
     mask = np.random.default_rng(seed).choice([0, 1, 2, VOID], (height, width)).astype(np.uint8)
     members: dict[tuple[int, int], list[int]] = {}

@@ -201,7 +201,7 @@ def checked(height: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndar
 
 
 @given(st.integers(20, 90), st.integers(20, 90), st.integers(0, 1000), st.sampled_from(["opencv", "pillow"]))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_scale_and_crop_keeps_image_and_mask_together(height: int, width: int, seed: int, library: Any) -> None:
     image, mask = checked(height, width, seed)
     before = image.copy()
@@ -354,7 +354,7 @@ def test_saturation_and_hue() -> None:
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_distorted_images_are_images(seed: int) -> None:
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (8, 9, 3), dtype=np.uint8)

@@ -319,7 +319,7 @@ RAW = st.binary(max_size=20).map(os.fsdecode)
 
 
 @given(st.lists(TEXT | RAW, max_size=9), st.lists(RAW, unique=True, max_size=4), st.data())
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_an_index_comes_back_as_it_was(
     tmp_path: Path, names: list[str], classes: list[str], data: st.DataObject
 ) -> None:
@@ -419,7 +419,7 @@ PART = st.text(st.sampled_from("ab.é "), min_size=1, max_size=60).filter(lambda
 @example([("a" * 99 + "/" + "b" * 100, 600)], tarfile.USTAR_FORMAT, ["file"] * 6)
 @example([("é" * 150 + "/" + "b" * 100, 600), ("short", 3)], tarfile.GNU_FORMAT, ["link"] + ["file"] * 5)
 @example([("é" * 150 + "/" + "b" * 100, 600), ("short", 3)], tarfile.PAX_FORMAT, ["folder"] + ["file"] * 5)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_headers_are_read_as_pythons_tarfile_reads_them(
     members: list[tuple[str, int]], form: int, kinds: list[str]
 ) -> None:
@@ -514,7 +514,7 @@ def test_what_is_no_tar_or_a_part_of_one(tmp_path: Path) -> None:
 
 
 @given(st.binary(min_size=1, max_size=40), st.integers(0, 3000))
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_scrambled_tar_gives_images_or_one_of_our_errors(tmp_path: Path, junk: bytes, place: int) -> None:
     write_tar(tmp_path / "a.tar", [("1.png", png(1)), ("é" * 60 + ".png", png(2))])
     data = bytearray((tmp_path / "a.tar").read_bytes())

@@ -44,7 +44,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(st.integers(0, 999), st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_similarity_is_scikit_learns(seed: int, h: int, w: int, dim: int, data: st.DataObject) -> None:
     """Whatever the lengths; some patches have none."""
     rng = np.random.default_rng(seed)

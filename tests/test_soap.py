@@ -111,7 +111,7 @@ def test_trajectories_are_the_librarys() -> None:
     eps=st.sampled_from([1e-8, 1e-3]),
     decay=st.sampled_from([0.0, 0.04]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_shapes_and_arguments(
     shapes: list[Shape], period: int, largest: int, betas: tuple[float, float], eps: float, decay: float
 ) -> None:

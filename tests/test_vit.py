@@ -116,7 +116,7 @@ def test_packed_forward_and_backward_equal_one_size_at_a_time(residual: bool, re
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 6)), min_size=1, max_size=4), st.integers(1, 3))
 def test_attention_of_a_packed_batch_is_softmax_within_each_sequence(groups: list[tuple[int, int]], heads: int) -> None:
     total = sum(b * length for b, length in groups)
