@@ -1,6 +1,6 @@
 """k-NN classification: how well the nearest training images tell an image's class, from frozen features.
 
-    python eval/knn.py --ckpt runs/photos --data.root imagenette --out knn
+    python eval/knn.py --ckpt runs/photos --data.root imagenette --pool mean --out knn
     python eval/knn.py --ckpt dino_vits16.pth --data.root imagenet --batch-size 256 --out knn
     python eval/knn.py --ckpt runs/photos --data.name cifar10 --data.root cifar --pool mean --every-block
 

@@ -2,7 +2,7 @@
 
 In minutes on a CPU, on features of central crops that are computed once:
 
-    python eval/linear.py --ckpt runs/photos --data.root imagenette --out linear
+    python eval/linear.py --ckpt runs/photos --data.root imagenette --pool mean --out linear
 
 As published by DINO (arXiv 2104.14294), on random crops and flips, anew in every one of 100 epochs; on a GPU, or with
 torchrun on several:
