@@ -145,15 +145,16 @@ def test_a_parameter_that_comes_in_a_step_of_refreshes() -> None:
 
 def test_stacks_may_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stacks are bounded; where they are cut does not matter."""
-    whole, cut = parameters(SHAPES * 2), parameters(SHAPES * 2)
+    # Matrices of 5 x 5 lie otherwise in memory when they are cut, and with them the last bits of their products.
+    shapes = [(8, 8) if shape == (5, 5) else shape for shape in SHAPES * 2]
+    whole, cut = parameters(shapes), parameters(shapes)
     for of, most in ((whole, 2**24), (cut, 50)):
         monkeypatch.setattr("skipless.ssl.soap.STACK", most)
         optimizer = SOAP(of, precondition_frequency=3, max_precondition_dim=12)
         for step in range(10):
             set_gradients(of, step)
             optimizer.step()
-    # Where a matrix lies in memory may decide its last bit, which float32 in a refresh makes larger.
-    assert_equal(cut, whole, 1e-6)
+    assert_equal(cut, whole, 1e-10)
 
 
 def test_closure_is_evaluated_with_gradients() -> None:
