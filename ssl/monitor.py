@@ -150,7 +150,7 @@ def describe_blocks(blocks: list[dict[str, float]], k: int) -> str:
     last, best = blocks[-1], max(range(len(blocks)), key=lambda i: blocks[i]["knn"])
     dead = (
         "\nWARNING: the last block's patch tokens are one and the same vector, and a model that starts so has not "
-        "recovered here; in a skipless one --model.init small, whitened patches or a larger --model.beta mend it"
+        "recovered here; in a skipless one --model.init small or a larger --model.beta mends it"
     )
     return (
         f"{k}-NN {100 * last['knn']:.1f} % (last block), best {100 * blocks[best]['knn']:.1f} % (block {best + 1}); "
