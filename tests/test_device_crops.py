@@ -110,7 +110,9 @@ def test_crop_resize_and_flip_are_pillows(data: st.DataObject, rows: int, column
     assert error.max() <= 2
     assert error.mean() <= 0.34
     if min(rows, columns, size) >= 20:
-        assert error.mean() <= 0.01
+        # Halfway between two pixels weights are multiples of 1/16, and one value in 16 is a half exactly, in each pass.
+        halfway = any((2 * i + 1) * side % (2 * size) == 0 for side in (rows, columns) for i in range(size))
+        assert error.mean() <= (1 / 16 if halfway else 0.01)
 
 
 SQUARE = photo(64, 64)
