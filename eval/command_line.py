@@ -59,6 +59,7 @@ def run(command: Callable[[], object]) -> None:
 
     try:
         command()
+        distributed.wait_for_all()
     except BrokenPipeError:  # whoever read the output has read enough
         sys.stderr.close()
         sys.exit(141)

@@ -45,6 +45,16 @@ def start(device: str = "auto") -> torch.device:
     return chosen
 
 
+def wait_for_all() -> None:
+    """Wait until every process is here: for the end of a command, before `stop`.
+
+    Gloo's threads have then let go of the tensors of the last exchange. DistributedDataParallel keeps these threads
+    alive beyond `stop`, and one that lets go of a tensor while the interpreter ends aborts the process.
+    """
+    if world_size() > 1:
+        dist.barrier()
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():

@@ -309,6 +309,7 @@ def run_command(command: Callable[[], object]) -> None:
 
     try:
         command()
+        distributed.wait_for_all()
     except (ValueError, OSError, ArgumentError) as error:
         text = str(error).strip()
         if "Traceback" in text:  # an error inside a loader's worker comes with the worker's traceback

@@ -483,3 +483,27 @@ def test_steps_draw_the_same_images_from_any_start() -> None:
     first_epoch = [index for micro in whole[:4] for _, index in micro]
     assert len(set(first_epoch)) == 8
     assert first_epoch != [index for micro in whole[4:8] for _, index in micro]
+
+
+ENDING = """
+import torch
+from torch import nn
+from skipless.ssl import distributed
+from skipless.ssl.job import run_command
+
+def work():
+    distributed.start("cpu")
+    model = nn.parallel.DistributedDataParallel(nn.Linear(64, 8))
+    for _ in range(30):
+        model(torch.randn(8, 64)).sum().backward()
+        distributed.any_process(False)
+    distributed.gather_objects(3)
+
+run_command(work)
+"""
+
+
+def test_processes_of_a_group_end_well(run_two: Callable[[list[object]], list[tuple[str, str]]]) -> None:
+    """Three times, since one that does not wait for the other's last exchange is aborted now and then only."""
+    for _ in range(3):
+        run_two([sys.executable, "-c", ENDING])
