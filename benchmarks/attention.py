@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from skipless.ssl.attention import Groups, attention, choose_backend
-from skipless.ssl.meter import peak_flops
-from skipless.ssl.provenance import provenance, write_result
+from skipless.common.files import write_result
+from skipless.common.provenance import provenance
+from skipless.ssl.model.attention import Groups, attention, choose_backend
+from skipless.ssl.run.meter import peak_flops
 
 HEADS, CHANNELS = 6, 64
 Way = Callable[[Tensor, Tensor, Tensor, Groups], Tensor]

@@ -6,7 +6,7 @@
    generalised eigenproblem of the published code on the same graph. Interleaved: every image goes through every step
    and every size in turn; medians. Beside them, how often mask and box are those of the dense solution.
 2. Resident memory of a loop (features, LOST and TokenCut) over images at their original size, every 50 images.
-3. Masks and boxes of LOST and TokenCut against plain loops and dense SciPy (tests/discovery_reference.py), for the same
+3. Masks and boxes of LOST and TokenCut against plain loops and dense SciPy (discovery_reference.py), for the same
    images; where they differ, the image with its eigengap.
 4. With --device cuda also images per second of the whole of TokenCut, features included: a ViT-S/16 of random weights,
    batches of 512 x 384 pixels (500 x 375, padded). The image's mean is subtracted from its keys, since those of random
@@ -33,18 +33,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from skipless.common.files import write_result
+from skipless.common.provenance import provenance
 from skipless.datasets.images import ImageSource, open_images
-from skipless.eval import localization
 from skipless.eval.backbones import Backbone, load_backbone, pad_to_patch
-from skipless.eval.localization import lost, second_eigenvectors, tokencut
-from skipless.ssl.provenance import provenance, write_result
-from skipless.ssl.vit import vit_small
+from skipless.eval.objects import localization
+from skipless.eval.objects.localization import lost, second_eigenvectors, tokencut
+from skipless.ssl.model.vit import vit_small
 
 ROOT = Path(__file__).resolve().parent.parent
 TAU = 0.2
 STEPS = ("features", "graph", "solver", "components", "dense SciPy solver")
 
-reference = SimpleNamespace(**runpy.run_path(str(ROOT / "tests" / "discovery_reference.py")))
+reference = SimpleNamespace(**runpy.run_path(str(ROOT / "tests/eval/objects/discovery_reference.py")))
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

@@ -34,12 +34,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skipless.common.files import write_text
+from skipless.common.provenance import provenance
 from skipless.datasets.scenes import write_scenes
-from skipless.ssl.attention import Backend, choose_backend
-from skipless.ssl.checkpoints import write_text
-from skipless.ssl.initialization import PRESETS, skipless_init_
-from skipless.ssl.provenance import provenance
-from skipless.ssl.vit import VisionTransformer, vit_small
+from skipless.ssl.model.attention import Backend, choose_backend
+from skipless.ssl.model.initialization import PRESETS, skipless_init_
+from skipless.ssl.model.vit import VisionTransformer, vit_small
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -41,12 +41,13 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from skipless.common.files import write_result
+from skipless.common.provenance import provenance
 from skipless.datasets.images import ImageSource, open_images
 from skipless.datasets.shard import write_shards
-from skipless.ssl import crops as ours
-from skipless.ssl.device_crops import DeviceCropDataset, DeviceCrops, collate_images, decodes_jpegs, make_views
-from skipless.ssl.job import keep_freed_memory
-from skipless.ssl.provenance import provenance, write_result
+from skipless.ssl.data import crops as ours
+from skipless.ssl.data.device_crops import DeviceCropDataset, DeviceCrops, collate_images, decodes_jpegs, make_views
+from skipless.ssl.run.job import keep_freed_memory
 
 STAGES = ("resample", "color_jitter", "grey", "gaussian_blur", "solarize")
 

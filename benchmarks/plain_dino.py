@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skipless.ssl.dino import DINOModel
-from skipless.ssl.vit import Block, VisionTransformer
+from skipless.ssl.model.vit import Block, VisionTransformer
 
 
 def plain_attention(block: Block, x: Tensor) -> Tensor:

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from skipless.common.files import write_result
+from skipless.common.provenance import provenance
 from skipless.ssl.dino import DINOHead, DINOModel
-from skipless.ssl.provenance import provenance, write_result
-from skipless.ssl.sharded_optimizer import owners_of
-from skipless.ssl.vit import SIZES, VisionTransformer
+from skipless.ssl.model.vit import SIZES, VisionTransformer
+from skipless.ssl.optim.sharded import owners_of
 
 MODELS = {"ViT-S/16": "small", "ViT-B/16": "base", "ViT-L/16": "large", "ViT-g/16": "giant"}
 GPUS = (8, 64, 512)
@@ -93,7 +94,7 @@ def soap_state(shape: tuple[int, ...]) -> int:
 
 
 def sharded_soap(shapes: list[tuple[int, ...]], gpus: int) -> dict[str, int]:
-    """What SOAP adds when every matrix has an owner and all else is divided (ssl/sharded_optimizer.py), on the GPU that
+    """What SOAP adds when every matrix has an owner and all else is divided (ssl/optim/sharded.py), on the GPU that
     has most of it: bytes of state; bytes that exist during a step alone, as matrices and gradients are whole with their
     owner, and so are the messages they came in; bytes sent, which are a GPU's parts of both, and what becomes of the
     matrices. And how many GPUs own none."""

@@ -27,14 +27,15 @@ from PIL import Image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from skipless.common.files import write_result
+from skipless.common.pixels import MEAN, STD
+from skipless.common.provenance import provenance
 from skipless.datasets.images import open_images
 from skipless.eval.backbones import Backbone, load_backbone
+from skipless.eval.dense.quick import predict
 from skipless.eval.features import extract
 from skipless.eval.metrics import confusion_matrix
-from skipless.eval.segmentation_quick import predict
-from skipless.ssl.crops import MEAN, STD
-from skipless.ssl.job import keep_freed_memory
-from skipless.ssl.provenance import provenance, write_result
+from skipless.ssl.run.job import keep_freed_memory
 
 
 def plain_features(backbone: Backbone, paths: list[Path], size: int) -> None:

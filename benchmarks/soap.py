@@ -1,4 +1,4 @@
-"""SOAP's step: pytorch_optimizer's implementation against ssl/soap.py, on the shapes of a model's parameters.
+"""SOAP's step: pytorch_optimizer's implementation against ssl/optim/soap.py, on the shapes of a model's parameters.
 
     python benchmarks/soap.py --config configs/demo.yaml --out results/soap_demo
     python benchmarks/soap.py --model base --device cuda --out results/soap_base
@@ -24,12 +24,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from skipless.ssl import vit
-from skipless.ssl.job import keep_freed_memory
-from skipless.ssl.optimizers import OptimizerSettings, parameter_groups
+from skipless.common.files import write_result
+from skipless.common.provenance import provenance
+from skipless.ssl.model import vit
+from skipless.ssl.optim.optimizers import OptimizerSettings, parameter_groups
+from skipless.ssl.optim.soap import SOAP
 from skipless.ssl.pretrain import build_model, parse
-from skipless.ssl.provenance import provenance, write_result
-from skipless.ssl.soap import SOAP
+from skipless.ssl.run.job import keep_freed_memory
 
 GRADIENTS = 4  # different ones, in turns
 

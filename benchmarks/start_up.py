@@ -32,11 +32,12 @@ import cv2
 import numpy as np
 from torch.utils.data import DataLoader
 
+from skipless.common.files import write_result
+from skipless.common.provenance import provenance
 from skipless.datasets.images import ImageSource, open_images
 from skipless.datasets.shard import write_shards
-from skipless.ssl.crops import CropDataset, Crops, collate
-from skipless.ssl.distributed import leave_signals_to_main
-from skipless.ssl.provenance import provenance, write_result
+from skipless.ssl.data.crops import CropDataset, Crops, collate
+from skipless.ssl.data.loader import leave_signals_to_main
 
 DISTINCT, CLASSES, EPOCHS, BATCH = 300, 100, 3, 64
 CROPS = Crops(global_size=32, local_count=0)

@@ -26,12 +26,13 @@ import torch
 from torch import nn
 from train_step import LR, MOMENTUM, TEMPERATURE, WEIGHT_DECAY, Step, crops_of, flops_per_image, settings_of
 
+from skipless.common.files import write_result
+from skipless.common.precision import has_bf16
+from skipless.common.provenance import provenance
+from skipless.common.settings import plain
 from skipless.ssl.dino import update_teacher
-from skipless.ssl.job import keep_freed_memory
-from skipless.ssl.optimizers import set_rates
-from skipless.ssl.precision import has_bf16
-from skipless.ssl.provenance import provenance, write_result
-from skipless.ssl.settings import plain
+from skipless.ssl.optim.optimizers import set_rates
+from skipless.ssl.run.job import keep_freed_memory
 
 # Kinds of operations by parts of their names, the first that fits.
 KINDS = {

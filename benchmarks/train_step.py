@@ -31,14 +31,16 @@ from plain_dino import PlainLoss, plain_clip, plain_logits, plain_update_teacher
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from skipless.common.files import write_result
+from skipless.common.precision import autocast, has_bf16
+from skipless.common.provenance import provenance
+from skipless.common.settings import plain
+from skipless.ssl.config import Settings
 from skipless.ssl.dino import DINOLoss, DINOModel, make_teacher, update_teacher
-from skipless.ssl.job import keep_freed_memory
-from skipless.ssl.meter import peak_flops
-from skipless.ssl.optimizers import make_optimizer, set_rates
-from skipless.ssl.precision import autocast, has_bf16
+from skipless.ssl.optim.optimizers import make_optimizer, set_rates
 from skipless.ssl.pretrain import build_model, compiled, parse
-from skipless.ssl.provenance import provenance, write_result
-from skipless.ssl.settings import Settings, plain
+from skipless.ssl.run.job import keep_freed_memory
+from skipless.ssl.run.meter import peak_flops
 
 COMPILED = ("compiled", "compiled, CUDA graphs")
 LR, WEIGHT_DECAY, TEMPERATURE, MOMENTUM = 1e-4, 0.04, 0.04, 0.996

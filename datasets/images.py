@@ -22,8 +22,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
-from skipless.datasets.names import EXTENSIONS, Names, folder_classes, is_image
-from skipless.datasets.tar_shards import (
+from skipless.datasets.storage.names import EXTENSIONS, Names, folder_classes, is_image
+from skipless.datasets.storage.tar import (
     INDEX,
     Shards,
     expand_braces,
@@ -32,7 +32,7 @@ from skipless.datasets.tar_shards import (
     reason_of,
     scan_shards,
 )
-from skipless.datasets.zip_members import list_archive, read_zip_member
+from skipless.datasets.storage.zip import list_archive, read_zip_member
 
 # What Pillow may try: the formats above, and the ones that are commonly found under a wrong extension.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")

@@ -31,8 +31,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from skipless.datasets.downloads import Archive, DamagedArchive, download, verify
-from skipless.datasets.public_sets import DATA_SETS, IMAGENET_TERMS, DataSet, Part
+from skipless.datasets.public.downloads import Archive, DamagedArchive, download, verify
+from skipless.datasets.public.sets import DATA_SETS, IMAGENET_TERMS, DataSet, Part
 
 FETCHED = ".fetched"
 """File in ROOT/downloads that lists what was fetched: nothing else there is ever removed."""

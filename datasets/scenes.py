@@ -42,8 +42,8 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
-from skipless.datasets.drawing import CLASSES, MIN_SIZE, Scene, render_scene
-from skipless.datasets.voc import voc_palette
+from skipless.datasets.labels.voc import voc_palette
+from skipless.datasets.synthetic.drawing import CLASSES, MIN_SIZE, Scene, render_scene
 
 # Raised with every change of the drawing, so that a folder made by an older one is never mistaken for a new one.
 VERSION = 2

@@ -43,7 +43,7 @@ import numpy as np
 from tqdm import tqdm
 
 from skipless.datasets.images import ImageSource, Names, UnreadableImage, decode, open_images
-from skipless.datasets.tar_shards import BLOCK, INDEX, Shards, read_index, split_key, write_index
+from skipless.datasets.storage.tar import BLOCK, INDEX, Shards, read_index, split_key, write_index
 
 QUALITY = 90
 # Unreadable images, as a share of all, above which something else must be wrong, as a disk that fails. Ten may be.

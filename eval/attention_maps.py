@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from skipless.common import distributed
 from skipless.eval.backbones import Backbone, Weights, load_backbone
 from skipless.eval.command_line import parse_settings, run
-from skipless.eval.pictures import check_out, fit, pick_images, save_figure
+from skipless.eval.figures.pictures import check_out, fit, pick_images, save_figure
 from skipless.eval.segmentation import choose_blocks
-from skipless.ssl import distributed
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

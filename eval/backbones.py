@@ -36,10 +36,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from skipless.ssl.crops import MEAN, STD
-from skipless.ssl.initialization import PRESETS, skipless_init_
-from skipless.ssl.precision import autocast, describe, has_bf16
-from skipless.ssl.vit import BlockFeatures, Kind, VisionTransformer
+from skipless.common.pixels import MEAN, STD
+from skipless.common.precision import autocast, describe, has_bf16
+from skipless.ssl.model.initialization import PRESETS, skipless_init_
+from skipless.ssl.model.vit import BlockFeatures, Kind, VisionTransformer
 
 Weights = Literal["teacher", "student"]
 FeatureKind = Literal["tokens", "keys", "keys_without_bias", "queries", "values"]

@@ -7,11 +7,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from skipless.datasets.labelled import LabelledSet, SetName, open_splits
+from skipless.common import distributed
+from skipless.datasets.labels.classes import LabelledSet, SetName, open_splits
 from skipless.eval.backbones import Backbone
 from skipless.eval.features import Features, extract
 from skipless.eval.metrics import bootstrap_interval
-from skipless.ssl import distributed
 from skipless.ssl.dino import Pool
 
 Pooling = Literal[Pool, "both"]

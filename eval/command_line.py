@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from skipless.ssl import distributed
+from skipless.common import distributed
 
 T = TypeVar("T")
 

@@ -33,22 +33,22 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from skipless.datasets.boxes import BoxSet, folder_boxes
-from skipless.datasets.coco import coco20k, coco_boxes
-from skipless.datasets.official_counts import BOX_COUNTS, describe_split
-from skipless.datasets.voc import scenes_boxes, voc_boxes
+from skipless.common import distributed
+from skipless.common.files import write_result, write_text
+from skipless.common.pixels import resample
+from skipless.common.settings import plain
+from skipless.datasets.labels.boxes import BoxSet, folder_boxes
+from skipless.datasets.labels.coco import coco20k, coco_boxes
+from skipless.datasets.labels.counts import BOX_COUNTS, describe_split
+from skipless.datasets.labels.voc import scenes_boxes, voc_boxes
 from skipless.eval.backbones import Backbone, FeatureKind, Weights, load_backbone, pad_to_patch, untrained
 from skipless.eval.command_line import parse_settings, run
-from skipless.eval.discovery_report import draw, report
-from skipless.eval.discovery_scores import detections, graph_report, score
 from skipless.eval.features import data_sha256
-from skipless.eval.localization import Localization, lost, maskcut, tokencut
+from skipless.eval.objects.localization import Localization, lost, maskcut, tokencut
+from skipless.eval.objects.report import draw, report
+from skipless.eval.objects.scores import detections, graph_report, score
 from skipless.eval.results import keep_other_result, result_of
-from skipless.ssl import distributed
-from skipless.ssl.checkpoints import write_text
-from skipless.ssl.crops import resample
-from skipless.ssl.provenance import write_result
-from skipless.ssl.settings import plain
+from skipless.ssl.data.loader import leave_signals_to_main, loader_workers
 
 PICTURES = 12
 
@@ -296,9 +296,9 @@ def find_all(
     loader = DataLoader(
         _Pictures(images, size),
         batch_sampler=batches,
-        num_workers=distributed.loader_workers(settings.workers, backbone.model.pos_embed.device),
+        num_workers=loader_workers(settings.workers, backbone.model.pos_embed.device),
         collate_fn=list,
-        worker_init_fn=distributed.leave_signals_to_main,
+        worker_init_fn=leave_signals_to_main,
     )
     mine: list[dict[str, Any]] = []
     share = sum(map(len, batches))

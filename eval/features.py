@@ -30,11 +30,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from skipless.common.distributed import any_process, rank, world_size
+from skipless.common.files import write_atomically, write_text
+from skipless.common.pixels import center_crop, resample
 from skipless.datasets.images import UnreadableImage
 from skipless.eval.backbones import Backbone, FeatureKind
-from skipless.ssl.checkpoints import write_atomically, write_text
-from skipless.ssl.crops import center_crop, resample
-from skipless.ssl.distributed import any_process, leave_signals_to_main, rank, world_size
+from skipless.ssl.data.loader import leave_signals_to_main
 
 SHARD = 32  # images
 POOLED_SHARD = 256  # these are small

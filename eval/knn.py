@@ -19,6 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from skipless.common import distributed
+from skipless.common.files import write_result
+from skipless.common.settings import plain
 from skipless.eval.backbones import Precision, Weights, load_backbone, untrained
 from skipless.eval.classification import (
     DataSettings,
@@ -32,12 +35,10 @@ from skipless.eval.classification import (
 )
 from skipless.eval.command_line import join_list, parse_settings, run
 from skipless.eval.features import default_cache
-from skipless.eval.neighbours import nearest, require_faiss
+from skipless.eval.neighbors import nearest, require_faiss
 from skipless.eval.results import keep_other_result, result_of
 from skipless.eval.segmentation import choose_blocks
-from skipless.ssl import distributed
-from skipless.ssl.provenance import write_result
-from skipless.ssl.settings import plain
+from skipless.ssl.data.loader import loader_workers
 
 
 @dataclass
@@ -124,7 +125,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         backbone = untrained(backbone, settings.seed)
     backbone = backbone.to(device, settings.precision)
     warn_of_pool(backbone, settings.pool)
-    workers = distributed.loader_workers(settings.workers, device)
+    workers = loader_workers(settings.workers, device)
     choices = choose_blocks(settings.blocks, settings.every_block, backbone)
     train, val = open_labelled(settings.data)
     if max(settings.k) > len(train):

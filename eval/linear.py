@@ -34,7 +34,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from skipless.datasets.labelled import LabelledSet
+from skipless.common import distributed
+from skipless.common.files import write_atomically, write_result
+from skipless.common.pixels import crop_box, resample
+from skipless.common.settings import plain
+from skipless.datasets.labels.classes import LabelledSet
 from skipless.eval.backbones import Backbone, Precision, Weights, load_backbone, untrained
 from skipless.eval.classification import (
     DataSettings,
@@ -47,16 +51,12 @@ from skipless.eval.classification import (
     warn_of_pool,
 )
 from skipless.eval.command_line import join_list, parse_settings, run
+from skipless.eval.dense.quick import Heads
 from skipless.eval.features import data_sha256, default_cache
 from skipless.eval.results import INCIDENTAL, LATER, keep_other_result, result_of
 from skipless.eval.segmentation import choose_blocks
-from skipless.eval.segmentation_quick import Heads
-from skipless.ssl import distributed
-from skipless.ssl.checkpoints import write_atomically
-from skipless.ssl.crops import crop_box, resample
-from skipless.ssl.provenance import write_result
-from skipless.ssl.schedules import cosine
-from skipless.ssl.settings import plain
+from skipless.ssl.data.loader import leave_signals_to_main, loader_workers
+from skipless.ssl.optim.schedules import cosine
 
 HELD_OUT = 10000  # training images, at most
 
@@ -129,7 +129,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         backbone = untrained(backbone, settings.seed)
     backbone = backbone.to(device, settings.precision)
     warn_of_pool(backbone, settings.pool)
-    workers = distributed.loader_workers(settings.workers, device)
+    workers = loader_workers(settings.workers, device)
     by_default = settings.every_block and settings.blocks == "last4"
     choices = choose_blocks("last" if by_default else settings.blocks, settings.every_block, backbone)
     train, val = open_labelled(settings.data)
@@ -307,9 +307,9 @@ def train_on_random_crops(
             loader = DataLoader(
                 RandomCrops(train, size, settings.seed, epoch),
                 batch_sampler=[of_part for _, of_part, _ in parts],
-                num_workers=distributed.loader_workers(settings.workers, device),
+                num_workers=loader_workers(settings.workers, device),
                 collate_fn=list,
-                worker_init_fn=distributed.leave_signals_to_main,
+                worker_init_fn=leave_signals_to_main,
             )
             step = epoch * per_epoch
             for (of_step, _, ends_step), crops in zip(parts, loader, strict=True):

@@ -24,12 +24,12 @@ from scipy.linalg import orthogonal_procrustes
 from sklearn.decomposition import PCA
 from tqdm import tqdm
 
-from skipless.datasets.masks import read_values
+from skipless.common import distributed
+from skipless.datasets.labels.masks import read_values
 from skipless.eval.backbones import Weights, load_backbone
 from skipless.eval.command_line import join_list, parse_settings, run
-from skipless.eval.pictures import check_out, patch_features, pick_images, save_figure
+from skipless.eval.figures.pictures import check_out, patch_features, pick_images, save_figure
 from skipless.eval.segmentation import choose_blocks
-from skipless.ssl import distributed
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

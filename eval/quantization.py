@@ -36,6 +36,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from skipless.common import distributed
+from skipless.common.files import write_result
+from skipless.common.settings import plain
 from skipless.eval.backbones import Backbone, Weights, load_backbone
 from skipless.eval.classification import (
     DataSettings,
@@ -47,18 +50,16 @@ from skipless.eval.classification import (
     warn_of_pool,
 )
 from skipless.eval.command_line import parse_settings, run
+from skipless.eval.dense.quick import QuickSettings, quick
 from skipless.eval.features import default_cache
 from skipless.eval.knn import knn_predict
 from skipless.eval.metrics import drop_interval, miou_drop_interval, miou_interval, segmentation_scores
-from skipless.eval.neighbours import nearest, require_faiss
+from skipless.eval.neighbors import nearest, require_faiss
 from skipless.eval.results import keep_other_result, result_of
 from skipless.eval.segmentation import DATA
-from skipless.eval.segmentation_quick import QuickSettings, quick
-from skipless.ssl import distributed
-from skipless.ssl.conditioning import excess_kurtosis
-from skipless.ssl.crops import central_squares
-from skipless.ssl.provenance import write_result
-from skipless.ssl.settings import plain
+from skipless.ssl.data.loader import loader_workers
+from skipless.ssl.data.squares import central_squares
+from skipless.ssl.model.statistics import excess_kurtosis
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 # Bits of weights and of activations.
@@ -260,7 +261,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     require_faiss()
     backbone = load_backbone(settings.ckpt, settings.weights).to(device)
     warn_of_pool(backbone, settings.pool)
-    workers = distributed.loader_workers(settings.workers, device)
+    workers = loader_workers(settings.workers, device)
     train, val = open_labelled(settings.data)
     if settings.k > len(train):
         raise ValueError(f"k is {settings.k}, and {train.name} {train.split} has {len(train):,} images: give fewer")

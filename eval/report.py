@@ -24,6 +24,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from skipless.common import distributed
+from skipless.common.files import write_text
+from skipless.common.settings import plain
 from skipless.datasets.images import read_image
 from skipless.eval import classification, clustering, discovery, knn, linear, retrieval, segmentation
 from skipless.eval.backbones import (
@@ -37,14 +40,11 @@ from skipless.eval.backbones import (
 )
 from skipless.eval.classification import Pooling
 from skipless.eval.command_line import join_list, parse_settings, run
-from skipless.eval.pictures import pick_images
-from skipless.eval.report_page import write_page
-from skipless.eval.report_tables import latex_table, markdown_table, table_of
+from skipless.eval.dense.quick import QuickSettings
+from skipless.eval.figures.pictures import pick_images
+from skipless.eval.page.render import write_page
+from skipless.eval.page.tables import latex_table, markdown_table, table_of
 from skipless.eval.results import INCIDENTAL, LATER
-from skipless.eval.segmentation_quick import QuickSettings
-from skipless.ssl import distributed
-from skipless.ssl.checkpoints import write_text
-from skipless.ssl.settings import plain
 
 TASKS = ("knn", "linear", "segmentation", "retrieval", "clustering", "lost", "tokencut")
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from skipless.common import distributed
+from skipless.common.provenance import provenance
 from skipless.eval.backbones import Backbone
-from skipless.ssl import distributed
-from skipless.ssl.provenance import provenance
 
 # Settings that change nothing about a figure.
 INCIDENTAL = ("out", "cache", "device", "batch_size", "workers")

@@ -41,28 +41,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from skipless.datasets.masks import SegmentationSet
-from skipless.datasets.official_counts import COUNTS, describe_split
+from skipless.common import distributed
+from skipless.common.distributed import all_reduce_sum, gather_objects, rank, world_size
+from skipless.common.files import write_result
+from skipless.common.settings import plain
+from skipless.datasets.labels.counts import COUNTS, describe_split
+from skipless.datasets.labels.masks import SegmentationSet
 from skipless.eval.backbones import Precision, Weights, load_backbone, untrained
 from skipless.eval.command_line import parse_settings, run
+from skipless.eval.dense.quick import image_of_pair, label_shares, predict
+from skipless.eval.dense.report import PICTURES, draw, report
 from skipless.eval.features import Features, default_cache, extract
 from skipless.eval.metrics import confusion_matrix, image_counts, miou_interval, segmentation_scores
-from skipless.eval.neighbours import require_faiss, unit
+from skipless.eval.neighbors import require_faiss, unit
 from skipless.eval.results import keep_other_result, result_of
 from skipless.eval.segmentation import DATA, DataSettings, choose_blocks
-from skipless.eval.segmentation_quick import image_of_pair, label_shares, predict
-from skipless.eval.segmentation_report import PICTURES, draw, report
-from skipless.ssl import distributed
-from skipless.ssl.distributed import (
-    all_reduce_sum,
-    gather_objects,
-    leave_signals_to_main,
-    loader_workers,
-    rank,
-    world_size,
-)
-from skipless.ssl.provenance import write_result
-from skipless.ssl.settings import plain
+from skipless.ssl.data.loader import leave_signals_to_main, loader_workers
 
 PUBLISHED = ("size", "memory_size", "k", "temperature")  # settings that make another protocol when they are changed
 EXACT_ON_CPU = 1_000_000  # patches

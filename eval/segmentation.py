@@ -28,22 +28,23 @@ from typing import Any, Literal
 
 import numpy as np
 
-from skipless.datasets.ade20k import ade20k
-from skipless.datasets.coco import coco_stuff
-from skipless.datasets.masks import SegmentationSet
-from skipless.datasets.official_counts import COUNTS, describe_split
-from skipless.datasets.voc import scenes_segmentation, voc_segmentation
+from skipless.common import distributed
+from skipless.common.files import write_result
+from skipless.common.settings import flat, plain
+from skipless.datasets.labels.ade20k import ade20k
+from skipless.datasets.labels.coco import coco_stuff
+from skipless.datasets.labels.counts import COUNTS, describe_split
+from skipless.datasets.labels.masks import SegmentationSet
+from skipless.datasets.labels.voc import scenes_segmentation, voc_segmentation
 from skipless.eval.backbones import Backbone, Precision, Weights, load_backbone, untrained
 from skipless.eval.command_line import parse_settings, run
+from skipless.eval.dense.quick import QuickSettings, quick
+from skipless.eval.dense.report import PICTURES, draw, report
+from skipless.eval.dense.training import TrainingSettings, train_and_evaluate
 from skipless.eval.features import default_cache
 from skipless.eval.metrics import miou_interval, segmentation_scores
 from skipless.eval.results import keep_other_result, result_of
-from skipless.eval.segmentation_quick import QuickSettings, quick
-from skipless.eval.segmentation_report import PICTURES, draw, report
-from skipless.eval.segmentation_training import TrainingSettings, train_and_evaluate
-from skipless.ssl import distributed
-from skipless.ssl.provenance import write_result
-from skipless.ssl.settings import flat, plain
+from skipless.ssl.data.loader import loader_workers
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs" / "segmentation"
 
@@ -127,7 +128,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     if settings.untrained:
         backbone = untrained(backbone, settings.seed)
     backbone = backbone.to(device, settings.precision)
-    workers = distributed.loader_workers(settings.workers, device)
+    workers = loader_workers(settings.workers, device)
     choices = choose_blocks(settings.blocks, settings.every_block, backbone)
     data = settings.data
     train = DATA[data.name](data.root, data.train_split or _default_train_split(settings))

@@ -13,11 +13,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from skipless.common import distributed
 from skipless.eval.backbones import Weights, load_backbone
 from skipless.eval.command_line import join_list, parse_settings, run
-from skipless.eval.pictures import check_out, patch_features, pick_images, save_figure
+from skipless.eval.figures.pictures import check_out, patch_features, pick_images, save_figure
 from skipless.eval.segmentation import choose_blocks
-from skipless.ssl import distributed
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -22,15 +22,15 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from skipless.common.pixels import center_crop
 from skipless.datasets.images import open_images
 from skipless.datasets.scenes import write_scenes
 from skipless.eval.backbones import Backbone, load_backbone
 from skipless.eval.pca import pca_colours
 from skipless.eval.report import DiscoveryData, SegmentationData, Settings, make_report
-from skipless.ssl.checkpoints import export_backbone
-from skipless.ssl.crops import center_crop
-from skipless.ssl.job import whiten
 from skipless.ssl.pretrain import build_model, parse
+from skipless.ssl.run.checkpoints import export_backbone
+from skipless.ssl.run.job import whiten
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = 8

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from skipless.ssl.conditioning import effective_rank, mean_share
-from skipless.ssl.initialization import PRESETS, skipless_init_
-from skipless.ssl.optimizers import OptimizerSettings, make_optimizer, set_rates
-from skipless.ssl.provenance import provenance, write_result
-from skipless.ssl.schedules import cosine
-from skipless.ssl.vit import Mlp
+from skipless.common.files import write_result
+from skipless.common.provenance import provenance
+from skipless.ssl.model.initialization import PRESETS, skipless_init_
+from skipless.ssl.model.statistics import effective_rank, mean_share
+from skipless.ssl.model.vit import Mlp
+from skipless.ssl.optim.optimizers import OptimizerSettings, make_optimizer, set_rates
+from skipless.ssl.optim.schedules import cosine
 
 # Residual or not, and the skipless initialization's arguments (None: the usual one, normal with deviation 0.02).
 ARMS: dict[str, tuple[bool, dict[str, Any] | None]] = {
@@ -118,7 +119,7 @@ def bits_per_byte(model: nn.Module, text: Tensor, context: int) -> float:
 
 @torch.no_grad()
 def last_block(model: LanguageModel, text: Tensor, context: int) -> dict[str, float]:
-    """Mean share and effective rank of the last block's tokens (see skipless.ssl.conditioning)."""
+    """Mean share and effective rank of the last block's tokens (see skipless.ssl.model.statistics)."""
     tokens = model.tokens(text[: 32 * context].long().view(32, context))
     return {"mean_share": float(mean_share(tokens).mean()), "effective_rank": float(effective_rank(tokens).mean())}
 

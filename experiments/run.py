@@ -28,9 +28,9 @@ from typing import Any
 import matplotlib
 import yaml
 
-from skipless.ssl.checkpoints import write_text
-from skipless.ssl.conditioning import DEAD
-from skipless.ssl.provenance import provenance, write_result
+from skipless.common.files import write_result, write_text
+from skipless.common.provenance import provenance
+from skipless.ssl.model.statistics import DEAD
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from skipless.ssl.distributed import all_reduce_max, all_reduce_mean, all_reduce_sum
-from skipless.ssl.vit import VisionTransformer
+from skipless.common.distributed import all_reduce_max, all_reduce_mean, all_reduce_sum
+from skipless.ssl.model.vit import VisionTransformer
 
 Pool = Literal["cls", "mean"]
 

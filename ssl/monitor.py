@@ -9,12 +9,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from skipless.common.distributed import gather_objects, rank, world_size
+from skipless.common.pixels import center_crop, normalize
 from skipless.datasets.images import ImageSource, UnreadableImage, open_images
-from skipless.ssl.conditioning import DEAD, effective_rank, mean_share
-from skipless.ssl.crops import center_crop, normalize
+from skipless.ssl.data.loader import leave_signals_to_main
 from skipless.ssl.dino import Pool
-from skipless.ssl.distributed import gather_objects, leave_signals_to_main, rank, world_size
-from skipless.ssl.vit import VisionTransformer
+from skipless.ssl.model.statistics import DEAD, effective_rank, mean_share
+from skipless.ssl.model.vit import VisionTransformer
 
 
 @dataclass
@@ -31,7 +32,7 @@ class MonitorSettings:
     k: int = 20
     """Neighbours that vote, weighted by exp(cosine similarity / 0.07)."""
     conditioning: bool = False
-    """Log the conditioning of every block too (skipless.ssl.conditioning): entropy and diagonal dominance of attention,
+    """Log the conditioning of every block too (ssl/model/statistics.py): entropy and diagonal dominance of attention,
     singular values of W_V W_O, excess kurtosis. On 16 training images, in the same places; needs no labels."""
     max_images: int = 10000
     """At most so many images are used as neighbours, and as many are classified, evenly spread over the set."""

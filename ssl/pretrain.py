@@ -28,13 +28,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
+from skipless.common import distributed
+from skipless.common.files import write_text
+from skipless.common.pixels import normalize
+from skipless.common.precision import autocast, describe, has_bf16
+from skipless.common.provenance import provenance
+from skipless.common.settings import plain
 from skipless.datasets.images import ImageSource, open_images
-from skipless.ssl import distributed, sharding
-from skipless.ssl.attention import choose_backend
-from skipless.ssl.checkpoints import export_backbone, save_checkpoint, write_text
-from skipless.ssl.conditioning import cheap_conditioning
-from skipless.ssl.crops import CropDataset, collate, normalize, normalized_squares
-from skipless.ssl.device_crops import DeviceCropDataset, DeviceCrops, collate_images, crops_on_device, decodes_jpegs
+from skipless.ssl.config import Settings
+from skipless.ssl.data.crops import CropDataset, collate
+from skipless.ssl.data.device_crops import (
+    DeviceCropDataset,
+    DeviceCrops,
+    collate_images,
+    crops_on_device,
+    decodes_jpegs,
+)
+from skipless.ssl.data.loader import StepBatches, leave_signals_to_main, loader_workers
+from skipless.ssl.data.squares import normalized_squares
 from skipless.ssl.dino import (
     DINOHead,
     DINOLoss,
@@ -42,7 +53,14 @@ from skipless.ssl.dino import (
     make_teacher,
     update_teacher,
 )
-from skipless.ssl.job import (
+from skipless.ssl.model.attention import choose_backend
+from skipless.ssl.model.statistics import cheap_conditioning
+from skipless.ssl.monitor import describe_blocks, labelled_sets, measure_blocks
+from skipless.ssl.optim.optimizers import Optimizer, make_optimizer, set_rates
+from skipless.ssl.optim.schedules import Rates
+from skipless.ssl.run import sharding
+from skipless.ssl.run.checkpoints import export_backbone, save_checkpoint
+from skipless.ssl.run.job import (
     Interruption,
     build_backbone,
     check_run,
@@ -55,14 +73,8 @@ from skipless.ssl.job import (
     state_to_resume,
     whiten,
 )
-from skipless.ssl.logs import RunLog
-from skipless.ssl.meter import Meter
-from skipless.ssl.monitor import describe_blocks, labelled_sets, measure_blocks
-from skipless.ssl.optimizers import Optimizer, make_optimizer, set_rates
-from skipless.ssl.precision import autocast, describe, has_bf16
-from skipless.ssl.provenance import provenance
-from skipless.ssl.schedules import Rates
-from skipless.ssl.settings import Settings, plain
+from skipless.ssl.run.logging import RunLog
+from skipless.ssl.run.meter import Meter
 
 Logits = Callable[[Sequence[Tensor]], Tensor]
 
@@ -117,7 +129,7 @@ def pretrain(settings: Settings) -> Path:
 
     steps_per_epoch = len(images) // settings.batch_size
     total = settings.epochs * steps_per_epoch
-    workers = distributed.loader_workers(settings.data.workers, device)
+    workers = loader_workers(settings.data.workers, device)
     of_crops = torch.bfloat16 if bf16 and device.type == "cuda" else torch.float32
     loader, to_crops = make_loader(settings, images, device, of_crops, start, total)
     rates = Rates(settings, steps_per_epoch, total)
@@ -293,13 +305,11 @@ def make_loader(
         to_crops = DeviceCrops(dataset, device, dtype)
     loader = DataLoader(
         dataset,
-        batch_sampler=distributed.StepBatches(
-            len(images), settings.batch_size, settings.accumulate, settings.seed, start, total
-        ),
-        num_workers=distributed.loader_workers(settings.data.workers, device),
+        batch_sampler=StepBatches(len(images), settings.batch_size, settings.accumulate, settings.seed, start, total),
+        num_workers=loader_workers(settings.data.workers, device),
         collate_fn=collate_images if on_device else collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=distributed.leave_signals_to_main,
+        worker_init_fn=leave_signals_to_main,
     )
     return loader, to_crops
 

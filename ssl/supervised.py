@@ -32,13 +32,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
-from skipless.datasets.labelled import LabelledSet, SetName, open_splits
-from skipless.ssl import distributed
-from skipless.ssl.attention import choose_backend
-from skipless.ssl.checkpoints import export_backbone, save_checkpoint, write_text
-from skipless.ssl.classifier import Classifier, Pool, gather_into_cls_
-from skipless.ssl.crops import normalize
-from skipless.ssl.job import (
+from skipless.common import distributed
+from skipless.common.files import write_text
+from skipless.common.pixels import normalize
+from skipless.common.precision import autocast, describe, has_bf16
+from skipless.common.provenance import provenance
+from skipless.common.settings import plain
+from skipless.datasets.labels.classes import LabelledSet, SetName, open_splits
+from skipless.ssl.config import ModelSettings as BackboneSettings
+from skipless.ssl.data.augmentation import Augmentation, TrainingImages, ValidationImages, mixing
+from skipless.ssl.data.loader import StepBatches, leave_signals_to_main, loader_workers
+from skipless.ssl.model.attention import choose_backend
+from skipless.ssl.model.classifier import Classifier, Pool, gather_into_cls_
+from skipless.ssl.model.vit import VisionTransformer
+from skipless.ssl.optim.optimizers import Optimizer, OptimizerSettings, make_optimizer, set_rates
+from skipless.ssl.optim.schedules import cosine
+from skipless.ssl.run.checkpoints import export_backbone, save_checkpoint
+from skipless.ssl.run.job import (
     Interruption,
     build_backbone,
     check_run,
@@ -51,16 +61,8 @@ from skipless.ssl.job import (
     state_to_resume,
     whiten,
 )
-from skipless.ssl.logs import RunLog
-from skipless.ssl.meter import memory_gb, peak_flops
-from skipless.ssl.optimizers import Optimizer, OptimizerSettings, make_optimizer, set_rates
-from skipless.ssl.precision import autocast, describe, has_bf16
-from skipless.ssl.provenance import provenance
-from skipless.ssl.schedules import cosine
-from skipless.ssl.settings import ModelSettings as BackboneSettings
-from skipless.ssl.settings import plain
-from skipless.ssl.supervised_augmentation import Augmentation, TrainingImages, ValidationImages, mixing
-from skipless.ssl.vit import VisionTransformer
+from skipless.ssl.run.logging import RunLog
+from skipless.ssl.run.meter import memory_gb, peak_flops
 
 
 @dataclass
@@ -176,15 +178,13 @@ def train(settings: Settings) -> Path:
     steps_per_epoch = len(images) // settings.batch_size
     total = settings.epochs * steps_per_epoch
     peak, warmup = rates.lr * settings.batch_size / 256, round(rates.warmup_epochs * steps_per_epoch)
-    workers = distributed.loader_workers(settings.data.workers, device)
+    workers = loader_workers(settings.data.workers, device)
     loader = DataLoader(
         TrainingImages(images, augmentation, settings.seed),
-        batch_sampler=distributed.StepBatches(
-            len(images), settings.batch_size, settings.accumulate, settings.seed, start, total
-        ),
+        batch_sampler=StepBatches(len(images), settings.batch_size, settings.accumulate, settings.seed, start, total),
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=distributed.leave_signals_to_main,
+        worker_init_fn=leave_signals_to_main,
     )
     mix = mixing(augmentation, len(images.classes))
     first_process = distributed.rank() == 0
@@ -315,7 +315,7 @@ def validate(classifier: Classifier, images: LabelledSet, size: int, workers: in
     """
     device = classifier.head.weight.device
     mine = Subset(ValidationImages(images, size), range(distributed.rank(), len(images), distributed.world_size()))
-    loader = DataLoader(mine, batch_size=128, num_workers=workers, worker_init_fn=distributed.leave_signals_to_main)
+    loader = DataLoader(mine, batch_size=128, num_workers=workers, worker_init_fn=leave_signals_to_main)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     classifier.eval()
     for views, labels in loader:

@@ -185,7 +185,7 @@ def test_interrupted_a_real_run_leaves_a_checkpoint_and_is_taken_up_again(tmp_pa
 
 def test_published_experiments_name_flags_that_exist_and_go_together() -> None:
     from skipless.ssl import pretrain, supervised
-    from skipless.ssl.job import check_run
+    from skipless.ssl.run.job import check_run
 
     parse = {"ssl/pretrain.py": pretrain.parse, "ssl/supervised.py": supervised.parse}
     for path in sorted((ROOT / "experiments").glob("*.yaml")):

@@ -27,19 +27,25 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("datasets", "ssl", "eval", "configs")
 # A file may import from its own folder and from those to the left of it.
-IMPORT_ORDER = ("datasets", "ssl", "eval")
+IMPORT_ORDER = ("common", "datasets", "ssl", "eval")
 # Used where installed: every module of the package must import without them, and their names must stay free.
 OPTIONAL_MODULES = {"datasets", "faiss", "timm", "wandb", "xformers"}
 
 
+def place(folder: str) -> Path:
+    """`common/` is in the package itself; the others lie at the top, with links to them in it."""
+    return ROOT / "src/skipless/common" if folder == "common" else ROOT / folder
+
+
 def python_files(folder: str) -> list[Path]:
-    """All Python files below a top-level folder, sorted."""
-    return sorted((ROOT / folder).rglob("*.py"))
+    """All Python files of a part of the package, sorted."""
+    return sorted(place(folder).rglob("*.py"))
 
 
 def module_name(file: Path) -> str:
-    """`ssl/vit.py` -> `skipless.ssl.vit`."""
-    return ".".join(("skipless", *file.relative_to(ROOT).with_suffix("").parts))
+    """`ssl/model/vit.py` -> `skipless.ssl.model.vit`."""
+    start = ROOT / "src/skipless" if file.is_relative_to(ROOT / "src/skipless") else ROOT
+    return ".".join(("skipless", *file.relative_to(start).with_suffix("").parts))
 
 
 def pyproject() -> dict:
@@ -134,7 +140,9 @@ def imported_names(source: str) -> set[str]:
 def test_imports_are_absolute_and_run_one_way(folder: str) -> None:
     allowed = IMPORT_ORDER[: IMPORT_ORDER.index(folder) + 1]
     forbidden = {f"skipless.{other}" for other in IMPORT_ORDER if other not in allowed}
-    without_prefix = {module_name(file).removeprefix("skipless.") for other in FOLDERS for file in python_files(other)}
+    without_prefix = {
+        module_name(file).removeprefix("skipless.") for other in IMPORT_ORDER for file in python_files(other)
+    }
     wrong = []
     for file in python_files(folder):
         for name in imported_names(file.read_text()):
@@ -166,6 +174,7 @@ def test_wheel_holds_every_source_file_and_recipe(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     held = zipfile.ZipFile(wheel).namelist()
     expected = {"skipless/__init__.py", "skipless/py.typed"}
+    expected |= {f"skipless/common/{file.name}" for file in python_files("common")}
     for folder in FOLDERS:
         files = [*python_files(folder), *(ROOT / folder).rglob("*.yaml"), *(ROOT / folder).rglob("*.html")]
         expected |= {f"skipless/{file.relative_to(ROOT).as_posix()}" for file in files}

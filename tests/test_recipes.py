@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from skipless.ssl import supervised
-from skipless.ssl.initialization import PRESETS
-from skipless.ssl.optimizers import make_optimizer
+from skipless.ssl.config import initialization_of
+from skipless.ssl.model.initialization import PRESETS
+from skipless.ssl.optim.optimizers import make_optimizer
 from skipless.ssl.pretrain import Settings, build_model, parse
-from skipless.ssl.settings import initialization_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SUPERVISED = sorted(path.stem for path in CONFIGS.glob("supervised_*.yaml"))

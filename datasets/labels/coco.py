@@ -1,0 +1,222 @@
+"""COCO as its authors ship it: COCO-Stuff's masks, and boxes from any instances file.
+
+    coco_stuff("data/coco", "val", classes=27)
+    coco_boxes("data/coco/annotations/instances_val2017.json", "data/coco/val2017")
+    coco20k("data/coco", "coco_20k_filenames.txt")
+
+Sources: Lin et al., "Microsoft COCO: Common Objects in Context" (arXiv 1405.0312); Caesar et al., "COCO-Stuff: Thing
+and Stuff Classes in Context" (arXiv 1612.03716), whose release has the labels (labels.txt) and their hierarchy (figure
+2 of the paper, CocoStuffClasses.m).
+"""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pycocotools.coco import COCO
+
+from skipless.datasets.labels.boxes import BoxSet
+from skipless.datasets.labels.masks import VOID, SegmentationSet, distinct_colours, paired_names, read_names
+
+# Things by supercategory, in the order of their ids (1..91); "-" is one of the eleven ids that COCO has given up.
+_THINGS = {
+    "person": "person",
+    "vehicle": "bicycle, car, motorcycle, airplane, bus, train, truck, boat",
+    "outdoor": "traffic light, fire hydrant, -, stop sign, parking meter, bench",
+    "animal": "bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe",
+    "accessory": "-, backpack, umbrella, -, -, handbag, tie, suitcase",
+    "sports": (
+        "frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, "
+        "tennis racket"
+    ),
+    "kitchen": "bottle, -, wine glass, cup, fork, knife, spoon, bowl",
+    "food": "banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake",
+    "furniture": "chair, couch, potted plant, bed, -, dining table, -, -, toilet, -",
+    "electronic": "tv, laptop, mouse, remote, keyboard, cell phone",
+    "appliance": "microwave, oven, toaster, sink, refrigerator, -",
+    "indoor": "book, clock, vase, scissors, teddy bear, hair drier, toothbrush, -",
+}
+# Stuff by supercategory. Ids (92..182) go through all of it in alphabetical order.
+_STUFF = {
+    "ceiling": "ceiling-other, ceiling-tile",
+    "floor": "carpet, floor-marble, floor-other, floor-stone, floor-tile, floor-wood",
+    "food-stuff": "food-other, fruit, salad, vegetable",
+    "furniture-stuff": (
+        "cabinet, counter, cupboard, desk-stuff, door-stuff, furniture-other, light, mirror-stuff, shelf, stairs, table"
+    ),
+    "raw-material": "cardboard, metal, paper, plastic",
+    "textile": "banner, blanket, cloth, clothes, curtain, mat, napkin, pillow, rug, textile-other, towel",
+    "wall": "wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood",
+    "window": "window-blind, window-other",
+    "building": "bridge, building-other, house, roof, skyscraper, tent",
+    "ground": ("dirt, gravel, ground-other, mud, pavement, platform, playingfield, railroad, road, sand, snow"),
+    "plant": "branch, bush, flower, grass, leaves, moss, plant-other, straw, tree",
+    "sky": "clouds, sky-other",
+    "solid": "hill, mountain, rock, solid-other, stone, wood",
+    "structural": "cage, fence, net, railing, structural-other",
+    "water": "fog, river, sea, water-other, waterdrops",
+}
+COARSE = (
+    *("electronic", "appliance", "food", "furniture", "indoor", "kitchen"),  # things indoors
+    *("accessory", "animal", "outdoor", "person", "sports", "vehicle"),  # things outdoors
+    *_STUFF,  # indoors, then outdoors
+)
+"""The 27 supercategories of things and stuff, in the order of their labels."""
+
+
+def _members() -> list[tuple[str, str]]:
+    """Name and supercategory of ids 1..182; the name is "-" for ids that are not in use."""
+    things = [(name, parent) for parent, names in _THINGS.items() for name in names.split(", ")]
+    stuff = [(name, parent) for parent, names in _STUFF.items() for name in names.split(", ")]
+    return things + sorted(stuff)
+
+
+FINE = tuple(name for name, _ in _members() if name != "-")
+"""The 80 thing and 91 stuff classes, in the order of their ids."""
+
+
+def coco_stuff(root: str | Path, split: Literal["train", "val"], classes: Literal[27, 171]) -> SegmentationSet:
+    """COCO-Stuff on the images of 2017: train (118,287) or val (5,000); unlabelled pixels are void.
+
+    With 171 classes these are `FINE`, as in mmsegmentation. With 27 they are `COARSE`, in the order that unsupervised
+    segmentation has used since IIC (Ji et al., arXiv 1807.06653; also PiCIE and STEGO), so that confusion matrices can
+    be laid side by side; mIoU does not depend on it. (Those works score a curated part of val, not all of it.)
+
+    The release gives the pixel maps as PNG with category id - 1, 255 where unlabelled; stuffthingmaps_trainval2017.zip
+    unpacks to train2017/ and val2017/. Both splits are looked for in these places, the first that exists:
+        images: images/SPLIT2017/, SPLIT2017/
+        maps: annotations/SPLIT2017/ (the authors' instructions), stuffthingmaps/SPLIT2017/,
+            annotations/stuffthingmaps/SPLIT2017/, stuffthingmaps_trainval2017/SPLIT2017/,
+            annotations/stuffthingmaps_trainval2017/SPLIT2017/
+    Every image needs its map and every map its image. Files NAME_labelTrainIds.png, which mmsegmentation writes beside
+    the maps, are left out. The authors give colours to stuff only, so colours are `distinct_colours`.
+
+    Raises FileNotFoundError for a missing folder, image or map, ValueError for another split or number of classes.
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"COCO-Stuff has the splits train and val, not {split}")
+    if classes not in (27, 171):
+        raise ValueError(f"COCO-Stuff has 27 or 171 classes, not {classes}")
+    root, folder = Path(root).expanduser(), f"{split}2017"
+    images = _first_folder(root, "images", [f"images/{folder}", folder])
+    zipped = "stuffthingmaps_trainval2017"
+    places = ("annotations", "stuffthingmaps", "annotations/stuffthingmaps", zipped, f"annotations/{zipped}")
+    masks = _first_folder(root, "COCO-Stuff maps", [f"{place}/{folder}" for place in places])
+    names = tuple(name for name in paired_names(images, masks) if not name.endswith("_labelTrainIds"))
+
+    class_names = FINE if classes == 171 else COARSE
+    labels = np.full(256, -1, np.int16)
+    labels[VOID] = VOID
+    for value, (name, parent) in enumerate(_members()):
+        if name != "-":
+            labels[value] = class_names.index(name if classes == 171 else parent)
+    return SegmentationSet(
+        f"coco-stuff-{classes}",
+        split,
+        names,
+        tuple(images / f"{name}.jpg" for name in names),
+        tuple(masks / f"{name}.png" for name in names),
+        class_names,
+        distinct_colours(classes),
+        labels,
+    )
+
+
+def coco_boxes(annotations: str | Path, images: str | Path) -> BoxSet:
+    """Every image of an instances file with its boxes, in the order of ids. `images` is the folder of the image files.
+
+    Crowds (`iscrowd`) are left out; an image that has nothing else stays, without boxes. COCO's boxes (x, y, width,
+    height, in pixels from 0) become x, y, x + width, y + height, unrounded. `split` is the file's name without
+    "instances_".
+
+    Raises FileNotFoundError for a missing file, folder or image, ValueError for a damaged file.
+    """
+    annotations = Path(annotations).expanduser()
+    coco = _load(annotations)
+    split = annotations.stem.removeprefix("instances_")
+    return _select(coco, annotations, "coco", split, sorted(coco.imgs), Path(images).expanduser())
+
+
+def coco20k(root: str | Path, names_file: str | Path) -> BoxSet:
+    """COCO20k, on which LOST and TokenCut report: 19,817 images of train2014, in the order of the file that names them.
+
+    `names_file` is a list of image files or ids, one a line (train2014/COCO_train2014_000000560992.jpg in LOST's and
+    TokenCut's releases, datasets/coco_20k_filenames.txt; without folder, or 560992, is as good). `root` holds
+    annotations/instances_train2014.json, and images in train2014/ or images/train2014/. Boxes are as in `coco_boxes`,
+    but rounded to whole pixels as those releases do (ties to even).
+
+    Raises FileNotFoundError for a missing file, folder or image, ValueError for a damaged file and for a name that the
+    annotations do not know.
+    """
+    root, names_file = Path(root).expanduser(), Path(names_file).expanduser()
+    names = read_names(names_file)
+    images = _first_folder(root, "images", ["train2014", "images/train2014"])
+    annotations = root / "annotations" / "instances_train2014.json"
+    coco = _load(annotations)
+    ids: list[int] = []
+    for name in names:
+        file_name = name.rpartition("/")[2]
+        number = file_name.rpartition(".")[0].rpartition("_")[2] or file_name
+        known = coco.imgs.get(int(number)) if number.isdecimal() else None
+        if known is None or file_name not in (number, known["file_name"]):
+            raise ValueError(f"{names_file}: {name} is no image of {annotations}; check that both are of train2014")
+        ids.append(known["id"])
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"{names_file}: names {len(ids) - len(set(ids))} images more than once; each must occur once")
+    return _select(coco, annotations, "coco20k", "train2014", ids, images, rounded=True)
+
+
+def _first_folder(root: Path, what: str, places: list[str]) -> Path:
+    for place in places:
+        if (root / place).is_dir():
+            return root / place
+    raise FileNotFoundError(f"{root}: no folder of {what} there (looked for {', '.join(places)})")
+
+
+def _load(annotations: Path) -> COCO:
+    if not annotations.is_file():
+        raise FileNotFoundError(f"{annotations}: no such annotation file")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
+            coco = COCO(str(annotations))
+        if not coco.imgs or "annotations" not in coco.dataset:
+            raise ValueError("no images or no annotations in it")
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"{annotations}: cannot be read as COCO instances ({type(error).__name__}: {error}); give an instances file"
+        ) from error
+    return coco
+
+
+def _select(
+    coco: COCO, path: Path, name: str, split: str, ids: list[int], images: Path, rounded: bool = False
+) -> BoxSet:
+    boxes, categories = [], []
+    try:
+        files = [str(coco.imgs[number]["file_name"]) for number in ids]
+        for number in ids:
+            objects: list[dict[str, Any]] = [item for item in coco.imgToAnns[number] if not item.get("iscrowd", 0)]
+            sides = np.array([item["bbox"] for item in objects], np.float64).reshape(-1, 4)
+            if not (sides[:, 2:] >= 0).all():
+                raise ValueError(f"image {number} has a box of negative size")
+            corners = np.concatenate([sides[:, :2], sides[:, :2] + sides[:, 2:]], axis=1)
+            boxes.append(np.rint(corners) if rounded else corners)
+            categories.append(np.array([item["category_id"] for item in objects], np.int64))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: cannot be read as COCO instances ({type(error).__name__}: {error}); give an instances file"
+        ) from error
+    flags = tuple(np.zeros(len(of_image), bool) for of_image in boxes)
+    return BoxSet(
+        name,
+        split,
+        tuple(Path(file).stem for file in files),
+        tuple(images / file for file in files),
+        tuple(ids),
+        tuple(boxes),
+        tuple(categories),
+        flags,
+        flags,
+    )

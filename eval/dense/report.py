@@ -1,0 +1,90 @@
+"""Segmentation for people: the tables in Markdown and the sheet of pictures, for all its evaluations."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from skipless.common.files import write_atomically
+from skipless.datasets.labels.counts import describe_split
+from skipless.datasets.labels.masks import VOID, SegmentationSet
+from skipless.eval.command_line import label_row
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.patches import Patch
+
+PICTURES = 12
+
+
+def report(result: dict[str, Any], how: str, theirs: str = "recipe") -> str:
+    """The result in Markdown: the figure, what was measured and `how`, what was changed from `theirs`, blocks and
+    classes."""
+    details, checkpoint = result["details"], result["checkpoint"]
+    spread = ""
+    if details.get("interval_95"):
+        low, high = details["interval_95"]
+        spread = f" (95 % interval {100 * low:.1f} to {100 * high:.1f})"
+    elif details.get("std") is not None:
+        spread = f" (standard deviation {100 * details['std']:.1f})"
+    lines = [
+        f"**{result['protocol']}** {100 * result['value']:.1f} mIoU{spread}, "
+        f"{100 * details['pixel_accuracy']:.1f} % of pixels",
+        "",
+        f"{checkpoint['architecture']} ({checkpoint['path']}), blocks {', '.join(map(str, details['blocks']))}; "
+        f"{describe_split(result['dataset'], result['split'], result['images'])}; {how}; seed {result['seed']}; "
+        f"{result['seconds'] / 60:.1f} minutes on {result['hardware']}, {result['precision']}.",
+        "",
+    ]
+    if details["changed_settings"]:
+        pairs = "; ".join(
+            f"{name} {used} ({theirs}: {was})" for name, (was, used) in details["changed_settings"].items()
+        )
+        lines += [f"Changed, so not comparable with the protocol's figures: {pairs}.", ""]
+    if "every_block" in details:
+        lines += ["| block | mIoU | pixels |", "|---:|---:|---:|"]
+        for entry in details["every_block"]:
+            lines.append(f"| {entry['block']} | {100 * entry['miou']:.1f} | {100 * entry['pixel_accuracy']:.1f} |")
+        lines.append("")
+    of_block = f" of block {details['blocks'][0]}" if "every_block" in details else ""
+    empty = "; empty where a class is neither in truth nor in prediction" if None in details["iou"].values() else ""
+    lines += [f"IoU by class{of_block}{empty}:", ""]
+    columns = 4
+    cells = [f"{name} | {'' if iou is None else f'{100 * iou:.1f}'}" for name, iou in details["iou"].items()]
+    lines += ["| " + " | ".join(["class | IoU"] * columns) + " |", "|" + "---|---:|" * columns]
+    rows = -(-len(cells) // columns)
+    for row in range(rows):
+        lines.append("| " + " | ".join([*cells[row::rows], *[" | "] * columns][:columns]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(images: SegmentationSet, predictions: dict[int, np.ndarray], path: Path) -> None:
+    """A sheet of images, truths and predictions in the data set's colours; void is white."""
+    colours = np.full((256, 3), 255, np.uint8)
+    colours[: len(images.classes)] = images.colours
+    columns = min(4, len(predictions))
+    rows = -(-len(predictions) // columns)
+    figure, axes = plt.subplots(3 * rows, columns, figsize=(3 * columns, 6.6 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    seen: set[int] = set()
+    for place, (index, prediction) in enumerate(sorted(predictions.items())):
+        image, mask = images.read(index)
+        seen |= set(np.unique(mask)) | set(np.unique(prediction))
+        row, column = 3 * (place // columns), place % columns
+        extent = (0, image.shape[1], image.shape[0], 0)
+        for offset, picture in enumerate((image, colours[mask], colours[prediction])):
+            axis = axes[row + offset, column]
+            axis.imshow(picture, interpolation="nearest", extent=extent)
+            if column == 0:
+                label_row(axis, ("image", "truth", "prediction")[offset])
+        axes[row, column].set_title(images.names[index], fontsize=8, pad=2)
+    known = sorted(seen - {VOID})[:40]
+    handles = [Patch(color=colours[label] / 255, label=images.classes[label]) for label in known]
+    ncols = max(1, 2 * columns)
+    figure.legend(handles=handles, loc="lower center", ncols=ncols, fontsize=8, frameon=False)
+    bottom = (0.3 + 0.25 * -(-len(handles) // ncols)) / (6.6 * rows)
+    figure.tight_layout(pad=0.6, rect=(0.01, bottom, 1, 1))
+    write_atomically(path, lambda beside: figure.savefig(beside, dpi=100, format="png"))
+    plt.close(figure)

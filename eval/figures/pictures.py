@@ -1,0 +1,67 @@
+"""What figures of images share: which images, at which size the network sees them, how the file is written."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from skipless.common.files import write_atomically
+from skipless.common.pixels import resample
+from skipless.datasets.images import open_images, read_image
+from skipless.eval.backbones import Backbone
+
+ENDINGS = (".png", ".pdf", ".svg")
+
+
+def pick_images(path: str | Path, count: int) -> list[tuple[str, np.ndarray]]:
+    """Names and pixels uint8 [H, W, 3] of at most `count` images, evenly spread over a folder or zip archive, or of one
+    image file.
+
+    Raises:
+        ValueError, FileNotFoundError: no images there, or an unreadable one.
+    """
+    path = Path(path).expanduser()
+    if path.is_file() and path.suffix.lower() != ".zip":
+        return [(path.name, read_image(path))]
+    source = open_images(path)
+    rows = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int))
+    return [(Path(source.names[row]).name, source.read(int(row))) for row in rows.tolist()]
+
+
+def fit(picture: np.ndarray, size: int, patch: int) -> np.ndarray:
+    """A picture resized to a short side of about `size` pixels, its proportions kept up to the rounding of both sides
+    to multiples of the patch: uint8 [h * patch, w * patch, 3]."""
+    factor = size / min(picture.shape[:2])
+    height, width = (max(1, round(side * factor / patch)) * patch for side in picture.shape[:2])
+    return resample(picture, height, width)
+
+
+def patch_features(backbone: Backbone, picture: np.ndarray, size: int, blocks: Sequence[int]) -> list[np.ndarray]:
+    """float32 [h, w, D] by each block, final norm applied, of a picture resized by `fit`.
+
+    Raises:
+        ValueError: features that are NaN or infinite.
+    """
+    fed = backbone.normalize(fit(picture, size, backbone.patch)[None])
+    features = [f.patches[0].float().cpu().numpy() for f in backbone.features(fed, blocks)]
+    for block, of_block in zip(blocks, features, strict=True):
+        if not np.isfinite(of_block).all():
+            raise ValueError(f"features of block {block + 1} of {backbone.path} are NaN or infinite")
+    return features
+
+
+def check_out(out: str) -> Path:
+    """The path of a figure. Raises ValueError for another ending than .png, .pdf and .svg."""
+    path = Path(out).expanduser()
+    if path.suffix.lower() not in ENDINGS:
+        raise ValueError(f"out is {out}; it must end in {', '.join(ENDINGS)}")
+    return path
+
+
+def save_figure(figure: Any, out: Path) -> None:
+    """Write a matplotlib figure; the same figure is the same file (no date in it, and fixed names in SVG)."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(out.suffix.lower())
+    ending = out.suffix[1:].lower()
+    write_atomically(out, lambda beside: figure.savefig(beside, dpi=200, format=ending, metadata=metadata))

@@ -1,0 +1,286 @@
+"""The page of a report: one HTML file with everything in it.
+
+Figures come as a table and as curves over the blocks. What can be looked at is computed from the patch features of some
+images: PCA colours of every block, and codes from which the page computes the similarity of any patch to all others.
+A code is a patch's direction in the main subspace of its image's features, in 8-bit numbers; how many dimensions there
+are follows from the room in the page, and how closely they give the true cosines is measured and written on it.
+"""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jinja2
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from tqdm import tqdm
+
+from skipless.common.files import write_text
+from skipless.datasets.images import read_image
+from skipless.eval.backbones import Backbone
+from skipless.eval.figures.pictures import patch_features
+from skipless.eval.page.tables import Table, data_of
+from skipless.eval.pca import align, colours_of, pca_components
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+TEMPLATE = Path(__file__).resolve().parent / "template.html"
+# Tol's bright scheme: told apart by the colour-blind, on white and on black.
+COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377")
+MARKERS = "os^Dv"
+CODES = 6_500_000  # bytes of all codes together: a page of 16 images stays far below 15 MB
+MAX_BLOCKS = 12  # shown of each checkpoint, evenly spread
+MAX_PATCHES = 800  # an image
+INK = "#010203"  # stands for the page's text colour in plots
+
+
+def write_page(
+    path: Path,
+    table: Table,
+    results: dict[str, list[dict[str, Any]]],
+    backbones: dict[str, Backbone],
+    pictures: list[tuple[str, np.ndarray]],
+    size: int | None,
+    settings: dict[str, Any],
+) -> None:
+    """Write the page.
+
+    Args:
+        path: of the HTML file.
+        table: of the figures.
+        results: by checkpoint, as the evaluations write them, each with "pictures", the path of its sheet.
+        backbones: by checkpoint, on the device to use.
+        pictures: names and pixels of the images to look at.
+        size: their short side in pixels, see eval/report.py.
+        settings: of the run, to be shown.
+    """
+    look = looked_at(backbones, pictures, size)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(results)}
+    page = template.render(
+        table=table,
+        colours=colours,
+        architectures={name: backbone.architecture for name, backbone in backbones.items()},
+        plots=[
+            {"title": title, "svg": Markup(curves(series, metric, colours))}
+            for title, metric, series in by_block(results)
+        ],
+        look=Markup(json.dumps(look).replace("<", "\\u003c")),
+        pictures=[name for name, _ in pictures],
+        checkpoints=look["checkpoints"],
+        sheets=sheets(results),
+        runs=[
+            {
+                "name": name,
+                "protocol": result["protocol"],
+                "facts": {
+                    "checkpoint": f"{result['checkpoint']['path']} (sha256 {result['checkpoint']['sha256'][:16]}…)",
+                    "hardware": result["hardware"],
+                    "seconds": f"{result['seconds']:,.0f}",
+                    "seed": result["seed"],
+                    "commit": result["commit"],
+                    "versions": ", ".join(f"{k} {v}" for k, v in result["versions"].items()),
+                    "settings": json.dumps(result["settings"]),
+                },
+            }
+            for name, of_checkpoint in results.items()
+            for result in of_checkpoint
+        ],
+        settings=json.dumps(settings),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)
+
+
+def looked_at(
+    backbones: dict[str, Backbone], pictures: Sequence[tuple[str, np.ndarray]], size: int | None
+) -> dict[str, Any]:
+    """What the page's viewer shows, ready for JSON.
+
+    Returns:
+        {"images": [{"name", "width", "height", "source": JPEG as a data URL}],
+        "checkpoints": [{"name", "blocks": numbers from 1, "depth", "dims", "error", "grids": [image] -> [h, w],
+        "pca": [block][image] -> base64 of uint8 [h, w, 3], "codes": [block][image] -> base64 of int8 [h * w, dims]}]}
+    """
+    shown = {name: _spread(backbone.depth, MAX_BLOCKS) for name, backbone in backbones.items()}
+    features: dict[str, list[list[np.ndarray]]] = {}  # [checkpoint][image][block]
+    with tqdm(total=len(backbones) * len(pictures), desc="pictures", unit="image") as progress:
+        for name, backbone in backbones.items():
+            features[name] = []
+            for _, picture in pictures:
+                short_side = size or _short_side(backbone, picture)
+                features[name].append(patch_features(backbone, picture, short_side, shown[name]))
+                progress.update()
+    vectors = sum(f[0].shape[0] * f[0].shape[1] * len(f) for of_images in features.values() for f in of_images)
+    dims = max(4, CODES // vectors)
+    checkpoints = []
+    reference: list[list[np.ndarray]] = []  # components of the first checkpoint, [block][image]
+    for name in backbones:
+        by_block = [[of_image[i] for of_image in features[name]] for i in range(len(shown[name]))]
+        components = aligned_components(by_block, reference)
+        reference = reference or components
+        codes = [[similarity_codes(f, dims) for f in of_block] for of_block in by_block]
+        checkpoints.append(
+            {
+                "name": name,
+                "blocks": [block + 1 for block in shown[name]],
+                "depth": backbones[name].depth,
+                "dims": codes[0][0][0].shape[-1],
+                "error": max(error for of_block in codes for _, error in of_block),
+                "grids": [list(f.shape[:2]) for f in by_block[0]],
+                "pca": [
+                    [_base64((255 * colours).round().astype(np.uint8)) for colours in colours_of(of_block)]
+                    for of_block in components
+                ],
+                "codes": [[_base64(code) for code, _ in of_block] for of_block in codes],
+            }
+        )
+    images = [
+        {"name": name, "width": p.shape[1], "height": p.shape[0], "source": _picture_url(p, 320, 80)}
+        for name, p in pictures
+    ]
+    return {"images": images, "checkpoints": checkpoints}
+
+
+def aligned_components(features: list[list[np.ndarray]], reference: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
+    """PCA components of each block, jointly over the images, turned so that colours stay what they are from block to
+    block and, with those of another checkpoint as `reference`, from checkpoint to checkpoint.
+
+    Args:
+        features: [block][image] -> [h, w, D].
+        reference: [block][image] -> [h, w, 3] of another checkpoint, at other depths maybe; [] for none.
+
+    Returns:
+        [block][image] -> [h, w, 3].
+    """
+    components = [pca_components(of_block) for of_block in features]
+    last = len(components) - 1
+    for block in range(last, -1, -1):
+        if reference:
+            at = round(block * (len(reference) - 1) / max(last, 1))
+            components[block] = align(components[block], reference[at])
+        elif block < last:
+            components[block] = align(components[block], components[block + 1])
+    return components
+
+
+def similarity_codes(features: np.ndarray, dims: int) -> tuple[np.ndarray, float]:
+    """Short codes whose cosine is close to that of the features.
+
+    The unit vectors of an image's patches are projected on the `dims` main directions of their second moments (the best
+    there are for inner products, by Eckart and Young), and brought back to length 1.
+
+    Args:
+        features: [h, w, D].
+
+    Returns:
+        int8 [h * w, min(dims, D)], 127 for 1; and the root mean square difference of their cosines to the true ones.
+    """
+    x = features.reshape(-1, features.shape[-1]).astype(np.float64)
+    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    _, directions = np.linalg.eigh(x.T @ x)
+    codes = x @ directions[:, ::-1][:, :dims]
+    codes /= np.maximum(np.linalg.norm(codes, axis=1, keepdims=True), 1e-12)
+    quantised = (127 * codes).round().astype(np.int8)
+    y = quantised / 127.0
+    return quantised, float(np.sqrt(np.mean((y @ y.T - x @ x.T) ** 2)))
+
+
+def by_block(
+    results: dict[str, list[dict[str, Any]]],
+) -> list[tuple[str, str, dict[str, list[dict[str, Any]]]]]:
+    """(title, metric, entries by checkpoint) of every protocol and data set that was measured in each block."""
+    found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for name, of_checkpoint in results.items():
+        for result in of_checkpoint:
+            entries = [
+                {
+                    "block": entry["block"],
+                    "value": entry.get("top1", entry.get("miou", entry.get("value"))),
+                    "interval": entry.get("interval_95"),
+                }
+                for entry in result["details"].get("every_block", [])
+            ]
+            if entries and all(entry["value"] is not None for entry in entries):
+                title = f"{result['protocol']}: {data_of(result)}"
+                found.setdefault((title, result["metric"]), {})[name] = entries
+    return [(title, metric, series) for (title, metric), series in found.items()]
+
+
+def curves(series: dict[str, list[dict[str, Any]]], metric: str, colours: dict[str, str]) -> str:
+    """An SVG of a metric over the blocks, a line for each checkpoint, in the page's text colour and font."""
+    style: Any = {
+        "svg.fonttype": "none", "svg.hashsalt": "skipless", "font.family": "sans-serif", "font.size": 9,
+        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+        "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "none", "axes.facecolor": "none",
+    }  # fmt: skip
+    with matplotlib.rc_context(style):
+        names = list(colours)
+        figure, axis = plt.subplots(figsize=(4.6, 3.0), layout="constrained")
+        for name, entries in series.items():
+            x = [entry["block"] for entry in entries]
+            marker = MARKERS[names.index(name) % len(MARKERS)]
+            axis.plot(
+                x, [100 * e["value"] for e in entries], color=colours[name], marker=marker, markersize=4,
+                linewidth=1.5, label=name.replace("$", r"\$"),
+            )  # fmt: skip
+            if all(entry["interval"] for entry in entries):
+                low, high = zip(*(entry["interval"] for entry in entries), strict=True)
+                axis.fill_between(
+                    x, [100 * v for v in low], [100 * v for v in high], color=colours[name], alpha=0.15, linewidth=0
+                )
+        axis.set(xlabel="block", ylabel=f"{metric}, %")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.25, linewidth=0.5)
+        axis.legend(frameon=False, fontsize=8)
+        written = io.StringIO()
+        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+    svg = written.getvalue()
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+
+
+def sheets(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
+    """The sheets of pictures that segmentation and discovery left."""
+    return [
+        {"name": name, "protocol": result["protocol"], "source": _picture_url(read_image(result["pictures"]), 1000, 60)}
+        for task in ("segmentation", "discovery")
+        for name, of_checkpoint in results.items()
+        for result in of_checkpoint
+        if result["task"] == task and Path(result["pictures"]).exists()
+    ]
+
+
+def _short_side(backbone: Backbone, picture: np.ndarray) -> int:
+    """1.5 times the training size, unless that is beyond MAX_PATCHES."""
+    height, width = picture.shape[:2]
+    ratio = max(height, width) / min(height, width)
+    most = backbone.patch * math.sqrt(MAX_PATCHES / ratio)
+    return max(backbone.patch, int(min(1.5 * backbone.model.architecture["image_size"], most)))
+
+
+def _spread(count: int, most: int) -> list[int]:
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
+
+
+def _base64(array: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+
+
+def _picture_url(picture: np.ndarray, width: int, quality: int) -> str:
+    """A data URL of a picture as JPEG, at most `width` pixels wide."""
+    if picture.shape[1] > width:
+        size = (width, max(1, round(picture.shape[0] * width / picture.shape[1])))
+        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    written, data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert written
+    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()

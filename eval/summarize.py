@@ -1,0 +1,113 @@
+"""One table and one result file from the logs of finished pretraining runs.
+
+    python eval/summarize.py runs/residual runs/skipless --out results/imagenette_cpu
+
+writes results/imagenette_cpu.json (for machines) and results/imagenette_cpu.md (for people): what the k-NN monitor
+measured in every block before and after training, on which hardware, in how much time.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from skipless.common.files import write_result
+from skipless.datasets.storage.names import dataset_name
+
+NAMES = {"knn": "k-NN top-1, %", "mean_share": "mean share", "effective_rank": "effective rank"}
+
+
+def summarize(runs: list[Path]) -> list[dict[str, Any]]:
+    """A result for each run: its settings and provenance, and what the monitor measured before and after training.
+
+    Raises:
+        ValueError: a folder that is no finished run, or one that was not monitored.
+    """
+    results = []
+    for run in runs:
+        if not (run / "backbone.json").exists():
+            raise ValueError(f"{run} is no finished pretraining run: it has no backbone.json")
+        about = json.loads((run / "backbone.json").read_text())
+        entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        measured = [entry for entry in entries if "monitor/knn" in entry]
+        if not measured:
+            raise ValueError(f"{run} was not monitored: its images had no class folders, or the monitor was off")
+        if measured[-1]["step"] != about["step"]:
+            raise ValueError(f"{run} was last measured at step {measured[-1]['step']}, not at its end, {about['step']}")
+        curve = [
+            {"epoch": m["epoch"], "knn": m["monitor/knn"][-1], "best_knn": max(m["monitor/knn"])} for m in measured
+        ]
+        states = {
+            when: {name: entry[f"monitor/{name}"] for name in NAMES}
+            for when, entry in (("untrained", measured[0]), ("trained", measured[-1]))
+        }
+        settings = about.pop("settings")
+        path = Path(settings["data"]["path"]).resolve()
+        # Names, not places: a result must read the same on every machine.
+        settings["data"]["path"], settings["out"] = "/".join(path.parts[-2:]), run.name
+        results.append(
+            {
+                "task": "pretraining",
+                "protocol": f"knn-monitor/{settings['monitor']['k']}-nn-{about['pool']}",
+                "dataset": dataset_name(path),
+                "metric": "top-1",
+                "value": states["trained"]["knn"][-1],
+                "name": run.name,
+                "details": {**states, "curve": curve, "final_loss": [e["loss"] for e in entries if "loss" in e][-1]},
+                "settings": settings,
+                "seed": settings["seed"],
+                **about,
+            }
+        )
+    return results
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results as Markdown: a line for each run, then every block of each."""
+    lines = [
+        "| run | k-NN untrained | k-NN trained, last block | best block | loss | minutes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        before, after = (result["details"][when]["knn"] for when in ("untrained", "trained"))
+        best = max(range(len(after)), key=after.__getitem__)
+        lines.append(
+            f"| {result['name']} | {100 * before[-1]:.1f} "
+            f"| {100 * after[-1]:.1f} ({100 * (after[-1] - before[-1]):+.1f}) "
+            f"| {100 * after[best]:.1f} (block {best + 1}) | {result['details']['final_loss']:.3f} "
+            f"| {result['seconds'] / 60:.1f} |"
+        )
+    depth = max(len(result["details"]["trained"]["knn"]) for result in results)
+    lines += ["", "By block, untrained -> trained:", ""]
+    lines += ["| run | | " + " | ".join(str(i + 1) for i in range(depth)) + " |", "|---|---|" + "---|" * depth]
+    for result in results:
+        for name, title in NAMES.items():
+            digits, factor = {"knn": (1, 100), "mean_share": (2, 1), "effective_rank": (1, 1)}[name]
+            before, after = (result["details"][when][name] for when in ("untrained", "trained"))
+            cells = [f"{factor * b:.{digits}f} -> {factor * a:.{digits}f}" for b, a in zip(before, after, strict=True)]
+            lines.append(f"| {result['name']} | {title} | " + " | ".join(cells) + " |")
+    facts = ("protocol", "hardware", "processes", "seed", "commit")
+    lines += ["", "; ".join(f"{fact}: {', '.join(sorted({str(r[fact]) for r in results}))}" for fact in facts) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Command line: see the docstring of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="Folders of finished runs.")
+    parser.add_argument("--out", type=Path, help="Where to write the result, without its ending; by default nowhere.")
+    arguments = parser.parse_args()
+    try:
+        results = summarize(arguments.runs)
+        text = table(results)
+        if arguments.out:
+            write_result(arguments.out, results, text)
+        print(text, end="")
+    except (ValueError, OSError) as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Files that appear whole or not at all, and results for machines and for people."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, bring it to the disk, and rename it to `path`."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def write_result(out: Path, result: Any, text: str) -> None:
+    """Write a result for machines, `out`.json, and for people, `out`.md."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(Path(f"{out}.json"), json.dumps(result, indent=1) + "\n")
+    write_text(Path(f"{out}.md"), text)

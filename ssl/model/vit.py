@@ -1,0 +1,342 @@
+"""The Vision Transformer, with skip connections or without: one class, one switch.
+
+    residual                              skipless (arXiv 2510.00345)
+    x <- x + attention(norm1(x))          x <- attention(norm1(x))
+    x <- x + mlp(norm2(x))                x <- mlp(norm2(x))
+
+Nothing else differs, so both have the same parameters under the same names (DINO's and timm's). A skipless model is
+trainable only from the initialization in `skipless.ssl.model.initialization`.
+
+Crops of different sizes go through every token-wise layer as one packed sequence [T, D]; attention alone knows where
+one crop ends and the next begins.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from skipless.common.precision import for_checkpoint
+from skipless.ssl.model.attention import Backend, Groups, attention, choose_backend
+
+Kind = Literal["tokens", "keys", "queries", "values"]
+
+# dim, depth, heads of the usual sizes: DeiT (tiny), ViT (small to huge), Zhai et al. 2022 (giant).
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"dim": 192, "depth": 12, "heads": 3},
+    "small": {"dim": 384, "depth": 12, "heads": 6},
+    "base": {"dim": 768, "depth": 12, "heads": 12},
+    "large": {"dim": 1024, "depth": 24, "heads": 16},
+    "huge": {"dim": 1280, "depth": 32, "heads": 16},
+    "giant": {"dim": 1408, "depth": 40, "heads": 16, "mlp_ratio": 48 / 11},
+}
+
+
+class BlockFeatures(NamedTuple):
+    """What one block says about a batch of images."""
+
+    patches: Tensor  # [B, h, w, D]
+    cls: Tensor  # [B, D]
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, dim: int, patch: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch, patch)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, h * w, D], rows first."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.num_heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [T, heads, d_h] of packed tokens [T, D]."""
+        q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        return q, k, v
+
+    def forward(self, x: Tensor, groups: Groups, backend: Literal["xformers", "sdpa"]) -> Tensor:
+        return self.proj(attention(*self.split(x), groups, backend))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int, init: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: float,
+        residual: bool,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.residual = residual
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, round(dim * mlp_ratio))
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+
+    def forward(self, x: Tensor, groups: Groups, backend: Literal["xformers", "sdpa"]) -> Tensor:
+        if not self.residual:
+            x = self.attn(self.norm1(x), groups, backend)
+            return self.mlp(self.norm2(x))
+        x = x + self._drop(self.ls1(self.attn(self.norm1(x), groups, backend)), groups)
+        return x + self._drop(self.ls2(self.mlp(self.norm2(x))), groups)
+
+    def _drop(self, x: Tensor, groups: Groups) -> Tensor:
+        """Stochastic depth (arXiv 1603.09382): a whole crop's branch is dropped, the others are scaled up."""
+        if not self.training or self.drop_path == 0:
+            return x
+        keep = 1 - self.drop_path
+        masks = [x.new_empty(b, 1).bernoulli_(keep).expand(b, length).flatten() for b, length in groups]
+        return x * (torch.cat(masks) / keep)[:, None]
+
+
+class VisionTransformer(nn.Module):
+    """A pre-norm Vision Transformer (arXiv 2010.11929), residual or skipless.
+
+    Args:
+        dim, depth, heads: width of a token, number of blocks, attention heads per block.
+        patch: side of a patch in pixels.
+        residual: with skip connections (True) or without (False).
+        registers: register tokens (arXiv 2309.16588), placed after CLS and without positions, as in DINOv2.
+        layer_scale: initial value of DINOv2's per-channel branch scale; None for none. Residual models only.
+        drop_path: rate of stochastic depth in the last block, growing linearly from 0. Residual models only.
+        mlp_ratio: hidden width of the MLP over `dim`.
+        image_size: side in pixels of the square grid whose positions are parameters. Other sizes get interpolated
+            positions: bicubic, not antialiased, with DINO's scale factor ((h + 0.1) / n, (w + 0.1) / n) used as given.
+        position_offset, position_antialias: 0.1 and False are DINO's way, and that of DINOv2 without registers;
+            0.0 and True that of DINOv2 with registers, which interpolates to the exact size.
+        attention: "auto", "xformers" or "sdpa", see `skipless.ssl.model.attention`.
+        checkpoint_activations: recompute each block in the backward pass: a third more time, much less memory.
+
+    Raises:
+        ValueError: a setting that contradicts another one, naming both.
+
+    Example:
+        >>> model = VisionTransformer(dim=64, depth=2, heads=2, patch=8, residual=False, image_size=32)
+        >>> [x.shape for x in model([torch.rand(2, 3, 32, 32), torch.rand(4, 3, 16, 16)])]
+        [torch.Size([2, 17, 64]), torch.Size([4, 5, 64])]
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        patch: int = 16,
+        residual: bool = True,
+        registers: int = 0,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        mlp_ratio: float = 4.0,
+        image_size: int = 224,
+        position_offset: float = 0.1,
+        position_antialias: bool = False,
+        attention: Backend = "auto",
+        checkpoint_activations: bool = False,
+    ):
+        super().__init__()
+        for name, value in (("dim", dim), ("depth", depth), ("heads", heads), ("patch", patch)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if dim % heads:
+            raise ValueError(f"dim {dim} is not divisible by heads {heads}; every head needs dim / heads channels")
+        if image_size < patch or image_size % patch:
+            raise ValueError(f"image_size {image_size} is not a multiple of patch {patch}")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path is {drop_path}; it must be in [0, 1)")
+        if not residual and (layer_scale is not None or drop_path > 0):
+            raise ValueError(
+                "layer_scale and drop_path act on the branch beside a skip connection, and residual=False has none; "
+                f"layer_scale is {layer_scale} and drop_path {drop_path:g}: leave them out"
+            )
+        self.architecture: dict[str, Any] = {
+            "dim": dim, "depth": depth, "heads": heads, "patch": patch, "residual": residual, "registers": registers,
+            "layer_scale": layer_scale, "drop_path": drop_path, "mlp_ratio": mlp_ratio, "image_size": image_size,
+            "position_offset": position_offset, "position_antialias": position_antialias,
+        }  # fmt: skip
+        self.dim, self.depth, self.patch, self.registers = dim, depth, patch, registers
+        self.position_offset, self.position_antialias = position_offset, position_antialias
+        self.attention: Backend = attention
+        self.checkpoint_activations = checkpoint_activations
+
+        self.patch_embed = PatchEmbed(dim, patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch) ** 2, dim))
+        if registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, registers, dim))
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, residual, layer_scale, rate) for rate in rates)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+        for name, parameter in self.named_parameters():  # as in DINO; torch's own default for the patch embedding
+            if name.endswith(("cls_token", "pos_embed", "register_tokens")) or (
+                parameter.ndim == 2 and not name.startswith("patch_embed")
+            ):
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif name.startswith("blocks") and name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """Position embeddings [h * w, D] of an h x w grid of patches, rows first; see `image_size` in the class."""
+        patches = self.pos_embed[0, 1:]
+        n = round(patches.shape[0] ** 0.5)
+        if (h, w) == (n, n):
+            return patches
+        grid = patches.unflatten(0, (n, n)).permute(2, 0, 1)[None].float()
+        size: dict[str, Any] = {"size": (h, w)}
+        if self.position_offset:
+            size = {"scale_factor": ((h + self.position_offset) / n, (w + self.position_offset) / n)}
+        grid = F.interpolate(grid, mode="bicubic", antialias=self.position_antialias, **size)
+        return grid[0].flatten(1).T.to(patches.dtype)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> tokens [B, 1 + R + h * w, D]: CLS, registers, patches."""
+        b, _, height, width = images.shape
+        if height % self.patch or width % self.patch or not height or not width:
+            raise ValueError(
+                f"images of {height} x {width} pixels cannot be cut into patches of {self.patch}; pad first"
+            )
+        patches = self.patch_embed(images) + self.positions(height // self.patch, width // self.patch)
+        tokens = [(self.cls_token + self.pos_embed[:, :1]).expand(b, -1, -1), patches]
+        if self.registers:
+            tokens.insert(1, self.register_tokens.expand(b, -1, -1))
+        return torch.cat([t.to(patches.dtype) for t in tokens], dim=1)
+
+    def flops(self, height: int, width: int) -> float:
+        """Floating-point operations of the forward pass of one image: matrix products only, an addition is one."""
+        patches = (height // self.patch) * (width // self.patch)
+        tokens = 1 + self.registers + patches
+        weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2)
+        attention = 4 * tokens**2 * self.dim * self.depth
+        return 2 * weights * tokens + attention + 2 * 3 * self.patch**2 * self.dim * patches
+
+    def forward(self, crops: Sequence[Tensor]) -> list[Tensor]:
+        """Tokens of a list of batches, one for each crop size, in one pass.
+
+        Args:
+            crops: tensors [B_i, 3, H_i, W_i]; height and width multiples of the patch.
+
+        Returns:
+            Tensors [B_i, 1 + R + N_i, D] after the final norm; token 0 is CLS, the last N_i are patches, rows first.
+        """
+        if isinstance(crops, Tensor):
+            raise TypeError("forward takes a list of batches, one for each crop size: model([images])")
+        backend, _ = choose_backend(crops[0].device, self.attention)
+        embedded = [self._embed(images) for images in crops]
+        groups = tuple((t.shape[0], t.shape[1]) for t in embedded)
+        x = torch.cat([t.flatten(0, 1) for t in embedded])
+        again: dict[str, Any] = {} if x.is_cuda else {"context_fn": for_checkpoint}
+        for block in self.blocks:
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(block, x, groups, backend, use_reentrant=False, **again)
+            else:
+                x = block(x, groups, backend)
+        x = self.norm(x)
+        split = x.split([b * length for b, length in groups])
+        return [t.unflatten(0, group) for t, group in zip(split, groups, strict=True)]
+
+    def features(
+        self, images: Tensor, blocks: Sequence[int] = (-1,), kind: Kind = "tokens", norm: bool = True
+    ) -> list[BlockFeatures]:
+        """Patch grids and CLS of any blocks, in one pass.
+
+        Args:
+            images: [B, 3, H, W], height and width multiples of the patch.
+            blocks: which blocks, from 0; negative ones count from the end.
+            kind: the block's output tokens, or the keys, queries or values (heads concatenated) of its attention.
+            norm: apply the model's final norm to output tokens (it never applies to keys, queries and values).
+
+        Returns:
+            One `BlockFeatures(patches [B, h, w, D], cls [B, D])` for each entry of `blocks`, in that order.
+
+        Raises:
+            ValueError: an unknown kind, or a block that the model does not have.
+        """
+        if kind not in ("tokens", "keys", "queries", "values"):
+            raise ValueError(f"kind is {kind!r}; choose tokens, keys, queries or values")
+        for wanted in blocks:
+            if not -self.depth <= wanted < self.depth:
+                raise ValueError(f"block {wanted} does not exist: this model has blocks 0 to {self.depth - 1}")
+        wanted_blocks = [b % self.depth for b in blocks]
+        backend, _ = choose_backend(images.device, self.attention)
+        x = self._embed(images)
+        groups = ((x.shape[0], x.shape[1]),)
+        grid = (images.shape[2] // self.patch, images.shape[3] // self.patch)
+        x = x.flatten(0, 1)
+        found: dict[int, BlockFeatures] = {}
+        for number, block in enumerate(self.blocks[: max(wanted_blocks, default=-1) + 1]):
+            assert isinstance(block, Block)
+            if number in wanted_blocks and kind != "tokens":
+                q, k, v = block.attn.split(block.norm1(x))
+                found[number] = self._grid({"queries": q, "keys": k, "values": v}[kind].flatten(1), groups, grid)
+            x = block(x, groups, backend)
+            if number in wanted_blocks and kind == "tokens":
+                found[number] = self._grid(self.norm(x) if norm else x, groups, grid)
+        return [found[number] for number in wanted_blocks]
+
+    def _grid(self, x: Tensor, groups: Groups, grid: tuple[int, int]) -> BlockFeatures:
+        tokens = x.unflatten(0, groups[0])
+        return BlockFeatures(tokens[:, 1 + self.registers :].unflatten(1, grid), tokens[:, 0])
+
+
+def vit_tiny(patch: int = 16, residual: bool = True, **kwargs: Any) -> VisionTransformer:
+    """ViT-Ti: 192 wide, 12 blocks, 3 heads, 5.5 M parameters."""
+    return VisionTransformer(**(SIZES["tiny"] | {"patch": patch, "residual": residual} | kwargs))
+
+
+def vit_small(patch: int = 16, residual: bool = True, **kwargs: Any) -> VisionTransformer:
+    """ViT-S: 384 wide, 12 blocks, 6 heads, 22 M parameters."""
+    return VisionTransformer(**(SIZES["small"] | {"patch": patch, "residual": residual} | kwargs))
+
+
+def vit_base(patch: int = 16, residual: bool = True, **kwargs: Any) -> VisionTransformer:
+    """ViT-B: 768 wide, 12 blocks, 12 heads, 86 M parameters."""
+    return VisionTransformer(**(SIZES["base"] | {"patch": patch, "residual": residual} | kwargs))
+
+
+def vit_large(patch: int = 16, residual: bool = True, **kwargs: Any) -> VisionTransformer:
+    """ViT-L: 1,024 wide, 24 blocks, 16 heads, 303 M parameters."""
+    return VisionTransformer(**(SIZES["large"] | {"patch": patch, "residual": residual} | kwargs))
+
+
+def vit_huge(patch: int = 16, residual: bool = True, **kwargs: Any) -> VisionTransformer:
+    """ViT-H: 1,280 wide, 32 blocks, 16 heads, 631 M parameters."""
+    return VisionTransformer(**(SIZES["huge"] | {"patch": patch, "residual": residual} | kwargs))
+
+
+def vit_giant(patch: int = 16, residual: bool = True, **kwargs: Any) -> VisionTransformer:
+    """ViT-g: 1,408 wide, 40 blocks, 16 heads, MLP ratio 48 / 11, 1.0 G parameters (arXiv 2106.04560)."""
+    return VisionTransformer(**(SIZES["giant"] | {"patch": patch, "residual": residual} | kwargs))

@@ -1,0 +1,353 @@
+"""Unsupervised segmentation: components, k-means, matching, and the command as a user runs it."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
+
+from skipless.datasets.labels.masks import VOID
+from skipless.eval.clustering import (
+    cluster_confusion,
+    evaluate,
+    kmeans,
+    main,
+    match_clusters,
+    merge_clusters,
+    parse,
+    sample_grid,
+    standardised_components,
+)
+from skipless.ssl.model.vit import VisionTransformer
+
+ROOT = Path(__file__).parent.parent.parent
+DATA = os.environ.get("SKIPLESS_TEST_DATA")
+COLOUR_OF = np.array([(30, 30, 200), (210, 40, 40), (40, 200, 60)], np.uint8)
+NAMES = ("background", "disc", "star")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layout of scenes, 6 pictures of 64 x 64: blocks of three colours, each a class."""
+    root = tmp_path_factory.mktemp("data") / "VOCdevkit"
+    folder = root / "VOC2012"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    (folder / "classes.txt").write_text("disc\nstar\n")
+    rng = np.random.default_rng(0)
+    names = [f"val{index:02}" for index in range(6)]
+    for name in names:
+        labels = np.kron(rng.integers(0, 3, (4, 4)), np.ones((16, 16))).astype(np.uint8)
+        Image.fromarray(COLOUR_OF[labels]).save(folder / f"JPEGImages/{name}.jpg", quality=95, subsampling=0)
+        Image.fromarray(labels).save(folder / f"SegmentationClass/{name}.png")
+    (folder / "ImageSets/Segmentation/val.txt").write_text("".join(f"{name}\n" for name in names))
+    return root
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random ViT of two blocks."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("ckpt") / "tiny.safetensors"
+    save_file(VisionTransformer(dim=192, depth=2, heads=3, patch=8, image_size=64).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def command(root: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
+    common = ["--ckpt", ckpt, "--data.name", "scenes", "--data.root", root, "--cache", cache, "--device", "cpu"]
+    return list(map(str, [*common, "--size=64", *more]))
+
+
+def measure(root: Path, ckpt: Path, cache: Path, *more: object) -> dict[str, Any]:
+    """The result, in this process."""
+    return evaluate(parse(command(root, ckpt, cache, *more)))
+
+
+# Matching -------------------------------------------------------------------------------------------------------------
+
+
+def iou_of(confusion: np.ndarray, label: int, cluster: int) -> float:
+    both = confusion[label, cluster]
+    either = confusion[label].sum() + confusion[:, cluster].sum() - both
+    return both / either if either else 0.0
+
+
+@given(st.integers(1, 6), st.integers(0, 10**6), st.sampled_from([0, 3, 100]))
+def test_matching_is_the_best_of_all_permutations(classes: int, seed: int, most: int) -> None:
+    confusion = np.random.default_rng(seed).integers(0, most + 1, (classes, classes))
+    class_of = match_clusters(confusion)
+    assert sorted(class_of) == list(range(classes))
+    found = sum(iou_of(confusion, label, cluster) for cluster, label in enumerate(class_of))
+    best = max(
+        sum(iou_of(confusion, label, cluster) for cluster, label in enumerate(order))
+        for order in itertools.permutations(range(classes))
+    )
+    assert found == pytest.approx(best, abs=1e-12)
+
+
+@given(st.integers(1, 12), st.integers(0, 10**6))
+def test_renamed_clusters_are_named_back(classes: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(classes), rng.integers(0, classes, 40)]).astype(np.uint8)[None]
+    name = rng.permutation(classes)
+    confusion = cluster_confusion(labels, name[labels], classes, classes)
+    class_of = match_clusters(confusion)
+    np.testing.assert_array_equal(class_of[name], np.arange(classes))
+    np.testing.assert_array_equal(merge_clusters(confusion, class_of), np.diag(np.bincount(labels[0])))
+
+
+def test_total_iou_counts_not_pixels() -> None:
+    """Pixels agree most on the diagonal, 60 + 0. IoU: 60 / 130 + 0 there; 30 / 90 + 40 / 110 across is more."""
+    confusion = np.array([[60, 30], [40, 0]])
+    np.testing.assert_array_equal(match_clusters(confusion), [1, 0])
+
+
+def test_each_of_many_clusters_goes_to_the_class_it_is_most_of() -> None:
+    """Cluster 1 is most of class 0, though half of class 1 is in it and less than a tenth of class 0. Cluster 2 is
+    empty, and cluster 3 equally much of both."""
+    confusion = np.array([[90, 6, 0, 4, 0], [2, 5, 0, 4, 1]])
+    class_of = match_clusters(confusion)
+    np.testing.assert_array_equal(class_of, [0, 0, 0, 0, 1])
+    np.testing.assert_array_equal(merge_clusters(confusion, class_of), [[100, 0], [11, 1]])
+
+
+def test_void_is_not_counted() -> None:
+    labels, found = np.array([[[0, 1], [VOID, 1]]], np.uint8), np.array([[[2, 0], [1, 0]]])
+    np.testing.assert_array_equal(cluster_confusion(labels, found, 2, 3), [[0, 0, 1], [2, 0, 0]])
+
+
+# Points, components, clusters -----------------------------------------------------------------------------------------
+
+
+def test_points_are_the_centres_of_cells() -> None:
+    """Centres of 2 cells on 3 and on 5 pixels: at 1/4 and 3/4 of the side, so in pixels 0 and 2, and in 1 and 3."""
+    grid = np.arange(15).reshape(3, 5)
+    np.testing.assert_array_equal(sample_grid(grid, 2), [[1, 3], [11, 13]])
+    several = np.stack([grid, grid + 100])
+    np.testing.assert_array_equal(sample_grid(several, 2)[1], [[101, 103], [111, 113]])
+    np.testing.assert_array_equal(sample_grid(np.array([[7]]), 3), np.full((3, 3), 7))
+
+
+class Stored:
+    """Features in memory."""
+
+    def __init__(self, x: np.ndarray):
+        self.images, self.grid, self.dim = len(x), x.shape[1:3], x.shape[3]
+        self.x = torch.from_numpy(x.astype(np.float16))
+
+    def read(self, rows: Any, blocks: Any) -> torch.Tensor:
+        return self.x[rows]
+
+
+def test_components_are_scikit_learns() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40, 3, 5, 60)) @ rng.standard_normal((60, 60)) + 3
+    x[..., 7] = 0.5  # a channel that never changes
+    stored = Stored(x)
+    flat = stored.x.numpy().reshape(-1, 60).astype(float)
+    expected = PCA(50, svd_solver="full").fit_transform(StandardScaler().fit_transform(flat))
+    found = standardised_components(stored, (0,))  # type: ignore[arg-type]
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=2e-4)
+    few = standardised_components(Stored(x[..., :4]), (0,))  # type: ignore[arg-type]
+    assert few.shape == (600, 4)
+
+
+def test_clear_groups_are_found_and_seeds_repeat() -> None:
+    rng = np.random.default_rng(0)
+    group = rng.integers(0, 5, 400)
+    x = (10 * rng.standard_normal((5, 8))[group] + 0.01 * rng.standard_normal((400, 8))).astype(np.float32)
+    found = kmeans(x, 5, seed=3)
+    assert len(set(zip(group, found, strict=True))) == len(set(found)) == 5
+    noise = rng.standard_normal((3000, 8)).astype(np.float32)
+    one, same, other = (kmeans(noise, 9, seed) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
+
+
+def test_as_many_clusters_as_vectors() -> None:
+    assert sorted(kmeans(np.eye(4, dtype=np.float32), 4, seed=0)) == [0, 1, 2, 3]
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def test_command_leaves_a_result_a_table_and_pictures(scenes: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+    flags = ["--every-block", "--seed=7", "--batch-size", "3", "--workers=1", "--out", tmp_path / "out"]
+    script = [sys.executable, ROOT / "eval" / "clustering.py", *command(scenes, ckpt, cache, *flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, script)), capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr + done.stdout
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["clustering.json", "clustering.md", "pictures.png"]
+
+    result = json.loads((out / "clustering.json").read_text())
+    assert result["task"] == "clustering"
+    assert result["protocol"] == "scenes-clustering/kmeans-3 (changed)"
+    assert (result["dataset"], result["split"], result["images"]) == ("scenes", "val", 6)
+    assert (result["metric"], result["seed"]) == ("mIoU", 7)
+    assert result["checkpoint"]["path"] == str(ckpt)
+    assert {"seconds", "hardware", "commit", "settings"} <= set(result)
+    assert {"faiss-cpu", "faiss-gpu"} & set(result["versions"])
+    details = result["details"]
+    assert details["changed_settings"] == {"size": [448, 64]}
+    assert (details["clusters"], details["matching"]) == (3, "one to one")
+    assert [run["seed"] for run in details["runs"]] == [7, 8, 9, 10, 11]
+    figures = [run["miou"] for run in details["runs"]]
+    assert result["value"] == pytest.approx(np.mean(figures))
+    assert details["std"] == pytest.approx(np.std(figures, ddof=1))
+    assert [entry["block"] for entry in details["every_block"]] == [1, 2]
+    assert details["every_block"][-1]["miou"] == result["value"]
+    assert np.mean([details["iou"][name] for name in NAMES]) == pytest.approx(result["value"])
+    # Colours are separable, and a patch holds one colour.
+    assert 0.9 < result["value"] <= 1
+
+    table = (out / "clustering.md").read_text()
+    assert table.startswith(f"**scenes-clustering/kmeans-3 (changed)** {100 * result['value']:.1f} mIoU")
+    assert "3 clusters, matched one to one; 5 runs of k-means: " in table
+    assert "size 64 (published: 448)." in table
+    assert f"| 2 | {100 * result['value']:.1f} |" in table
+    assert f"| star | {100 * details['iou']['star']:.1f} |" in table
+    assert "trained" not in table
+    assert table.strip() in done.stdout
+    with Image.open(out / "pictures.png") as picture:
+        picture.load()
+        assert min(picture.size) > 200
+
+
+def test_same_seed_same_bits(scenes: Path, ckpt: Path, cache: Path) -> None:
+    flags = ["--clusters=9", "--seeds=2", "--blocks=1"]
+    one, same, other = (measure(scenes, ckpt, cache, *flags, f"--seed={seed}") for seed in (3, 3, 20))
+    assert one["protocol"] == "scenes-clustering/kmeans-9/blocks-1 (changed)"
+    assert one["details"] == same["details"]
+    assert one["details"]["matching"] == "many to one"
+    assert one["details"]["runs"] != other["details"]["runs"]
+    # Runs are told apart by their seed alone.
+    next_one = measure(scenes, ckpt, cache, "--clusters=9", "--seeds=1", "--blocks=1", "--seed=4")
+    assert next_one["value"] == one["details"]["runs"][1]["miou"]
+    assert next_one["details"]["std"] is None
+
+
+def test_figures_are_of_the_labels_not_of_chance(scenes: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+    """Truth that has nothing to do with the colours."""
+    root = tmp_path / "VOC2012"
+    (root / "SegmentationClass").mkdir(parents=True)
+    for name in ("JPEGImages", "ImageSets", "classes.txt"):
+        (root / name).symlink_to(scenes / "VOC2012" / name)
+    rng = np.random.default_rng(9)
+    for path in sorted((scenes / "VOC2012/SegmentationClass").iterdir()):
+        labels = np.kron(rng.integers(0, 3, (4, 4)), np.ones((16, 16))).astype(np.uint8)
+        Image.fromarray(labels).save(root / "SegmentationClass" / path.name)
+    assert measure(root, ckpt, cache)["value"] < 0.45
+
+
+def test_two_processes_find_what_one_finds(
+    scenes: Path, ckpt: Path, tmp_path: Path, run_two: Callable[[Sequence[object]], list[tuple[str, str]]]
+) -> None:
+    flags = command(scenes, ckpt, tmp_path / "cache", "--seeds=3", "--clusters=5", "--out", tmp_path / "two")
+    run_two([sys.executable, ROOT / "eval" / "clustering.py", *flags])
+    two = json.loads((tmp_path / "two" / "clustering.json").read_text())
+    one = measure(scenes, ckpt, tmp_path / "cache", "--seeds=3", "--clusters=5")
+    assert (two["processes"], one["processes"]) == (2, 1)
+    assert two["value"] == pytest.approx(one["value"], abs=1e-3)
+    assert [run["seed"] for run in two["details"]["runs"]] == [0, 1, 2]
+
+
+@pytest.mark.skipif(not DATA, reason="SKIPLESS_TEST_DATA is not set")
+def test_a_trained_backbone_is_better_than_its_untrained_twin(tmp_path: Path) -> None:
+    """On 12 real photographs."""
+    source, root = Path(DATA or "", "VOCdevkit/VOC2012"), tmp_path / "VOC2012"
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    for folder in ("JPEGImages", "SegmentationClass"):
+        (root / folder).symlink_to((source / folder).resolve())
+    names = (source / "ImageSets/Segmentation/val.txt").read_text().split()[:12]
+    (root / "ImageSets/Segmentation/val.txt").write_text("\n".join(names) + "\n")
+    flags = ["--ckpt", Path(DATA or "", "weights/vit_small_patch14_saliency.safetensors"), "--data.name=voc12"]
+    flags += ["--data.root", root, "--cache", tmp_path / "cache", "--device=cpu", "--size=112", "--clusters=60"]
+    trained, floor = (evaluate(parse(list(map(str, [*flags, *more])))) for more in ([], ["--untrained"]))
+    assert trained["protocol"] == "voc12-clustering/kmeans-60 (changed)"
+    assert trained["value"] > 1.2 * floor["value"]
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """The one error line with which the command ends, in this process; before it, there may be progress bars."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    *before, last = errors.splitlines()
+    assert last.startswith("error: "), errors
+    assert not any("error" in line for line in before)
+    return last
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data.root=/nowhere"], ["/nowhere", "no such folder"]),
+        (["--data.name=voc07"], ["data.name", "voc07", "voc12"]),
+        (["--data.split=train"], ["train.txt", "lists that are there: val"]),
+        (["--ckpt=/nowhere/vit.pth"], ["/nowhere/vit.pth", "no such checkpoint"]),
+        (["--blocks=99"], ["block 99 does not exist", "1 to 2"]),
+        (["--clusters=2"], ["clusters is 2, fewer than the 3 classes of scenes"]),
+        (["--clusters=385"], ["clusters is 385", "scenes val has 384 patches of 64 pixels"]),
+        (["--seeds=0"], ["size, seeds and batch-size must be 1 or more"]),
+        (["--workers=-1"], ["workers and seed 0 or more"]),
+        (["--device=tpu"], ["device is 'tpu'"]),
+        (["--data.train_split=train"], ["train_split"]),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_and_exit_code_2(
+    scenes: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]
+) -> None:
+    given = command(scenes, ckpt, tmp_path / "cache", "--out", tmp_path / "out")
+    last = sentence(capsys, [*given, *flags])
+    for word in words:
+        assert word in last
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_faiss_a_sentence_says_what_to_install(
+    scenes: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    assert "pip install faiss-cpu" in sentence(capsys, command(scenes, ckpt, tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_damaged_mask_is_named_and_other_results_are_kept(
+    scenes: Path, ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = command(scenes, ckpt, cache, "--seeds=1", "--out", tmp_path / "out")
+    main(flags)
+    path = scenes / "VOC2012/SegmentationClass/val03.png"
+    whole = path.read_bytes()
+    try:
+        Image.fromarray(np.full((64, 64), 33, np.uint8)).save(path)
+        assert "val03.png: 4096 of 4096 pixels hold 33" in sentence(capsys, flags)
+    finally:
+        path.write_bytes(whole)
+    assert "holds another result (scenes-clustering/kmeans-3 (changed) of " in sentence(capsys, [*flags, "--seed=1"])

@@ -1,0 +1,473 @@
+"""k-NN classification: neighbours, votes and the command, against scikit-learn and plain loops."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+import datasets as hf
+from skipless.common.pixels import center_crop
+from skipless.common.precision import has_bf16
+from skipless.datasets.images import read_image
+from skipless.datasets.labels.classes import class_folders
+from skipless.eval.backbones import Backbone, load_backbone
+from skipless.eval.classification import pooled_features, vectors
+from skipless.eval.knn import evaluate, knn_predict, main, parse, protocol_id
+from skipless.eval.neighbors import nearest
+from skipless.eval.segmentation import choose_blocks
+from skipless.ssl.model.vit import VisionTransformer
+from skipless.ssl.run.checkpoints import export_backbone
+
+ROOT = Path(__file__).parent.parent.parent
+DATA = os.environ.get("SKIPLESS_TEST_DATA")
+COLOURS = np.array([(190, 90, 90), (90, 190, 90), (90, 90, 190)])
+CLASSES = ("blue", "green", "red")
+
+
+def pictures(count: int, seed: int) -> np.ndarray:
+    """uint8 [N, 20, 28, 3], noise around the colour of the class i modulo 3."""
+    noise = np.random.default_rng(seed).normal(0, 60, (count, 20, 28, 3))
+    return np.clip(COLOURS[np.arange(count) % 3][:, None, None] + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pictures to learn from and 9 to classify, as arrays and as class folders."""
+    root = tmp_path_factory.mktemp("colours")
+    for split, count in (("train", 24), ("val", 9)):
+        images = pictures(count, count)
+        np.savez(root / f"{split}.npz", images=images, labels=np.arange(count) % 3, classes=CLASSES)
+        for number, image in enumerate(images):
+            path = root / split / CLASSES[number % 3] / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run whose backbone is a random ViT of two blocks."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run")
+    export_backbone(folder, VisionTransformer(24, 2, 2, patch=8, image_size=32, registers=2), {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def command(data: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
+    common = ["--ckpt", ckpt, "--data.root", data, "--cache", cache, "--device=cpu", "--size=32", "--k=[5]", *more]
+    return list(map(str, common))
+
+
+# Neighbours -----------------------------------------------------------------------------------------------------------
+
+
+def cosines(bank: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """float64 [M, N], one pair at a time."""
+    found = np.zeros((len(queries), len(bank)))
+    for i, query in enumerate(queries.astype(float)):
+        for j, row in enumerate(bank.astype(float)):
+            lengths = np.sqrt((query**2).sum() * (row**2).sum())
+            found[i, j] = (query * row).sum() / lengths if lengths else 0.0
+    return found
+
+
+@given(st.integers(0, 999), st.integers(1, 30), st.integers(1, 6), st.integers(1, 9), st.data())
+@settings(max_examples=40)
+def test_nearest_is_an_exhaustive_search(seed: int, n: int, m: int, dim: int, data: st.DataObject) -> None:
+    """Whatever the lengths; some vectors have none."""
+    k = data.draw(st.integers(1, n))
+    rng = np.random.default_rng(seed)
+    bank, queries = (rng.standard_normal((count, dim)) * rng.choice([0, 1, 1e-3, 1e3], (count, 1)) for count in (n, m))
+    before = bank.copy(), queries.copy()
+    similarities, rows = nearest(bank, queries, k)
+    assert (similarities.dtype, rows.dtype, similarities.shape, rows.shape) == (np.float32, np.int64, (m, k), (m, k))
+    expected = cosines(bank, queries)
+    np.testing.assert_allclose(similarities, -np.sort(-expected)[:, :k], atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(expected, rows, 1), similarities, atol=1e-5)
+    assert all(len(set(of_query)) == k for of_query in rows.tolist())
+    np.testing.assert_array_equal(bank, before[0])
+    np.testing.assert_array_equal(queries, before[1])
+
+
+def test_vectors_without_length_are_like_nothing() -> None:
+    bank = np.array([[0, 0], [1, 0], [-1, 0]], np.float32)
+    similarities, rows = nearest(bank, np.array([[2, 0], [0, 0]], np.float32), 3)
+    np.testing.assert_array_equal(similarities, [[1, 0, -1], [0, 0, 0]])
+    np.testing.assert_array_equal(rows[0], [1, 0, 2])
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_more_neighbours_than_there_are_is_an_error(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k is {k}, and there are 3 vectors to choose from"):
+        nearest(np.eye(3), np.eye(3), k)
+
+
+# Votes ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 20, 60])
+def test_votes_are_scikit_learns(k: int) -> None:
+    rng = np.random.default_rng(k)
+    bank, labels, queries = rng.standard_normal((60, 8)), rng.integers(0, 5, 60), rng.standard_normal((200, 8))
+    similarities, rows = nearest(bank, queries, k)
+    classifier = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    expected = classifier.fit(bank, labels).predict(queries)
+    found = knn_predict(similarities, labels[rows], 5)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, expected)
+
+
+@given(st.integers(0, 9999), st.integers(1, 25), st.integers(1, 12), st.sampled_from([0.02, 0.07, 1.0]))
+@settings(max_examples=60)
+def test_votes_of_any_number_of_neighbours(seed: int, n: int, classes: int, temperature: float) -> None:
+    """For the same neighbours."""
+    rng = np.random.default_rng(seed)
+    bank, queries, k = rng.standard_normal((n, 4)), rng.standard_normal((7, 4)), int(rng.integers(1, n + 1))
+    labels = rng.integers(0, classes, n)
+    classifier = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / temperature))
+    expected = classifier.fit(bank, labels).predict(queries)
+    distances, rows = classifier.kneighbors(queries)
+    np.testing.assert_array_equal(knn_predict(1 - distances, labels[rows], classes, temperature), expected)
+
+
+def test_votes_by_hand() -> None:
+    """Relative to the nearest at 0.9: exp(-0.04 / 0.07) + exp(-0.05 / 0.07) = 0.565 + 0.490 outvotes 1, and
+    exp(-0.05 / 0.07) + exp(-0.06 / 0.07) = 0.490 + 0.424 does not. Equal votes go to the lower class."""
+    similarities = np.array([[0.9, 0.86, 0.85], [0.9, 0.85, 0.84], [0.5, 0.5, 0.1]])
+    labels = np.array([[1, 0, 0], [1, 0, 0], [3, 2, 4]])
+    np.testing.assert_array_equal(knn_predict(similarities, labels, 5), [0, 1, 2])
+    # Weights of exp(1 / 0.001), beyond what a float can hold.
+    np.testing.assert_array_equal(knn_predict(similarities + 0.1, labels, 5, temperature=0.001), [1, 1, 2])
+
+
+# Vectors of images ----------------------------------------------------------------------------------------------------
+
+
+def reference(backbone: Backbone, images: list[np.ndarray], size: int, resize: int) -> dict[str, list[np.ndarray]]:
+    """CLS and mean patch of central crops for each block, [blocks][N, D]."""
+    crops = np.stack([center_crop(image, size, resize) for image in images])
+    found = backbone.features(backbone.normalize(crops), range(backbone.depth))
+    return {"cls": [f.cls.numpy() for f in found], "mean": [f.patches.flatten(1, 2).mean(1).numpy() for f in found]}
+
+
+def test_vectors_are_class_tokens_means_or_both(data: Path, ckpt: Path, cache: Path) -> None:
+    """224 pixels of 256, in proportion: 35 is made 32, whose 8/7 is 37."""
+    backbone, images = load_backbone(ckpt), class_folders(data, "val")
+    features = pooled_features(backbone, images, 35, [0, 1], cache, 4, 0)
+    cls, mean = reference(backbone, [read_image(path) for path in images.places], 32, 37).values()
+    for pool, expected in (("cls", cls), ("mean", mean)):
+        found = vectors(features, (1, 0), pool)  # type: ignore[arg-type]
+        assert found.dtype == torch.float32
+        np.testing.assert_allclose(found, np.hstack([expected[1], expected[0]]), atol=4e-3)
+    both = vectors(features, (0, 1), "both", np.array([7, 2]))
+    np.testing.assert_allclose(both, np.hstack([*cls, *mean])[[7, 2]], atol=4e-3)
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def test_command_leaves_a_result_and_a_table(data: Path, ckpt: Path, tmp_path: Path) -> None:
+    """On a Hugging Face dataset, started from this repository, whose folder `datasets` is not that package."""
+    hf.disable_progress_bars()
+    features = hf.Features({"image": hf.Image(), "label": hf.ClassLabel(names=list(CLASSES))})
+    splits = {}
+    for split, own in (("train", "train"), ("validation", "val")):
+        with np.load(data / f"{own}.npz") as file:
+            columns = {"image": [Image.fromarray(image) for image in file["images"]], "label": file["labels"].tolist()}
+        splits[split] = hf.Dataset.from_dict(columns, features=features)
+    hf.DatasetDict(splits).save_to_disk(str(tmp_path / "colours"))
+    flags = ["--data.name", "huggingface", "--k", "[5,3,1]", "--every-block", "--workers=1", "--out", tmp_path / "out"]
+    script = [sys.executable, "eval/knn.py", *command(tmp_path / "colours", ckpt, tmp_path / "cache", *flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        list(map(str, script)), capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["knn.json", "knn.md"]
+
+    result = json.loads((tmp_path / "out" / "knn.json").read_text())
+    assert (result["task"], result["protocol"]) == ("knn", "colours-knn/5/32px")
+    assert (result["dataset"], result["split"], result["images"]) == ("colours", "validation", 9)
+    assert (result["metric"], result["seed"], result["processes"]) == ("top-1", 0, 1)
+    assert result["checkpoint"]["path"] == str(ckpt)
+    assert len(result["checkpoint"]["sha256"]) == 64
+    assert result["settings"]["k"] == [5, 3, 1]
+    assert {"seconds", "hardware", "versions", "commit"} <= set(result)
+    details = result["details"]
+    assert (details["train_images"], details["classes"], details["blocks"]) == (24, 3, [2])
+    assert list(details["by_k"]) == ["5", "3", "1"]
+    assert result["value"] == details["top1"] == details["by_k"]["5"] == details["every_block"][1]["top1"]
+    low, high = details["interval_95"]
+    assert low <= result["value"] <= high
+    assert [entry["block"] for entry in details["every_block"]] == [1, 2]
+
+    table = (tmp_path / "out" / "knn.md").read_text()
+    assert table.startswith(f"**colours-knn/5/32px** {100 * result['value']:.1f} % top-1 (95 % interval ")
+    assert "colours validation, 9 images of 3 classes, by 24 training images; seed 0" in table
+    assert f"| 3 | {100 * details['by_k']['3']:.1f} |" in table
+    assert table.strip() in done.stdout
+
+
+@pytest.mark.parametrize(("pool", "blocks"), [("cls", "last"), ("mean", "1"), ("both", "last4")])
+def test_figures_are_scikit_learns(data: Path, ckpt: Path, cache: Path, tmp_path: Path, pool: str, blocks: str) -> None:
+    """With classes by chance, so that every neighbour matters; features are kept in half precision."""
+    backbone, x, y = load_backbone(ckpt), [], []
+    for split in ("train", "val"):
+        with np.load(data / f"{split}.npz") as file:
+            images = file["images"]
+        y.append(np.random.default_rng(len(images)).permutation(np.arange(len(images)) % 3))
+        np.savez(tmp_path / f"{split}.npz", images=images, labels=y[-1])
+        cls, mean = reference(backbone, list(images), 32, 37).values()
+        chosen = {"last": [1], "1": [0], "last4": [0, 1]}[blocks]
+        parts = {"cls": [cls], "mean": [mean], "both": [cls, mean]}[pool]
+        x.append(np.hstack([part[block] for part in parts for block in chosen]).astype(np.float16).astype(float))
+    flags = ["--data.name=arrays", f"--pool={pool}", f"--blocks={blocks}", "--k=[7,1,2,4,12,24]"]
+    found = evaluate(parse(command(tmp_path, ckpt, cache, *flags)))
+    expected = {}
+    for k in (7, 1, 2, 4, 12, 24):
+        classifier = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+        expected[str(k)] = classifier.fit(x[0], y[0]).score(x[1], y[1])
+    assert found["details"]["by_k"] == expected
+    assert found["value"] == expected["7"]
+    assert len(set(expected.values())) > 1
+
+
+def test_a_vector_that_no_loss_has_seen_is_named(
+    data: Path, ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(ckpt, tmp_path / "run")
+    about = json.loads((run / "backbone.json").read_text())
+    for trained, pool, expected in (("mean", "cls", True), ("cls", "mean", True), ("mean", "mean", False)):
+        (run / "backbone.json").write_text(json.dumps(about | {"pool": trained}))
+        evaluate(parse(command(data, run, cache, "--data.name=arrays", f"--pool={pool}")))
+        said = capsys.readouterr().out
+        assert (f"warning: the head of {run} read the" in said) == expected
+        assert (f"--pool {trained} measures" in said) == expected
+
+
+def test_every_block_gives_what_each_block_gives_alone(data: Path, ckpt: Path, cache: Path) -> None:
+    together = evaluate(parse(command(data, ckpt, cache, "--every-block")))["details"]["every_block"]
+    for entry in together:
+        alone = evaluate(parse(command(data, ckpt, cache, f"--blocks={entry['block']}")))
+        assert alone["details"]["blocks"] == [entry["block"]]
+        assert alone["value"] == entry["top1"]
+
+
+def test_figures_are_of_the_labels_not_of_chance(data: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+    """With the classes of the training images renamed in a circle, every hit is a miss."""
+    arrays = "--data.name=arrays"
+    assert evaluate(parse(command(data, ckpt, cache, arrays)))["value"] > 0.7
+    for split, shift in (("train", 1), ("val", 0)):
+        with np.load(data / f"{split}.npz") as file:
+            np.savez(tmp_path / f"{split}.npz", images=file["images"], labels=(file["labels"] + shift) % 3)
+    assert evaluate(parse(command(tmp_path, ckpt, cache, arrays)))["value"] < 0.2
+
+
+def test_untrained_weights_are_others(data: Path, ckpt: Path, cache: Path) -> None:
+    found = evaluate(parse(command(data, ckpt, cache, "--untrained", "--seed=3")))
+    assert found["checkpoint"]["path"] == f"untrained twin of {ckpt}"
+    assert found["checkpoint"]["sha256"] != load_backbone(ckpt).sha256
+
+
+def test_images_that_find_themselves_are_warned_of(
+    data: Path, ckpt: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(command(data, ckpt, cache))
+    assert "warning" not in capsys.readouterr().out
+    main(command(data, ckpt, cache, "--data.split=train", "--k=[1]"))
+    out = capsys.readouterr().out
+    assert "warning: train is both learned from and classified" in out
+    assert "100.0 % top-1" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "imagenette-knn/20"),
+        (["--k=[10,20]"], "imagenette-knn/10"),
+        (["--pool=mean", "--blocks=last4"], "imagenette-knn/20/mean/blocks-3-4-5-6"),
+        (["--blocks=2", "--size=112", "--temperature=0.1"], "imagenette-knn/20/blocks-2/112px/temperature-0.1"),
+        (["--every-block", "--batch-size=3", "--seed=4", "--data.split=test"], "imagenette-knn/20"),
+    ],
+)
+def test_every_departure_from_the_protocol_is_named(flags: list[str], expected: str) -> None:
+    chosen = parse(["--ckpt=x", "--data.root=x", *flags])
+    backbone = Backbone(VisionTransformer(24, 6, 2), "x", "skipless", "")
+    assert protocol_id(chosen, "imagenette", choose_blocks(chosen.blocks, chosen.every_block, backbone)[-1]) == expected
+
+
+def test_defaults_are_the_published_ones() -> None:
+    """DINO's: 20 neighbours, temperature 0.07, CLS of the last block, 224 pixels."""
+    chosen = parse(["--ckpt=x", "--data.root=x"])
+    assert (chosen.k[0], sorted(chosen.k)) == (20, [10, 20, 100, 200])
+    assert (chosen.temperature, chosen.pool, chosen.blocks, chosen.size) == (0.07, "cls", "last", 224)
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """The one error line with which the command ends, in this process; before it, there may be progress bars."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    *before, last = errors.splitlines()
+    assert last.startswith("error: "), errors
+    assert not any("error" in line for line in before)
+    return last
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data.root=/nowhere"], ["/nowhere: no such folder"]),
+        (["--data.split=tset"], ["tset: no such split", "holds train, val"]),
+        (["--data.name=arrays", "--data.split=tset"], ["tset.npz: no such file"]),
+        (["--data.name=cifar10"], ["CIFAR-10's Python version is not there"]),
+        (["--data.name=huggingface"], ["datasets cannot load this"]),
+        (["--data.name=imagenet"], ["data.name", "imagenet"]),
+        (["--ckpt=/nowhere/vit.pth"], ["/nowhere/vit.pth", "no such checkpoint"]),
+        (["--k=[25]"], ["k is 25, and", "train has 24 images", "--k 20"]),
+        (["--k=[]"], ["k, size and batch-size must be 1 or more"]),
+        (["--k=[5,0]"], ["k, size and batch-size must be 1 or more"]),
+        (["--size=0"], ["k, size and batch-size must be 1 or more"]),
+        (["--temperature=0"], ["temperature above 0"]),
+        (["--temperature=.nan"], ["temperature above 0"]),
+        (["--workers=-1"], ["workers and seed cannot be negative"]),
+        (["--blocks=3"], ["block 3 does not exist", "1 to 2"]),
+        (["--blocks=1", "--every-block"], ["every-block", "leave out blocks"]),
+        (["--pool=max"], ["pool", "max"]),
+        (["--device=tpu"], ["device is 'tpu'"]),
+        (["--neighbours=3"], ["neighbours"]),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_and_exit_code_2(
+    data: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]
+) -> None:
+    last = sentence(capsys, command(data, ckpt, tmp_path / "cache", "--out", tmp_path / "out", *flags))
+    for word in words:
+        assert word in last
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_splits_of_different_classes_are_refused(
+    ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, classes in (("train", "abc"), ("val", "abd")):
+        np.savez(tmp_path / f"{split}.npz", images=pictures(3, 0), labels=[0, 1, 2], classes=list(classes))
+    last = sentence(capsys, command(tmp_path, ckpt, tmp_path / "cache", "--data.name=arrays", "--k=[1]"))
+    assert "train and val must have the same classes, and c, d is not in both" in last
+
+
+def test_unreadable_image_is_named(data: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        for name in ("a/1.png", "b/1.png"):
+            (tmp_path / split / name).parent.mkdir(parents=True)
+            Image.fromarray(pictures(1, 0)[0]).save(tmp_path / split / name)
+    (tmp_path / "val/b/1.png").write_bytes(b"no image")
+    last = sentence(capsys, command(tmp_path, ckpt, tmp_path / "cache", "--k=[1]", "--out", tmp_path / "out"))
+    assert "val/b/1.png: the content is not that of" in last
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_faiss_a_sentence_says_what_to_install(
+    data: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before features are computed."""
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    assert "pip install faiss-cpu" in sentence(capsys, command(data, ckpt, tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match="faiss-cpu"):
+        nearest(np.eye(3), np.eye(3), 1)
+
+
+def test_other_results_are_kept(
+    data: Path, ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = command(data, ckpt, cache, "--out", tmp_path / "out")
+    main([*flags, "--k=[3]"])
+    before = (tmp_path / "out" / "knn.json").read_bytes()
+    assert "holds another result (" in sentence(capsys, flags)
+    assert (tmp_path / "out" / "knn.json").read_bytes() == before
+    main([*flags, "--k=[3]", "--batch-size=2"])
+
+
+def test_the_precision_is_recorded_and_results_without_one_are_of_float32(
+    data: Path, ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out" / "knn.json"
+    flags = command(data, ckpt, cache, "--out", tmp_path / "out", "--k=[3]")
+    main(flags)
+    result = json.loads(out.read_text())
+    assert result["settings"]["precision"] == result["precision"] == "fp32"
+    del result["settings"]["precision"], result["precision"]
+    out.write_text(json.dumps(result))
+    main([*flags, "--precision=fp32"])
+    if not has_bf16(torch.device("cpu")):
+        return  # bf16 would be the same there
+    refused = sentence(capsys, [*flags, "--precision=bf16"])
+    assert "holds another result (" in refused
+    assert "which differs in precision: give another --out" in refused
+    main([*flags[: flags.index("--out")], "--out", str(tmp_path / "low"), "--k=[3]", "--precision=bf16"])
+    low = json.loads((tmp_path / "low" / "knn.json").read_text())
+    assert low["settings"]["precision"] == "bf16"
+    assert low["precision"] == "fp32, products of linear layers in bf16"
+    assert low["protocol"] == result["protocol"] + "/bf16"
+
+
+def test_help_says_what_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "python eval/knn.py --ckpt",
+        "exp(similarity / 0.07)",
+        "train/CLASS/*.jpg",
+        "save_to_disk",
+        "20 10",
+    ):
+        assert words in text
+
+
+# Real photographs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not DATA, reason="SKIPLESS_TEST_DATA is not set")
+def test_photographs_of_a_class_are_found_by_a_trained_network(tmp_path: Path) -> None:
+    """Three classes of imagenette, ten images each to learn from and five to classify: chance is a third."""
+    source = Path(DATA or "", "imagenette128")
+    for split, count in (("train", 10), ("val", 5)):
+        for folder in sorted((source / split).iterdir())[:3]:
+            (tmp_path / split / folder.name).mkdir(parents=True)
+            for path in sorted(folder.iterdir())[:count]:
+                (tmp_path / split / folder.name / path.name).symlink_to(path.resolve())
+    found: dict[str, Any] = evaluate(
+        parse(
+            [
+                f"--ckpt={Path(DATA or '', 'weights', 'vit_small_patch14_saliency.safetensors')}",
+                f"--data.root={tmp_path}", f"--cache={tmp_path / 'cache'}", "--size=112", "--k=[5]", "--device=cpu",
+            ]
+        )
+    )  # fmt: skip
+    assert found["images"] == 15
+    assert found["value"] > 0.5

@@ -1,0 +1,611 @@
+"""Linear classification: heads against plain loops of SGD, random crops, resuming, several processes, the command."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
+
+from skipless.datasets.labels.classes import LabelledSet, arrays
+from skipless.eval import linear as module
+from skipless.eval.backbones import Backbone, load_backbone
+from skipless.eval.dense.quick import Heads
+from skipless.eval.linear import (
+    RandomCrops,
+    Settings,
+    choose_rate,
+    evaluate,
+    hold_out,
+    main,
+    parse,
+    predict,
+    protocol_id,
+    train_on_crops,
+    train_on_random_crops,
+)
+from skipless.ssl.model.vit import VisionTransformer
+from skipless.ssl.run.checkpoints import export_backbone
+
+ROOT = Path(__file__).parent.parent.parent
+COLOURS = np.array([(190, 90, 90), (90, 190, 90), (90, 90, 190)])
+DINO = ["--data.name=arrays", "--protocol=dino", "--epochs=3", "--images-per-step=13", "--learning-rates=[0.1,10]"]
+QUICK = ["--data.name=arrays", "--epochs=20", "--images-per-step=13"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 pictures of 20 x 28 to learn from and 9 to classify, noise around three colours, as arrays and as folders.
+    Three are held out: of 27, in steps of 13, the last step has one."""
+    root = tmp_path_factory.mktemp("colours")
+    for split, count in (("train", 30), ("val", 9)):
+        noise = np.random.default_rng(count).normal(0, 60, (count, 20, 28, 3))
+        images = np.clip(COLOURS[np.arange(count) % 3][:, None, None] + noise, 0, 255).astype(np.uint8)
+        np.savez(root / f"{split}.npz", images=images, labels=np.arange(count) % 3)
+        for number, image in enumerate(images):
+            path = root / split / "abc"[number % 3] / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run whose backbone is a random ViT of two blocks."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run")
+    export_backbone(folder, VisionTransformer(24, 2, 2, patch=8, image_size=32), {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def backbone(ckpt: Path) -> Backbone:
+    return load_backbone(ckpt)
+
+
+@pytest.fixture
+def train(data: Path) -> LabelledSet:
+    return arrays(data, "train").take(np.arange(20))
+
+
+def command(data: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
+    common = ["--ckpt", ckpt, "--data.root", data, "--cache", cache, "--device=cpu", "--size=32", *more]
+    return list(map(str, common))
+
+
+def chosen(*flags: str) -> Settings:
+    return parse(["--ckpt=x", "--data.root=x", "--size=32", *flags])
+
+
+# Heads on fixed vectors -----------------------------------------------------------------------------------------------
+
+
+def separable(seed: int, count: int, classes: int = 4) -> tuple[Tensor, np.ndarray]:
+    """Groups around corners of a cube in 16 dimensions, whose units differ by six orders of magnitude, and which lie
+    far from zero."""
+    labels = np.arange(count) % classes
+    corners = np.random.default_rng(0).choice([-1, 1], (classes, 16))
+    x = corners[labels] + np.random.default_rng(seed).normal(0, 0.3, (count, 16))
+    units = 10.0 ** np.linspace(-3, 3, 16)
+    return torch.from_numpy((x + 5) * units).float(), labels
+
+
+def test_heads_separate_what_is_separable() -> None:
+    x, labels = separable(1, 200)
+    rates = [rate * 4 for rate in Settings.learning_rates]
+    (head,) = train_on_crops([x], labels, 4, rates, chosen("--epochs=30"), torch.device("cpu"))
+    best, of_rates = choose_rate(head, *separable(2, 40))
+    assert len(of_rates) == 8
+    assert of_rates[best] == 1.0
+    fresh, truth = separable(3, 100)
+    np.testing.assert_array_equal(predict(head, fresh)[:, best], truth)
+
+
+def plain_sgd(batches: list[tuple[Tensor, Tensor]], peak: float, classes: int) -> tuple[Tensor, Tensor]:
+    """Weights [D, C] and biases [C] after a step on each of the batches, with the cosine written out."""
+    weight = torch.zeros(batches[0][0].shape[1], classes, requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.SGD([weight, bias], lr=peak, momentum=0.9)
+    for step, (x, y) in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = peak * (1 + math.cos(math.pi * step / len(batches))) / 2
+        optimizer.zero_grad()
+        F.cross_entropy(x @ weight + bias, y).backward()
+        optimizer.step()
+    return weight.detach(), bias.detach()
+
+
+def rows_of_steps(count: int, per_step: int, epochs: int, seed: int) -> list[np.ndarray]:
+    orders = [np.random.default_rng((seed, epoch)).permutation(count) for epoch in range(epochs)]
+    return [order[first : first + per_step] for order in orders for first in range(0, count, per_step)]
+
+
+@pytest.mark.parametrize("peak", [0.01, 0.3])
+def test_heads_are_those_of_a_plain_loop_on_standardised_vectors(peak: float) -> None:
+    """Two epochs in steps of 16 of 40; another choice of blocks and other rates beside it change nothing."""
+    x, labels = separable(1, 40)
+    standard = torch.from_numpy(StandardScaler().fit_transform(x.double().numpy())).float()
+    y = torch.from_numpy(labels)
+    batches = [(standard[rows], y[rows]) for rows in rows_of_steps(40, 16, 2, seed=5)]
+    weight, bias = plain_sgd(batches, peak, 4)
+    settings = chosen("--epochs=2", "--images-per-step=16", "--seed=5")
+    heads = train_on_crops([x[:, :3], x], labels, 4, [1.0, peak, 0.1], settings, torch.device("cpu"))
+    torch.testing.assert_close(heads[1].weights[1].data, weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(heads[1].biases[1].data, bias, atol=1e-5, rtol=1e-4)
+    assert heads[0].weights[1].shape == (3, 4)
+    # And they are applied to vectors as they come.
+    fresh, _ = separable(2, 30)
+    scaled = (fresh - x.mean(0)) / x.std(0, correction=0)
+    torch.testing.assert_close(heads[1](fresh)[:, 1].detach(), scaled @ weight + bias, atol=1e-3, rtol=1e-3)
+
+
+def test_a_channel_that_never_changes_does_no_harm() -> None:
+    x, labels = separable(1, 60)
+    x[:, 3] = 7.3
+    (head,) = train_on_crops([x], labels, 4, [0.1], chosen("--epochs=20"), torch.device("cpu"))
+    assert all(parameter.isfinite().all() for parameter in head.parameters())
+    fresh, truth = separable(2, 40)
+    fresh[:, 3] = 7.31
+    np.testing.assert_array_equal(predict(head, fresh)[:, 0], truth)
+
+
+# Held-out images and the learning rate --------------------------------------------------------------------------------
+
+
+def test_every_tenth_image_is_held_out() -> None:
+    assert [rows.tolist() for rows in hold_out(2)] == [[1], [0]]
+    assert hold_out(9)[1].tolist() == [0]
+    assert hold_out(10)[1].tolist() == [9]
+    assert hold_out(39)[1].tolist() == [9, 19, 29]
+
+
+@given(st.one_of(st.integers(2, 300), st.integers(90_000, 200_000)))
+@settings(max_examples=10)
+def test_held_out_images_are_evenly_spread_and_not_trained_on(count: int) -> None:
+    kept, held_out = hold_out(count)
+    assert len(held_out) == min(max(count // 10, 1), 10_000)
+    both = np.concatenate([kept, held_out])
+    assert len(both) == count
+    assert len(np.unique(both)) == count
+    steps = np.diff(held_out)
+    assert len(steps) == 0 or steps.max() - steps.min() <= 10
+
+
+def test_the_first_of_the_best_rates_is_chosen() -> None:
+    """Three heads on one number: always class 0; class 1 above zero; class 1 above -100."""
+    head = Heads(torch.zeros(1), torch.ones(1), 4, 2)
+    for number, (slope, offset) in enumerate([(0.0, -1.0), (1.0, 0.0), (2.0, 0.0), (1.0, 100.0)]):
+        head.weights[number].data[0, 1] = slope
+        head.biases[number].data[1] = offset
+    x = torch.tensor([[1.0], [-1.0], [2.0], [-3.0]])
+    best, of_rates = choose_rate(head, x, np.array([1, 0, 1, 0]))
+    assert (best, of_rates) == (1, [0.5, 1.0, 1.0, 0.5])
+    assert choose_rate(head, x, np.array([1, 1, 1, 1]))[0] == 3
+
+
+@pytest.mark.parametrize("protocol", ["cached", "dino"])
+def test_the_rate_is_chosen_without_the_images_that_count(
+    data: Path, ckpt: Path, cache: Path, tmp_path: Path, protocol: str
+) -> None:
+    """Other labels there change the figure and nothing else."""
+    flags = [*DINO, f"--protocol={protocol}"]
+    with np.load(data / "val.npz") as file:
+        np.savez(tmp_path / "val.npz", images=file["images"], labels=(file["labels"] + 1) % 3)
+    (tmp_path / "train.npz").symlink_to(data / "train.npz")
+    one, other = (evaluate(parse(command(root, ckpt, cache, *flags)))["details"] for root in (data, tmp_path))
+    assert one["held_out_images"] == 3
+    assert one["held_out_top1"] == other["held_out_top1"]
+    assert one["learning_rate"] == other["learning_rate"] == [0.1, 10][int(np.argmax(one["held_out_top1"]))]
+    assert one["top1"] > 0.6
+    assert other["top1"] < 0.4
+
+
+# Random crops ---------------------------------------------------------------------------------------------------------
+
+
+def ramps(count: int) -> LabelledSet:
+    """Pictures of 100 x 150 whose red grows to the right and whose green grows downwards."""
+    image = np.zeros((100, 150, 3), np.uint8)
+    image[..., 0], image[..., 1] = np.arange(150), np.arange(100)[:, None]
+    places = [Path(str(number)) for number in range(count)]
+    return LabelledSet("ramps", "train", np.arange(count) % 3, ("a", "b", "c"), places, lambda _: image, "ramps")
+
+
+def test_crops_depend_on_seed_epoch_and_image() -> None:
+    images = ramps(5)
+
+    def crop(seed: int, epoch: int, index: int) -> bytes:
+        sample = RandomCrops(images, 24, seed, epoch)[index]
+        assert not isinstance(sample, str)
+        assert (sample[0].shape, sample[0].dtype, sample[1]) == ((24, 24, 3), np.uint8, index % 3)
+        return sample[0].tobytes()
+
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    assert [crop(*key) for key in keys] == [crop(*key) for key in keys]
+    assert len({crop(*key) for key in keys}) == 4
+
+
+def test_crops_are_those_of_imagenet_training() -> None:
+    """torchvision's RandomResizedCrop, as the colours of the edges tell: 8 to 100 % of the image, sides in proportions
+    of 3:4 to 4:3; and half of them mirrored."""
+    areas, ratios, mirrored = [], [], []
+    crops = RandomCrops(ramps(400), 24, 0, 0)
+    for index in range(400):
+        view = crops[index][0].astype(float)  # type: ignore[union-attr]
+        mirrored.append(view[0, 0, 0] > view[0, -1, 0])
+        width, height = (np.ptp(view[..., channel]) * 24 / 23 for channel in (0, 1))
+        areas.append(width * height / 15000)
+        ratios.append(width / height)
+    torch.manual_seed(0)
+    canvas = torch.empty(3, 100, 150)
+    sides = [RandomResizedCrop.get_params(canvas, [0.08, 1.0], [3 / 4, 4 / 3])[2:] for _ in range(2000)]
+    for found, expected in (
+        (areas, [height * width / 15000 for height, width in sides]),
+        (ratios, [width / height for height, width in sides]),
+    ):
+        shares = [0.01, 0.25, 0.5, 0.75, 0.99]
+        np.testing.assert_allclose(np.quantile(found, shares), np.quantile(expected, shares), atol=0.05)
+    assert 0.43 < np.mean(mirrored) < 0.57
+
+
+def test_unreadable_image_ends_training_with_its_name(backbone: Backbone, train: LabelledSet) -> None:
+    def read(index: int) -> np.ndarray:
+        if index == 7:
+            raise ValueError("some/place.jpg: truncated JPEG")
+        return train.read(index)
+
+    with pytest.raises(ValueError, match=r"^some/place\.jpg: truncated JPEG$"):
+        train_on_random_crops(backbone, replace(train, read=read), [(1,)], [0.1], chosen(*DINO), None)
+
+
+# Training on random crops ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", ["cls", "both"])
+def test_training_on_random_crops_is_a_plain_loop(backbone: Backbone, train: LabelledSet, pool: str) -> None:
+    """Two epochs in steps of 8 of 20, each in passes of 3: the gradient is that of the whole step."""
+    settings = chosen("--epochs=2", "--images-per-step=8", "--batch-size=3", "--seed=4", f"--pool={pool}")
+    heads = train_on_random_crops(backbone, train, [(0,), (1, 0)], [9.0, 0.5], settings, None)
+    batches = []
+    for step, rows in enumerate(rows_of_steps(20, 8, 2, seed=4)):
+        crops = RandomCrops(train, 32, 4, step // 3)
+        views = [crops[int(row)][0] for row in rows]
+        found = backbone.features(backbone.normalize(np.stack(views)), (1, 0))  # type: ignore[arg-type]
+        parts = [f.cls for f in found] + [f.patches.flatten(1, 2).mean(1) for f in found if pool == "both"]
+        batches.append((torch.cat(parts, dim=1), torch.from_numpy(train.labels[rows])))
+    weight, bias = plain_sgd(batches, 0.5, 3)
+    torch.testing.assert_close(heads[1].weights[1].data, weight, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(heads[1].biases[1].data, bias, atol=1e-4, rtol=1e-3)
+    assert heads[1](batches[0][0]).shape == (8, 2, 3)
+    assert bias.abs().max() > 1e-3
+
+
+def weights_of(heads: list[Heads]) -> list[dict[str, Tensor]]:
+    return [head.state_dict() for head in heads]
+
+
+class Crops(RandomCrops):
+    """Counts, and is interrupted after `most`."""
+
+    seen, most = 0, 10**9
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int] | str:
+        if Crops.seen == Crops.most:
+            raise KeyboardInterrupt
+        Crops.seen += 1
+        return super().__getitem__(index)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> type[Crops]:
+    monkeypatch.setattr(module, "RandomCrops", Crops)
+    monkeypatch.setattr(Crops, "seen", 0)
+    monkeypatch.setattr(Crops, "most", 10**9)
+    return Crops
+
+
+@pytest.mark.parametrize("after", [10, 20, 53])
+def test_interrupted_training_goes_on_after_the_last_whole_epoch(
+    backbone: Backbone, train: LabelledSet, tmp_path: Path, counted: type[Crops], after: int
+) -> None:
+    """Bit for bit the heads that it would have left."""
+    choices, rates, settings, saved = [(1,), (0, 1)], [0.1, 3.0], chosen(*DINO), tmp_path / "out" / "head.pt"
+    whole = weights_of(train_on_random_crops(backbone, train, choices, rates, settings, None))
+    counted.seen, counted.most = 0, after
+    with pytest.raises(KeyboardInterrupt):
+        train_on_random_crops(backbone, train, choices, rates, settings, saved)
+    done = torch.load(saved, weights_only=True)["epoch"] if saved.exists() else 0
+    assert done == after // 20
+    counted.seen, counted.most = 0, 10**9
+    again = train_on_random_crops(backbone, train, choices, rates, settings, saved)
+    assert counted.seen == 60 - 20 * done
+    torch.testing.assert_close(weights_of(again), whole, rtol=0, atol=0)
+    counted.seen = 0
+    finished = train_on_random_crops(backbone, train, choices, rates, settings, saved)
+    assert counted.seen == 0
+    torch.testing.assert_close(weights_of(finished), whole, rtol=0, atol=0)
+
+
+def test_saved_heads_are_for_the_same_run_only(backbone: Backbone, train: LabelledSet, tmp_path: Path) -> None:
+    saved = tmp_path / "head.pt"
+
+    def go(images: LabelledSet = train, net: Backbone = backbone, *flags: str) -> list[Heads]:
+        return train_on_random_crops(net, images, [(1,)], [0.1, 10], chosen(*DINO, "--epochs=1", *flags), saved)
+
+    whole = weights_of(go())
+    # What changes speed alone may be changed.
+    for flag in ("--batch-size=2", "--workers=1", "--cache=elsewhere", "--out=elsewhere"):
+        torch.testing.assert_close(weights_of(go(train, backbone, flag)), whole, rtol=0, atol=0)
+    other = load_backbone(backbone.path)
+    other.model.norm.bias.add_(0.5)
+    for changed in (
+        lambda: go(train, backbone, "--seed=1"),
+        lambda: go(train, backbone, "--epochs=2"),
+        lambda: go(train, other),
+        lambda: go(train.take(np.arange(19))),
+        lambda: go(replace(train, identity="others")),
+        lambda: go(replace(train, labels=train.labels[::-1].copy())),
+    ):
+        with pytest.raises(ValueError, match=r"head\.pt is of a run with other settings, weights or images: delete it"):
+            changed()
+    for content in (saved.read_bytes()[:400], b"", b"no file of torch"):
+        saved.write_bytes(content)
+        with pytest.raises(ValueError, match=r"head\.pt is damaged"):
+            go()
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os
+import sys
+from skipless.eval import knn, linear
+from skipless.common import distributed
+
+words = iter(" ".join(sys.argv[1:]).split(" / "))
+for module in (linear, linear, knn):
+    module.evaluate(module.parse(next(words).split()))
+distributed.stop()
+os._exit(0)  # on a busy machine, gloo's threads can abort an interpreter that is ending
+"""
+
+
+def test_two_processes_are_as_good_as_one(
+    data: Path, ckpt: Path, cache: Path, tmp_path: Path, run_two: Callable[[Sequence[object]], list[tuple[str, str]]]
+) -> None:
+    """The same heads, also where the last step has an image for one of them alone; k-NN classification, too."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    runs = {"dino": [*DINO, "--batch-size=4"], "cached": QUICK, "knn": ["--data.name=arrays", "--k=[5,3]"]}
+    words: list[str] = []
+    for name, flags in runs.items():
+        words += [*command(data, ckpt, tmp_path / "cache", *flags, "--out", tmp_path / name), "/"]
+    run_two([sys.executable, str(tmp_path / "script.py"), *words[:-1]])
+
+    from skipless.eval import knn
+
+    for name, flags in runs.items():
+        flags = command(data, ckpt, cache, *flags, "--out", tmp_path / f"one_{name}")
+        one = knn.evaluate(knn.parse(flags)) if name == "knn" else evaluate(parse(flags))
+        two = json.loads((tmp_path / name / ("knn.json" if name == "knn" else "linear.json")).read_text())
+        assert (two["processes"], one["processes"]) == (2, 1)
+        assert {**two["details"], "interval_95": None} == {**one["details"], "interval_95": None}
+    one_head, two_head = (
+        torch.load(tmp_path / name / "head.pt", weights_only=True)["heads"] for name in ("one_dino", "dino")
+    )
+    assert one_head[0]["weights.1"].abs().max() > 0.01
+    torch.testing.assert_close(one_head, two_head, rtol=1e-3, atol=1e-4)
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def test_command_leaves_a_result_and_a_table(data: Path, ckpt: Path, tmp_path: Path) -> None:
+    """Started from another folder, with relative paths, on class folders."""
+    (tmp_path / "colours").symlink_to(data)
+    flags = command(Path("colours"), ckpt, Path("cache"), "--out", "out", "--epochs=20", "--images-per-step=13")
+    script = [sys.executable, str(ROOT / "eval" / "linear.py"), *flags, "--learning-rates", "[0.01,0.1]"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["linear.json", "linear.md"]
+
+    result = json.loads((tmp_path / "out" / "linear.json").read_text())
+    name = data.name
+    assert (result["task"], result["protocol"]) == ("linear", f"{name}-linear/cached/32px (changed)")
+    assert (result["dataset"], result["split"], result["images"]) == (name, "val", 9)
+    assert (result["metric"], result["seed"], result["processes"]) == ("top-1", 0, 1)
+    assert result["checkpoint"]["path"] == str(ckpt)
+    assert result["settings"]["learning_rates"] == [0.01, 0.1]
+    assert {"seconds", "hardware", "versions", "commit"} <= set(result)
+    details = result["details"]
+    assert (details["train_images"], details["classes"], details["blocks"]) == (30, 3, [1, 2])
+    assert details["held_out_images"] == 3
+    assert details["learning_rate"] in (0.01, 0.1)
+    assert len(details["held_out_top1"]) == 2
+    assert result["value"] == details["top1"] > 0.6
+
+    table = (tmp_path / "out" / "linear.md").read_text()
+    assert table.startswith(f"**{name}-linear/cached/32px (changed)** {100 * result['value']:.1f} % top-1 (95 % ")
+    assert f"3 of the training images were held out and chose the learning rate {details['learning_rate']:g}:" in table
+    assert f"| 0.1 | {100 * details['held_out_top1'][1]:.1f} |" in table
+    assert table.strip() in done.stdout
+
+
+def test_every_block_gives_what_each_block_gives_alone(data: Path, ckpt: Path, cache: Path) -> None:
+    together = evaluate(parse(command(data, ckpt, cache, *QUICK, "--every-block")))
+    entries = together["details"]["every_block"]
+    assert [entry["block"] for entry in entries] == [1, 2]
+    assert together["protocol"].endswith("-linear/cached/blocks-2/32px (changed)")
+    assert (together["value"], together["details"]["blocks"]) == (entries[1]["top1"], [2])
+    for entry in entries:
+        alone = evaluate(parse(command(data, ckpt, cache, *QUICK, f"--blocks={entry['block']}")))
+        assert alone["value"] == entry["top1"]
+
+
+def test_dino_keeps_its_heads_and_does_not_train_again(
+    data: Path, ckpt: Path, cache: Path, tmp_path: Path, counted: type[Crops]
+) -> None:
+    flags = command(data, ckpt, cache, *DINO, "--out", tmp_path / "out")
+    main(flags)
+    assert counted.seen == 3 * 27
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["head.pt", "linear.json", "linear.md"]
+    groups = torch.load(tmp_path / "out" / "head.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["peak"] for group in groups] == pytest.approx([0.1 * 13 / 256, 10 * 13 / 256])
+    before = json.loads((tmp_path / "out" / "linear.json").read_text())
+    assert before["protocol"].endswith("-linear/dino/32px (changed)")
+    counted.seen = 0
+    main([*flags, "--batch-size=5"])
+    assert counted.seen == 0
+    again = json.loads((tmp_path / "out" / "linear.json").read_text())
+    assert again["details"] == before["details"]
+
+
+def test_same_seed_same_figures_and_another_seed_another_order(data: Path, ckpt: Path, cache: Path) -> None:
+    one, same, other = (
+        module.train_on_crops(
+            [separable(1, 40)[0]], separable(1, 40)[1], 4, [0.1],
+            chosen("--epochs=1", "--images-per-step=8", f"--seed={seed}"), torch.device("cpu"),
+        )
+        for seed in (3, 3, 4)
+    )  # fmt: skip
+    torch.testing.assert_close(weights_of(one), weights_of(same), rtol=0, atol=0)
+    assert not torch.equal(one[0].weights[0], other[0].weights[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "imagenet-linear/cached"),
+        (["--protocol=dino", "--batch-size=7", "--workers=3", "--seed=2"], "imagenet-linear/dino"),
+        (["--pool=both", "--blocks=last"], "imagenet-linear/cached/both/blocks-6"),
+        (["--protocol=dino", "--size=112"], "imagenet-linear/dino/112px"),
+        (["--epochs=10"], "imagenet-linear/cached (changed)"),
+        (["--images-per-step=256"], "imagenet-linear/cached (changed)"),
+        (["--protocol=dino", "--learning-rates=[0.001]"], "imagenet-linear/dino (changed)"),
+    ],
+)
+def test_every_departure_from_the_protocol_is_named(flags: list[str], expected: str) -> None:
+    settings = parse(["--ckpt=x", "--data.root=x", *flags])
+    blocks = {"last4": (2, 3, 4, 5), "last": (5,)}[settings.blocks]
+    assert protocol_id(settings, "imagenet", blocks) == expected
+
+
+def test_defaults_are_the_published_ones() -> None:
+    """DINO's: CLS of the last four blocks, 100 epochs, 1,024 images a step, 0.001 for 256 among the rates."""
+    settings = parse(["--ckpt=x", "--data.root=x", "--protocol=dino"])
+    assert (settings.blocks, settings.pool, settings.size) == ("last4", "cls", 224)
+    assert (settings.epochs, settings.images_per_step) == (100, 1024)
+    assert 1e-3 in settings.learning_rates
+    optimizer = module.sgd([Heads(torch.zeros(2), torch.ones(2), 1, 2)], [0.004])
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]) == (0.004, 0.9, 0.0, False)
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """The one error line with which the command ends, in this process; before it, there may be progress bars."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    *before, last = errors.splitlines()
+    assert last.startswith("error: "), errors
+    assert not any("error" in line for line in before)
+    return last
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data.root=/nowhere"], ["/nowhere: no such folder"]),
+        (["--data.train_split=trian"], ["trian: no such split", "holds train, val"]),
+        (["--ckpt=/nowhere/vit.pth"], ["/nowhere/vit.pth", "no such checkpoint"]),
+        (["--protocol=dinov2"], ["protocol", "dinov2"]),
+        (["--epochs=0"], ["epochs, images-per-step, size and batch-size must be 1 or more"]),
+        (["--images-per-step=0"], ["epochs, images-per-step, size and batch-size must be 1 or more"]),
+        (["--learning-rates=[]"], ["learning-rates must be above 0"]),
+        (["--learning-rates=[0.1,0]"], ["learning-rates must be above 0"]),
+        (["--learning-rates=[0.1,.nan]"], ["learning-rates must be above 0"]),
+        (["--learning-rates=[.inf]"], ["learning-rates must be above 0"]),
+        (["--workers=-1"], ["workers and seed not negative"]),
+        (["--blocks=3"], ["block 3 does not exist", "1 to 2"]),
+        (["--blocks=1", "--every-block"], ["every-block", "leave out blocks"]),
+        (["--device=tpu"], ["device is 'tpu'"]),
+        (["--rates=3"], ["rates"]),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_and_exit_code_2(
+    data: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]
+) -> None:
+    last = sentence(capsys, command(data, ckpt, tmp_path / "cache", "--out", tmp_path / "out", *flags))
+    for word in words:
+        assert word in last
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_one_training_image_is_too_few(ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        np.savez(tmp_path / f"{split}.npz", images=np.zeros((1, 20, 20, 3), np.uint8), labels=[0])
+    last = sentence(capsys, command(tmp_path, ckpt, tmp_path / "cache", "--data.name=arrays"))
+    assert "train has one image; two or more are needed, one of them held out" in last
+
+
+def test_what_is_wrong_with_the_images_that_count_shows_before_training(
+    data: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], counted: type[Crops]
+) -> None:
+    (tmp_path / "train").symlink_to(data / "train")
+    for name in "abc":
+        (tmp_path / "val" / name).mkdir(parents=True)
+        (tmp_path / "val" / name / "1.png").write_bytes(b"no image")
+    flags = [*DINO, "--data.name=folder", "--out", tmp_path / "out"]
+    last = sentence(capsys, command(tmp_path, ckpt, tmp_path / "cache", *flags))
+    assert "val/a/1.png: the content is not that of" in last
+    assert counted.seen == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_results_are_kept(
+    data: Path, ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = command(data, ckpt, cache, *QUICK, "--out", tmp_path / "out")
+    main(flags)
+    before = (tmp_path / "out" / "linear.json").read_bytes()
+    assert "holds another result (" in sentence(capsys, [*flags, "--epochs=3"])
+    assert (tmp_path / "out" / "linear.json").read_bytes() == before
+    main([*flags, "--workers=1"])
+
+
+def test_help_says_what_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("python eval/linear.py --protocol dino", "never on those", "0.001 0.01", "head.pt", "held out"):
+        assert words in text
+
+
+def test_figures_can_be_written_as_json(data: Path, ckpt: Path, cache: Path) -> None:
+    found: dict[str, Any] = evaluate(parse(command(data, ckpt, cache, *QUICK)))
+    assert json.loads(json.dumps(found, allow_nan=False))["value"] == found["value"]

@@ -1,0 +1,173 @@
+"""PCA pictures: the same colours for the same features, foreground, alignment, and the command."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.decomposition import PCA
+
+from skipless.eval.pca import align, colours_of, foreground_masks, main, pca_components
+from skipless.ssl.model.vit import vit_tiny
+
+
+def skewed(seed: int, shapes: list[tuple[int, int]], dim: int = 12) -> list[np.ndarray]:
+    """Features of images with three clear, skewed directions."""
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(rng.standard_normal((dim, dim)))[0][:3] * np.array([[9.0], [5.0], [3.0]])
+    return [rng.exponential(size=(*s, 3)) @ basis + 0.1 * rng.standard_normal((*s, dim)) for s in shapes]
+
+
+def test_components_are_scikit_learns_and_skewed_to_the_right() -> None:
+    features = skewed(0, [(6, 5), (4, 7)])
+    found = np.concatenate([c.reshape(-1, 3) for c in pca_components(features)])
+    expected = PCA(3).fit_transform(np.concatenate([f.reshape(-1, 12) for f in features]))
+    np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-8)
+    assert ((found**3).mean(0) > 0).all()
+
+
+def test_colours_depend_neither_on_order_nor_on_the_basis_nor_on_the_sign_of_features() -> None:
+    features = skewed(1, [(5, 5), (6, 4), (3, 8)])
+    expected = pca_components(features)
+    shuffled = pca_components([features[i] for i in (2, 0, 1)])
+    turn = np.linalg.qr(np.random.default_rng(2).standard_normal((12, 12)))[0]
+    turned = pca_components([f @ turn + 3.0 for f in features])
+    negated = pca_components([-f for f in features])
+    for i, place in enumerate((1, 2, 0)):
+        np.testing.assert_allclose(shuffled[place], expected[i], atol=1e-8)
+        np.testing.assert_allclose(turned[i], expected[i], atol=1e-8)
+        np.testing.assert_allclose(negated[i], expected[i], atol=1e-8)
+
+
+def test_only_chosen_patches_are_fitted_to() -> None:
+    features = skewed(3, [(6, 6)])
+    inside = np.zeros((6, 6), bool)
+    inside[1:5, 2:5] = True
+    wild = features[0].copy()
+    wild[~inside] *= 100
+    found = pca_components([wild], [inside])[0][inside]
+    np.testing.assert_allclose(found, pca_components([features[0][1:5, 2:5]])[0].reshape(-1, 3), atol=1e-8)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_foreground_is_the_side_that_shuns_the_border(sign: int) -> None:
+    rng = np.random.default_rng(4)
+    truth = [np.zeros((8, 10), bool), np.zeros((9, 7), bool)]
+    truth[0][2:6, 3:8] = True
+    truth[1][3:9, 1:6] = True  # touches the border below
+    direction = rng.standard_normal(6)
+    features = [sign * t[..., None] * 5 * direction + 0.1 * rng.standard_normal((*t.shape, 6)) for t in truth]
+    for found, expected in zip(foreground_masks(features), truth, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_alignment_undoes_a_rotation_a_mirror_and_a_scale() -> None:
+    rng = np.random.default_rng(5)
+    reference = [rng.standard_normal((4, 5, 3)), rng.standard_normal((6, 3, 3))]
+    mean = np.concatenate([r.reshape(-1, 3) for r in reference]).mean(0)
+    reference = [r - mean for r in reference]
+    turn = np.linalg.qr(rng.standard_normal((3, 3)))[0] * np.array([1, -1, 1])
+    for found, expected in zip(align([0.3 * r @ turn for r in reference], reference), reference, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-10)
+
+
+def test_styles_by_hand() -> None:
+    components = [np.array([[[0.0, 0, 0], [1, 10, -1]], [[2, 20, -2], [99, 99, 99]]])]
+    inside = [np.array([[True, True], [True, False]])]
+    (scaled,) = colours_of(components, "dinov2", inside, percentile=0)
+    np.testing.assert_allclose(scaled, [[[0, 0, 1], [0.5, 0.5, 0.5]], [[1, 1, 0], [0, 0, 0]]])
+    (soft,) = colours_of(components, "dinov3", inside)
+    high = 1 / (1 + np.exp(-2 * 1 / np.sqrt(2 / 3)))  # 0, 1 and 2 have a standard deviation of sqrt(2 / 3)
+    np.testing.assert_allclose(
+        soft, [[[1 - high, 1 - high, high], [0.5, 0.5, 0.5]], [[high, high, 1 - high], [0, 0, 0]]]
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small ViTs and three images of different proportions, with a mask for each."""
+    root = tmp_path_factory.mktemp("pca")
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = vit_tiny(patch=8, depth=2, image_size=32)
+        save_file(model.state_dict(), root / f"vit{seed}.safetensors")
+    (root / "images").mkdir()
+    (root / "masks").mkdir()
+    rng = np.random.default_rng(6)
+    for name, size in (("a", (40, 30)), ("b", (30, 50)), ("c", (33, 33))):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        coarse.resize(size, Image.Resampling.NEAREST).save(root / "images" / f"{name}.png")
+        mask = np.zeros(size[::-1], np.uint8)
+        mask[:, : size[0] // 2] = 7
+        Image.fromarray(mask).save(root / "masks" / f"{name}.png")
+    return root
+
+
+@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
+def test_command_draws_the_same_figure_twice(folder: Path, tmp_path: Path, ending: str) -> None:
+    for name in ("one", "two"):
+        flags = ["--images", folder / "images", "--size=32", "--device=cpu", "--blocks=1,2"]
+        main([str(x) for x in ["--ckpt", folder / "vit0.safetensors", *flags, "--out", tmp_path / f"{name}.{ending}"]])
+    one, two = ((tmp_path / f"{name}.{ending}").read_bytes() for name in ("one", "two"))
+    assert one == two
+    if ending == "png":
+        width, height = Image.open(tmp_path / "one.png").size
+        assert width == 3 * 400
+        assert height > 400 * (30 / 40 + 50 / 30 + 1) - 10
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--foreground=pca", "--style=dinov3", "--upsample", "--smooth=0.5"],
+        ["--foreground=mask", "--masks={folder}/masks"],
+        ["--per-image", "--count=2"],
+    ],
+)
+def test_variants(folder: Path, tmp_path: Path, flags: list[str]) -> None:
+    given = [flag.format(folder=folder) for flag in flags]
+    files = ["--ckpt", str(folder / "vit0.safetensors"), "--images", str(folder / "images")]
+    main([*files, "--size=32", "--out", str(tmp_path / "a.png"), *given])
+    assert np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).std() > 10
+
+
+def test_comparison_of_a_model_with_itself_is_the_same_picture_twice(folder: Path, tmp_path: Path) -> None:
+    one = str(folder / "vit0.safetensors")
+    images = ["--images", str(folder / "images" / "c.png"), "--size=32"]
+    main(["--compare", one, one, *images, "--out", str(tmp_path / "same.png")])
+    picture = np.asarray(Image.open(tmp_path / "same.png").convert("RGB")).astype(int)[60:-20]
+    third = picture.shape[1] // 3
+    assert np.abs(picture[:, third + 20 : 2 * third - 20] - picture[:, 2 * third + 20 : 3 * third - 20]).mean() < 3
+    main(["--compare", one, str(folder / "vit1.safetensors"), *images, "--out", str(tmp_path / "other.png")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--images={folder}/images"], "either --ckpt CKPT or --compare A B"),
+        (["--ckpt={folder}/vit0.safetensors"], "give --images"),
+        (
+            ["--ckpt={folder}/vit0.safetensors", "--images={folder}/images", "--out=a.jpg"],
+            "must end in .png, .pdf, .svg",
+        ),
+        (["--ckpt={folder}/vit0.safetensors", "--images={folder}/none"], "no such folder"),
+        (["--ckpt={folder}/vit0.safetensors", "--images={folder}/images", "--blocks=3"], "block 3 does not exist"),
+        (["--ckpt={folder}/vit0.safetensors", "--images={folder}/images", "--foreground=mask"], "belong together"),
+        (["--compare", "{folder}/vit0.safetensors"], "compare needs two backbones"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    flags: list[str], words: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main([flag.format(folder=folder) for flag in flags])
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: ")
+    assert words in line
+    assert "\n" not in line
+    assert not list(tmp_path.iterdir())

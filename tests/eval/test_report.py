@@ -1,0 +1,323 @@
+"""The page that compares checkpoints: what is in it, that nothing is measured twice, how it behaves in a browser."""
+
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from sklearn.metrics.pairwise import cosine_similarity
+
+from skipless.common.precision import has_bf16
+from skipless.datasets.scenes import write_scenes
+from skipless.eval.page.render import similarity_codes
+from skipless.eval.page.tables import latex_table, markdown_table, table_of
+from skipless.eval.report import main, parse
+from skipless.ssl.model.vit import VisionTransformer
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(root, train=40, val=12, size=48, workers=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two random ViTs, of three blocks and of two."""
+    folder = tmp_path_factory.mktemp("ckpt")
+    paths = []
+    for seed, (name, depth) in enumerate((("deep", 3), ("shallow <b>", 2))):
+        torch.manual_seed(seed)
+        model = VisionTransformer(dim=192, depth=depth, heads=3, patch=8, image_size=48)
+        paths.append(folder / f"{name}.safetensors")
+        save_file(model.state_dict(), paths[-1])
+    return paths
+
+
+def flags(scenes: Path, cache: Path, out: Path, *ckpt: Path) -> list[str]:
+    return [
+        "--ckpt", *map(str, ckpt), "--out", str(out), "--cache", str(cache), "--device", "cpu", "--count", "3",
+        "--segmentation.name", "scenes", "--segmentation.root", str(scenes), "--segmentation.size", "48",
+        "--discovery.name", "scenes", "--discovery.root", str(scenes),
+        "--classification.root", str(scenes), "--classification.size", "48", "--classification.pool", "mean",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(
+    scenes: Path, checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, subprocess.CompletedProcess]:
+    """The folder of a report, its cache, and how the command ended."""
+    out, cache = tmp_path_factory.mktemp("report") / "out", tmp_path_factory.mktemp("cache")
+    command = [sys.executable, str(ROOT / "eval" / "report.py"), *flags(scenes, cache, out, *checkpoints)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return out, cache, subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+# What is measured -----------------------------------------------------------------------------------------------------
+
+
+def test_command_measures_everything_and_writes_page_and_tables(report: Any) -> None:
+    out, _, done = report
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in out.iterdir()} == {"report.html", "report.md", "report.tex", "results"}
+    for name in ("deep", "shallow <b>"):
+        tasks = {path.name for path in (out / "results" / name).iterdir()}
+        assert tasks == {"knn", "linear", "segmentation", "retrieval", "clustering", "lost", "tokencut"}
+    table = (out / "report.md").read_text()
+    for protocol in ("scenes-knn/20/mean/48px", "scenes-linear/quick", "scenes-tokencut", "scenes-lost"):
+        assert protocol in table
+    # The figure in the table is that of the result.
+    result = json.loads((out / "results/deep/tokencut/discovery.json").read_text())
+    low, high = result["details"]["interval_95"]
+    assert f"{100 * result['value']:.1f} ({100 * low:.1f}–{100 * high:.1f})" in table
+    page = (out / "report.html").read_text()
+    assert "shallow &lt;b&gt;" in page
+    assert "shallow <b>" not in page.replace("shallow \\u003cb>", "")
+    assert not re.search(r"(?:src|href)=\"(?!data:|#)", page)
+
+
+def test_what_is_measured_is_not_measured_again(
+    report: Any, scenes: Path, checkpoints: list[Path], capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    done, cache, _ = report
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    shutil.rmtree(out / "results" / "deep" / "lost")
+    before = {path: path.stat().st_mtime_ns for path in (out / "results").rglob("*.json")}
+    main(flags(scenes, cache, out, *checkpoints))
+    printed = capsys.readouterr().out
+    assert "deep (1 of 2): lost" in printed
+    assert printed.count(" of 2): ") == 1
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_other_settings_and_other_weights_are_not_taken_for_the_same(
+    report: Any, scenes: Path, checkpoints: list[Path], capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    done, cache, _ = report
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    for more, named in (
+        ([*flags(scenes, cache, out, *checkpoints), "--seed", "1"], "other settings (seed)"),
+        ([*flags(scenes, cache, out, *checkpoints[::-1]), "--names", "deep", "shallow <b>"], "other weights"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(more)
+        assert stop.value.code == 2
+        assert named in capsys.readouterr().err
+
+
+def test_results_of_another_precision_are_not_taken_for_the_same(
+    report: Any, scenes: Path, checkpoints: list[Path], capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """Those from before there was a choice are of float32."""
+    done, cache, _ = report
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    path = out / "results/deep/knn/knn.json"
+    old = json.loads(path.read_text())
+    assert old["settings"].pop("precision") == "fp32"
+    path.write_text(json.dumps(old))
+    main([*flags(scenes, cache, out, *checkpoints), "--tasks", "knn"])
+    assert "(1 of 2): knn" not in capsys.readouterr().out
+    if not has_bf16(torch.device("cpu")):
+        return  # bf16 would be the same there
+    with pytest.raises(SystemExit):
+        main([*flags(scenes, cache, out, *checkpoints), "--tasks", "knn", "--precision", "bf16"])
+    assert "knn.json is of other settings (precision)" in capsys.readouterr().err
+
+
+def test_results_made_elsewhere_are_collected_by_their_weights(
+    report: Any, checkpoints: list[Path], scenes: Path, tmp_path: Path
+) -> None:
+    done, _, _ = report
+    (tmp_path / "noise.json").write_text("[1, 2]")
+    out = tmp_path / "out"
+    images = str(scenes / "val")
+    main(["--ckpt", str(checkpoints[0]), "--images", images, "--count", "2", "--out", str(out), "--collect", str(done), str(tmp_path)])  # fmt: skip  # noqa: E501
+    lines = (out / "report.md").read_text().splitlines()
+    theirs = [line for line in (done / "report.md").read_text().splitlines() if line.startswith("| scenes")]
+    assert len(theirs) == 7
+    assert len([line for line in lines if line.startswith("| scenes")]) == 7
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--ckpt", "nowhere.pt"], "nowhere.pt"),
+        (["--ckpt", "A", "A"], "two checkpoints are called A"),
+        (["--ckpt", "A", "B", "--names", "one"], "names has 1 for 2 checkpoints"),
+        (["--ckpt", "A", "--tasks", "knn", "magic"], "task 'magic' does not exist"),
+        (["--ckpt", "A", "--count", "0"], "count and size must be 1 or more"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    more: list[str], named: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(more)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lists_are_words_on_the_command_line() -> None:
+    parsed = parse(["--ckpt", "runs/a", "runs/b", "--tasks", "knn", "--names", "a b", "c", "--count", "2"])
+    assert parsed.ckpt == ("runs/a", "runs/b")
+    assert (parsed.tasks, parsed.names, parsed.count) == (("knn",), ("a b", "c"), 2)
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def result(task: str, value: float, **more: Any) -> dict[str, Any]:
+    base = {"task": task, "protocol": f"x_y-{task}", "dataset": "x_y", "split": "val", "images": 4, "metric": "m"}
+    return {**base, "value": value, "details": more.pop("details", {}), **more}
+
+
+def test_tables_by_hand() -> None:
+    table = table_of(
+        {
+            "a&b": [
+                result("segmentation", 0.25, details={"interval_95": [0.2, 0.3]}, official_images=9),
+                result("knn", 0.5),
+            ],
+            "c|d": [
+                result("knn", 0.75, details={"interval_95": None}),
+                result("clustering", 0.1, details={"std": 0.02}),
+            ],
+        }
+    )
+    assert markdown_table(table).splitlines()[:5] == [
+        r"| protocol | data | metric | a&b | c\|d |",
+        "|---|---|---|---:|---:|",
+        "| x_y-knn | x_y val, 4 images | m | 50.0 | **75.0** |",
+        "| x_y-segmentation | x_y val SUBSET, 4 of 9 images | m | 25.0 (20.0–30.0) |  |",
+        "| x_y-clustering | x_y val, 4 images | m |  | 10.0 ± 2.0 |",
+    ]
+    assert latex_table(table).splitlines()[3:8] == [
+        r"Protocol & Data & a\&b & c|d \\",
+        r"\midrule",
+        r"x\_y-knn & x\_y val, 4 images & 50.0 & \textbf{75.0} \\",
+        r"x\_y-segmentation & x\_y val SUBSET, 4 of 9 images & 25.0 (20.0--30.0) &  \\",
+        r"x\_y-clustering & x\_y val, 4 images &  & 10.0 $\pm$ 2.0 \\",
+    ]
+
+
+# Codes ----------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(3, 20), st.integers(3, 30), st.integers(0, 10**6))
+def test_codes_give_cosines_and_state_their_error(h: int, w: int, dim: int, dims: int, seed: int) -> None:
+    features = np.random.default_rng(seed).normal(size=(h, w, dim))
+    codes, error = similarity_codes(features, dims)
+    assert codes.dtype == np.int8
+    assert codes.shape == (h * w, min(dims, dim))
+    flat = features.reshape(-1, dim)
+    difference = codes.astype(float) @ codes.T / 127**2 - cosine_similarity(flat)
+    np.testing.assert_allclose(np.sqrt((difference**2).mean()), error, atol=1e-12)
+    if dims >= dim:  # nothing but rounding to 8 bits is left
+        assert error < 0.02
+
+
+# In a browser ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine (Debian: apt install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser: Any, report: Any) -> Iterator[Any]:
+    """The page, opened; in the end neither an error nor a request for anything but the page itself was seen."""
+    address = (report[0] / "report.html").as_uri()
+    opened = browser.new_page(viewport={"width": 1280, "height": 900})
+    complaints: list[str] = []
+    requests: list[str] = []
+    opened.on("console", lambda message: complaints.append(message.text) if message.type != "log" else None)
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("request", lambda request: requests.append(request.url))
+    opened.goto(address)
+    yield opened
+    assert complaints == []
+    assert [url for url in requests if not url.startswith("data:")] == [address]
+    opened.close()
+
+
+def drawn(page: Any, selector: str) -> list[str]:
+    """What every canvas shows."""
+    return page.eval_on_selector_all(selector, "all => all.map(c => c.toDataURL())")
+
+
+def test_slider_changes_pictures(page: Any) -> None:
+    assert page.text_content("#blocks") == "deep 3 of 3, shallow <b> 2 of 2"
+    sheet, viewer = drawn(page, "canvas[data-sheet]"), drawn(page, "canvas[data-pca]")
+    assert len(sheet) == 6
+    assert len(viewer) == 2
+    page.focus("#block")
+    page.keyboard.press("Home")
+    assert page.text_content("#blocks") == "deep 1 of 3, shallow <b> 1 of 2"
+    assert all(a != b for a, b in zip(sheet, drawn(page, "canvas[data-sheet]"), strict=True))
+    assert all(a != b for a, b in zip(viewer, drawn(page, "canvas[data-pca]"), strict=True))
+
+
+def test_pointing_at_a_patch_changes_similarities_and_nothing_else(page: Any) -> None:
+    similar, pca = drawn(page, "canvas[data-similarity]"), drawn(page, "canvas[data-pca]")
+    page.locator(".view").first.hover(position={"x": 3, "y": 3})
+    moved = drawn(page, "canvas[data-similarity]")
+    assert all(a != b for a, b in zip(similar, moved, strict=True))
+    assert drawn(page, "canvas[data-pca]") == pca
+    page.locator(".view").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    assert all(a != b for a, b in zip(moved, drawn(page, "canvas[data-similarity]"), strict=True))
+
+
+def test_similarity_on_the_page_is_that_of_the_features(page: Any, report: Any) -> None:
+    look = json.loads(re.search(r'id="look">(.*?)</script>', (report[0] / "report.html").read_text())[1])  # type: ignore[index]
+    checkpoint = look["checkpoints"][0]
+    h, w = checkpoint["grids"][0]
+    codes = np.frombuffer(base64.b64decode(checkpoint["codes"][-1][0]), np.int8).reshape(h * w, checkpoint["dims"])
+    page.locator(".view").first.hover(position={"x": 1, "y": 1})
+    low = (codes.astype(float) @ codes[0] / 127**2).min()
+    assert page.text_content('[data-range="0"]') == f"{low:.2f} to 1"
+
+
+def test_choosing_an_image_changes_all_of_the_viewer(page: Any) -> None:
+    before = drawn(page, ".viewer canvas")
+    page.locator(".thumbnails button").nth(1).click()
+    assert page.locator(".thumbnails button").nth(1).get_attribute("aria-pressed") == "true"
+    assert all(a != b for a, b in zip(before, drawn(page, ".viewer canvas"), strict=True))
+
+
+def test_page_fits_a_phone(page: Any) -> None:
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360

@@ -1,0 +1,456 @@
+"""In-context segmentation: the memory, the attention over it, and the command as a user runs it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+
+from skipless.datasets.labels.masks import VOID
+from skipless.eval import retrieval as module
+from skipless.eval.retrieval import (
+    changed_settings,
+    evaluate,
+    in_context_labels,
+    main,
+    make_search,
+    parse,
+    sample_patches,
+)
+from skipless.ssl.model.vit import VisionTransformer
+
+ROOT = Path(__file__).parent.parent.parent
+DATA = os.environ.get("SKIPLESS_TEST_DATA")
+COLOUR_OF = np.array([(30, 30, 200), (210, 40, 40), (40, 200, 60)], np.uint8)
+NAMES = ("background", "aeroplane", "bicycle")
+SMALL = ["--size=64", "--data.train_split=train"]
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """VOC's layout, 6 and 4 pictures of 64 x 80: blocks of three colours, each a class, and a void column."""
+    root = tmp_path_factory.mktemp("data") / "VOCdevkit"
+    folder = root / "VOC2012"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 4)):
+        names = [f"{split}{index:02}" for index in range(count)]
+        for name in names:
+            labels = np.kron(rng.integers(0, 3, (4, 5)), np.ones((16, 16))).astype(np.uint8)
+            Image.fromarray(COLOUR_OF[labels]).save(folder / f"JPEGImages/{name}.jpg", quality=95, subsampling=0)
+            labels[:, 5] = VOID
+            Image.fromarray(labels).save(folder / f"SegmentationClass/{name}.png")
+        (folder / f"ImageSets/Segmentation/{split}.txt").write_text("".join(f"{name}\n" for name in names))
+    return root
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random ViT of two blocks."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("ckpt") / "tiny.safetensors"
+    save_file(VisionTransformer(dim=192, depth=2, heads=3, patch=8, image_size=64).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def command(voc: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
+    common = ["--ckpt", ckpt, "--data.name", "voc12", "--data.root", voc, "--cache", cache, "--device", "cpu", *more]
+    return list(map(str, common))
+
+
+def measure(voc: Path, ckpt: Path, cache: Path, *more: object) -> dict[str, Any]:
+    """The result, in this process."""
+    return evaluate(parse(command(voc, ckpt, cache, *SMALL, *more)))
+
+
+# Attention over the memory --------------------------------------------------------------------------------------------
+
+
+def units(seed: int, count: int, dim: int) -> np.ndarray:
+    x = np.random.default_rng(seed).standard_normal((count, dim)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.02), (5, 0.02), (30, 0.5), (40, 0.02)])
+def test_labels_are_those_of_a_plain_computation(k: int, temperature: float) -> None:
+    memory, queries = units(0, 40, 6), units(1, 9, 6)
+    labels = np.random.default_rng(2).dirichlet(np.ones(4), 40)
+    search, _ = make_search(memory, k, exact=True, gpu=None)
+    found = in_context_labels(*search(queries), labels, temperature)
+    assert found.dtype == np.float32
+    for query, of_query in zip(queries, found, strict=True):
+        similarities = [float(np.dot(row.astype(float), query)) for row in memory]
+        nearest = sorted(range(40), key=lambda row: -similarities[row])[:k]
+        weights = [np.exp(similarities[row] / temperature) for row in nearest]
+        expected = sum(w * labels[row] for w, row in zip(weights, nearest, strict=True)) / sum(weights)
+        np.testing.assert_allclose(of_query, expected, atol=1e-5)
+        np.testing.assert_allclose(of_query.sum(), 1, atol=1e-5)
+
+
+@given(st.integers(0, 999), st.integers(1, 12), st.sampled_from([0.01, 0.02, 1.0, 50.0]))
+def test_labels_lie_between_those_of_the_neighbours(seed: int, k: int, temperature: float) -> None:
+    rng = np.random.default_rng(seed)
+    similarities = np.sort(rng.uniform(-1, 1, (7, k)).astype(np.float32))[:, ::-1]
+    rows, labels = rng.integers(0, 20, (7, k)), rng.random((20, 3)).astype(np.float16)
+    found = in_context_labels(similarities, rows, labels, temperature)
+    assert (found <= labels[rows].max(1) + 1e-3).all()
+    assert (found >= labels[rows].min(1) - 1e-3).all()
+    flat = in_context_labels(np.zeros_like(similarities), rows, labels, temperature)
+    np.testing.assert_allclose(flat, labels[rows].astype(float).mean(1), atol=1e-3)
+
+
+def test_rows_that_an_inverted_file_did_not_find_have_no_weight() -> None:
+    similarities = np.array([[0.9, -3.4028235e38]], np.float32)
+    found = in_context_labels(similarities, np.array([[0, -1]]), np.eye(2), 0.02)
+    np.testing.assert_array_equal(found, [[1, 0]])
+
+
+def test_inverted_file_finds_what_is_close() -> None:
+    """Twenty tight groups: the nearest rows of a query are those of its own group."""
+    centres = units(0, 20, 16)
+    memory = np.repeat(centres, 30, axis=0) + 0.01 * units(1, 600, 16)
+    memory /= np.linalg.norm(memory, axis=1, keepdims=True)
+    search, name = make_search(memory, 30, exact=False, gpu=None)
+    assert name == "inverted file, 2 of 24 lists, on the CPU"
+    _, rows = search(centres)
+    own = [(of_query // 30 == group)[of_query >= 0].all() for group, of_query in enumerate(rows)]
+    assert all(own)
+    assert (rows >= 0).mean() > 0.8
+
+
+# The memory's patches -------------------------------------------------------------------------------------------------
+
+
+def test_all_labelled_patches_are_kept_where_they_fit() -> None:
+    shares = np.array([[1, 0], [0, 0], [0.5, 0.25], [0, 0]], np.float32)
+    for count in (2, 3, 4):
+        np.testing.assert_array_equal(sample_patches(shares, count, np.random.default_rng(0)), [0, 2])
+
+
+def test_patches_of_rare_classes_are_preferred() -> None:
+    """Ten patches of class 1 among 90 of class 0, ten places. Scores are uniform in [0, 90) and in [0, 10), so below t
+    lie about 90 t / 90 and 10 t / 10 of them: the ten lowest lie below t = 5, five of each class."""
+    shares = np.zeros((100, 2), np.float32)
+    shares[:90, 0], shares[90:, 1] = 1, 1
+    kept = [sample_patches(shares, 10, np.random.default_rng(seed)) for seed in range(200)]
+    assert all(len(np.unique(rows)) == 10 and (np.diff(rows) > 0).all() for rows in kept)
+    assert np.mean([(rows >= 90).sum() for rows in kept]) == pytest.approx(5, abs=0.5)
+    np.testing.assert_array_equal(kept[3], sample_patches(shares, 10, np.random.default_rng(3)))
+
+
+def test_a_patch_of_several_classes_has_the_sum_of_their_counts() -> None:
+    """Four patches of class 0, four of class 1, four of both: eight hold each class, scores are 8 u, 8 u and 16 u. Near
+    zero they lie as 8 / 8 to 4 / 16: the lowest is one of the last four in one case of five."""
+    shares = np.zeros((12, 2), np.float32)
+    shares[:4, 0], shares[4:8, 1], shares[8:] = 1, 1, 0.5
+    kept = np.concatenate([sample_patches(shares, 1, np.random.default_rng(seed)) for seed in range(2000)])
+    assert (kept >= 8).mean() == pytest.approx(1 / 5, abs=0.035)
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def test_command_leaves_a_result_a_table_and_pictures(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+    flags = [*SMALL, "--every-block", "--batch-size", "3", "--workers=1", "--out", tmp_path / "out"]
+    script = [sys.executable, ROOT / "eval" / "retrieval.py", *command(voc, ckpt, cache, *flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, script)), capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["pictures.png", "retrieval.json", "retrieval.md"]
+
+    result = json.loads((out / "retrieval.json").read_text())
+    assert result["task"] == "retrieval"
+    assert result["protocol"] == "voc12-retrieval/hummingbird (changed)"
+    assert (result["dataset"], result["split"], result["images"]) == ("voc12", "val", 4)
+    assert (result["metric"], result["seed"], result["official_images"]) == ("mIoU", 0, 1449)
+    assert result["checkpoint"]["path"] == str(ckpt)
+    assert len(result["checkpoint"]["sha256"]) == 64
+    assert result["settings"]["k"] == 30
+    assert {"seconds", "hardware", "commit"} <= set(result)
+    assert {"faiss-cpu", "faiss-gpu"} & set(result["versions"])
+    details = result["details"]
+    assert details["changed_settings"] == {"size": [512, 64], "data.train_split": ["trainaug", "train"]}
+    assert (details["train_images"], details["memory_patches"], details["patches_per_image"]) == (6, 6 * 64, 64)
+    assert (details["neighbours"], details["search"]) == (30, "exact, on the CPU")
+    assert [entry["block"] for entry in details["every_block"]] == [1, 2]
+    assert details["every_block"][-1]["miou"] == result["value"]
+
+    # Colours are separable, but a patch of 8 pixels on a stretched image holds parts of two blocks.
+    assert 0.7 < result["value"] <= details["pixel_accuracy"] < 1
+    assert np.mean([details["iou"][name] for name in NAMES]) == pytest.approx(result["value"])
+    assert all(value is None for name, value in details["iou"].items() if name not in NAMES)
+
+    table = (out / "retrieval.md").read_text()
+    assert table.startswith(f"**voc12-retrieval/hummingbird (changed)** {100 * result['value']:.1f} mIoU")
+    assert "memory of 384 patches of 6 images (train), 30 neighbours, search exact, on the CPU; seed 0" in table
+    assert "size 64 (published: 512); data.train_split train (published: trainaug)." in table
+    assert f"| 2 | {100 * result['value']:.1f} |" in table
+    assert f"| bicycle | {100 * details['iou']['bicycle']:.1f} |" in table
+    assert "trained" not in table
+    assert table.strip() in done.stdout
+    with Image.open(out / "pictures.png") as picture:
+        picture.load()
+        assert min(picture.size) > 200
+
+
+class OneHot:
+    """Features that are their patch's class code."""
+
+    def __init__(self, masks: list[np.ndarray], grid: tuple[int, int], classes: int):
+        self.images, self.grid, self.dim = len(masks), grid, classes
+        step = masks[0].shape[0] // grid[0], masks[0].shape[1] // grid[1]
+        # Void patches get the code of class 0.
+        codes = [np.where(mask == VOID, 0, mask)[:: step[0], :: step[1]] for mask in masks]
+        self.codes = torch.eye(classes, dtype=torch.float16)[torch.from_numpy(np.stack(codes)).long()]
+
+    def read(self, rows: Any, blocks: Any) -> torch.Tensor:
+        return self.codes[rows]
+
+
+class Masks:
+    """As much of a SegmentationSet as is needed."""
+
+    name, split, classes = "toy", "val", ("a", "b", "c")
+
+    def __init__(self, masks: list[np.ndarray]):
+        self.masks = masks
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def read_matched_mask(self, index: int) -> np.ndarray:
+        return self.masks[index]
+
+
+def test_class_codes_as_features_give_a_perfect_figure() -> None:
+    """Also with void patches in the memory's images and in those that are measured. One label a patch, images as large
+    as the grid: nothing is lost by resizing."""
+    rng = np.random.default_rng(0)
+    masks = [rng.choice([0, 1, 2, VOID], (6, 8)).astype(np.uint8) for _ in range(8)]
+    train, val = Masks(masks[:4]), Masks(masks[4:])
+    patches, labels = module.choose_patches(train, (6, 8), 48, 0, 0)  # type: ignore[arg-type]
+    assert len(labels) == sum(int((mask != VOID).sum()) for mask in masks[:4])
+    np.testing.assert_array_equal(labels.sum(1), 1)
+    memory = module.build_memory(OneHot(masks[:4], (6, 8), 3), (0,), patches)  # type: ignore[arg-type]
+    search, _ = make_search(memory, 30, exact=True, gpu=None)
+    features, device = OneHot(masks[4:], (6, 8), 3), torch.device("cpu")
+    confusion, _, shown = module.segment(features, (0,), val, search, labels, 0.02, device, [1])  # type: ignore[arg-type]
+    counts = np.bincount(np.concatenate(masks[4:]).ravel(), minlength=3)[:3]
+    np.testing.assert_array_equal(confusion, np.diag(counts))
+    np.testing.assert_array_equal(shown[1], np.where(masks[5] == VOID, 0, masks[5]))
+
+
+def test_labels_of_a_patch_are_shares_of_what_is_labelled() -> None:
+    mask = np.array([[0, 0, 1, VOID], [0, 1, VOID, VOID]], np.uint8)
+    patches, labels = module.choose_patches(Masks([mask]), (1, 2), 2, 0, 0)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(patches[0], [0, 1])
+    np.testing.assert_array_equal(labels, [[0.75, 0.25, 0], [0, 1, 0]])
+
+
+def test_same_seed_same_result(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+    """Also with features from the cache; another seed takes other patches."""
+    flags = ["--memory_size=120", "--blocks=last4"]
+    one, same, other = (measure(voc, ckpt, cache, *flags, f"--seed={seed}") for seed in (3, 3, 4))
+    assert one["protocol"] == "voc12-retrieval/hummingbird/blocks-1-2 (changed)"
+    assert (one["details"]["memory_patches"], one["details"]["patches_per_image"]) == (120, 20)
+    assert (one["value"], one["details"]["iou"]) == (same["value"], same["details"]["iou"])
+    assert one["value"] != other["value"]
+
+
+def test_a_memory_of_fewer_patches_than_neighbours(voc: Path, ckpt: Path, cache: Path) -> None:
+    result = measure(voc, ckpt, cache, "--memory_size=6", "--k=50")
+    assert (result["details"]["memory_patches"], result["details"]["neighbours"]) == (6, 6)
+
+
+def test_inverted_file_does_as_well(voc: Path, ckpt: Path, cache: Path) -> None:
+    exact, inverted = (measure(voc, ckpt, cache, f"--index={index}") for index in ("exact", "ivf"))
+    assert inverted["details"]["search"] == "inverted file, 2 of 19 lists, on the CPU"
+    assert inverted["value"] == pytest.approx(exact["value"], abs=0.1)
+
+
+def test_large_memory_on_a_cpu_takes_an_inverted_file(
+    voc: Path, ckpt: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "EXACT_ON_CPU", 6 * 64 - 1)
+    assert measure(voc, ckpt, cache)["details"]["search"].startswith("inverted file")
+    assert measure(voc, ckpt, cache, "--index=exact")["details"]["search"] == "exact, on the CPU"
+
+
+def test_figures_are_of_the_labels_not_of_chance(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+    """With the masks of validation exchanged among the images, little is left."""
+    data = tmp_path / "VOCdevkit"
+    shutil.copytree(voc, data)
+    masks = Path("VOC2012", "SegmentationClass")
+    for index in range(4):
+        shutil.copy(voc / masks / f"val{(index + 1) % 4:02}.png", data / masks / f"val{index:02}.png")
+    assert measure(data, ckpt, cache)["value"] < 0.4
+
+
+def test_two_processes_find_what_one_finds(
+    voc: Path, ckpt: Path, tmp_path: Path, run_two: Callable[[Sequence[object]], list[tuple[str, str]]]
+) -> None:
+    script = [sys.executable, ROOT / "eval" / "retrieval.py"]
+    flags = command(voc, ckpt, tmp_path / "cache", *SMALL, "--out", tmp_path / "two")
+    run_two([*script, *flags])
+    two = json.loads((tmp_path / "two" / "retrieval.json").read_text())
+    one = measure(voc, ckpt, tmp_path / "cache")
+    assert (two["processes"], one["processes"]) == (2, 1)
+    assert two["value"] == pytest.approx(one["value"], abs=1e-3)
+
+
+def test_published_settings_are_not_changed() -> None:
+    source = ["--ckpt=x", "--data.root=x"]
+    assert changed_settings(parse([*source, "--data.name=scenes"])) == {}
+    assert changed_settings(parse([*source, "--data.name=voc12", "--data.train_split=trainaug"])) == {}
+    assert changed_settings(parse([*source, "--data.name=voc12", "--workers=3", "--seed=3", "--index=ivf"])) == {}
+    changed = parse([*source, "--data.name=ade20k", "--memory-size=9", "--k=5", "--temperature=0.1", "--size=448"])
+    expected = {"size": [512, 448], "memory_size": [10_240_000, 9], "k": [30, 5], "temperature": [0.02, 0.1]}
+    assert changed_settings(changed) == expected
+
+
+@pytest.mark.skipif(not DATA, reason="SKIPLESS_TEST_DATA is not set")
+def test_a_trained_backbone_is_better_than_its_untrained_twin(tmp_path: Path) -> None:
+    """On 16 and 5 real photographs."""
+    source, root = Path(DATA or "", "VOCdevkit/VOC2012"), tmp_path / "VOC2012"
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    for folder in ("JPEGImages", "SegmentationClass"):
+        (root / folder).symlink_to((source / folder).resolve())
+    for split, count in (("train", 16), ("val", 5)):
+        names = (source / f"ImageSets/Segmentation/{split}.txt").read_text().split()
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names[:count]) + "\n")
+    ckpt = Path(DATA or "", "weights/vit_small_patch14_saliency.safetensors")
+    flags = ["--data.train_split=train", "--size=112"]
+    trained, floor = (
+        evaluate(parse(command(root, ckpt, tmp_path / "cache", *flags, *more))) for more in ([], ["--untrained"])
+    )
+    assert trained["details"]["pixel_accuracy"] > floor["details"]["pixel_accuracy"]
+    assert trained["value"] > 1.2 * floor["value"]
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """The one error line with which the command ends, in this process; before it, there may be progress bars."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    *before, last = errors.splitlines()
+    assert last.startswith("error: "), errors
+    assert not any("error" in line for line in before)
+    return last
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data.root=/nowhere/VOCdevkit"], ["/nowhere/VOCdevkit", "no such folder"]),
+        (["--data.name=voc07"], ["data.name", "voc07", "voc12"]),
+        (["--data.split=tset"], ["tset.txt", "train, val"]),
+        (["--data.train_split=trainaug"], ["trainaug needs SBD's masks"]),
+        (["--ckpt=/nowhere/vit.pth"], ["/nowhere/vit.pth", "no such checkpoint"]),
+        (["--blocks=99"], ["block 99 does not exist", "1 to 2"]),
+        (["--blocks=1", "--every-block"], ["every-block", "leave out blocks"]),
+        (["--k=0"], ["k must be 1 to 2048"]),
+        (["--k=4096"], ["k must be 1 to 2048"]),
+        (["--temperature=0"], ["temperature above 0"]),
+        (["--temperature=.inf"], ["temperature above 0"]),
+        (["--size=0"], ["size, memory-size and batch-size must be 1 or more"]),
+        (["--memory-size=5"], ["memory-size is 5", "each of 6 images"]),
+        (["--workers=-1"], ["workers and seed 0 or more"]),
+        (["--index=hnsw"], ["index", "hnsw", "ivf"]),
+        (["--device=tpu"], ["device is 'tpu'"]),
+        (["--neighbours=3"], ["neighbours"]),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_and_exit_code_2(
+    voc: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]
+) -> None:
+    given = command(voc, ckpt, tmp_path / "cache", *SMALL, "--out", tmp_path / "out")
+    last = sentence(capsys, [*given, *flags])
+    for word in words:
+        assert word in last
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_faiss_a_sentence_says_what_to_install(
+    voc: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    assert "pip install faiss-cpu" in sentence(capsys, command(voc, ckpt, tmp_path / "cache", *SMALL))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_memory_that_cannot_fit_is_refused(
+    voc: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """6 x 64 patches of 192 channels of 4 bytes and 21 labels of 2."""
+    need = 6 * 64 * (192 * 4 + 21 * 2)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": need - 1}.__getitem__)
+    last = sentence(capsys, command(voc, ckpt, tmp_path / "cache", *SMALL))
+    assert "a memory of 384 patches needs 0.0 GB" in last
+    assert "smaller --memory-size" in last
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": need}.__getitem__)
+    measure(voc, ckpt, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_damaged_mask_is_named(
+    voc: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str
+) -> None:
+    """Also when features are there already."""
+    data = tmp_path / "VOCdevkit"
+    shutil.copytree(voc, data)
+    flags = command(data, ckpt, tmp_path / "cache", *SMALL, "--out", tmp_path / "out")
+    path = data / f"VOC2012/SegmentationClass/{split}03.png"
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(path)
+    assert f"{split}03.png" in sentence(capsys, flags)
+    shutil.copy(voc / f"VOC2012/SegmentationClass/{split}03.png", path)
+    main(command(data, ckpt, tmp_path / "cache", *SMALL))
+    capsys.readouterr()
+    Image.fromarray(np.full((64, 80), 33, np.uint8)).save(path)
+    assert f"{split}03.png: 5120 of 5120 pixels hold 33" in sentence(capsys, flags)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_memory_of_void_alone_is_refused(
+    voc: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "VOCdevkit"
+    shutil.copytree(voc, data)
+    for path in (data / "VOC2012/SegmentationClass").glob("train*.png"):
+        Image.fromarray(np.full((64, 80), VOID, np.uint8)).save(path)
+    assert "voc12 train has no labelled patch" in sentence(capsys, command(data, ckpt, tmp_path / "cache", *SMALL))
+
+
+def test_other_results_are_kept(
+    voc: Path, ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = command(voc, ckpt, cache, *SMALL, "--out", tmp_path / "out")
+    main([*flags, "--k=3"])
+    before = (tmp_path / "out" / "retrieval.json").read_bytes()
+    main([*flags, "--k=3", "--batch-size=2"])
+    capsys.readouterr()
+    assert "holds another result (voc12-retrieval/hummingbird (changed) of " in sentence(capsys, flags)
+    assert json.loads(before)["value"] == json.loads((tmp_path / "out" / "retrieval.json").read_bytes())["value"]

@@ -1,0 +1,496 @@
+"""Linear segmentation as a user runs it: what it finds on pictures that are easy, what it leaves, and its errors."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from skipless.datasets.labels.masks import VOID
+from skipless.eval.dense.quick import label_shares
+from skipless.eval.segmentation import changed_settings, evaluate, main, parse
+from skipless.ssl.model.vit import VisionTransformer
+
+ROOT = Path(__file__).parent.parent.parent
+COLOUR_OF = np.array([(30, 30, 200), (210, 40, 40), (40, 200, 60)], np.uint8)
+NAMES = ("background", "aeroplane", "bicycle")
+# mmseg with everything a sixteenth, and a short schedule.
+SHORT = [
+    "--protocol=mmseg", "--training.augmentation.size=32", "--training.augmentation.scale=[128,32]",
+    "--training.inference.scale=[128,32]", "--training.inference.window=32", "--training.inference.stride=21",
+    "--training.optimizer.iterations=40", "--training.optimizer.warmup=5", "--training.optimizer.batch_size=8",
+    "--training.optimizer.lr=0.01",
+]  # fmt: skip
+QUICK = ["--protocol=quick", "--quick.size=64", "--quick.epochs=10", "--quick.images_per_step=4"]
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """VOC's layout, 12 and 4 pictures of 64 x 80: blocks of three colours, each a class, and a void column."""
+    root = tmp_path_factory.mktemp("data") / "VOCdevkit"
+    folder = root / "VOC2012"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        names = [f"{split}{index:02}" for index in range(count)]
+        for name in names:
+            labels = np.kron(rng.integers(0, 3, (4, 5)), np.ones((16, 16))).astype(np.uint8)
+            Image.fromarray(COLOUR_OF[labels]).save(folder / f"JPEGImages/{name}.jpg", quality=95, subsampling=0)
+            labels[:, 5] = VOID
+            Image.fromarray(labels).save(folder / f"SegmentationClass/{name}.png")
+        (folder / f"ImageSets/Segmentation/{split}.txt").write_text("".join(f"{name}\n" for name in names))
+    return root
+
+
+def random_tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return VisionTransformer(dim=192, depth=2, heads=3, patch=8, image_size=64).state_dict()
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random ViT of two blocks."""
+    path = tmp_path_factory.mktemp("ckpt") / "tiny.safetensors"
+    save_file(random_tensors(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def command(voc: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
+    common = ["--ckpt", ckpt, "--data.name", "voc12", "--data.root", voc, "--cache", cache, "--device", "cpu", *more]
+    return list(map(str, common))
+
+
+def measure(voc: Path, ckpt: Path, cache: Path, *more: object) -> dict[str, Any]:
+    """The result, in this process."""
+    return evaluate(parse(command(voc, ckpt, cache, *more)))
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def test_command_leaves_a_result_a_table_and_pictures(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+    flags = [*QUICK, "--every-block", "--batch-size", "3", "--seed=1", "--out", tmp_path / "out"]
+    script = [sys.executable, ROOT / "eval" / "segmentation.py", *command(voc, ckpt, cache, *flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, script)), capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == ["pictures.png", "segmentation.json", "segmentation.md"]
+
+    result = json.loads((out / "segmentation.json").read_text())
+    assert result["task"] == "segmentation"
+    assert result["protocol"] == "voc12-linear/quick (changed)"
+    assert (result["dataset"], result["split"], result["images"]) == ("voc12", "val", 4)
+    assert (result["metric"], result["seed"]) == ("mIoU", 1)
+    assert result["checkpoint"]["path"] == str(ckpt)
+    assert len(result["checkpoint"]["sha256"]) == 64
+    assert result["checkpoint"]["architecture"] == "ViT-Ti/8, 2 blocks, 192 wide, residual"
+    assert result["settings"]["quick"]["size"] == 64
+    assert result["settings"]["batch_size"] == 3
+    assert {"details", "seconds", "hardware", "versions", "commit"} <= set(result)
+    assert set(result["details"]["changed_settings"]) == {"quick.size", "quick.epochs", "quick.images_per_step"}
+
+    # Colours are separable, but the best of a patch of 8 pixels is not quite the best of every pixel.
+    assert 0.8 < result["value"] <= 1
+    assert result["value"] <= result["details"]["pixel_accuracy"] <= 1
+    iou = result["details"]["iou"]
+    assert np.mean([iou[name] for name in NAMES]) == pytest.approx(result["value"])
+    assert all(value is None for name, value in iou.items() if name not in NAMES)
+    assert len(iou) == 21
+
+    table = (out / "segmentation.md").read_text()
+    assert f"**voc12-linear/quick (changed)** {100 * result['value']:.1f} mIoU" in table
+    assert f"| 2 | {100 * result['value']:.1f} |" in table
+    assert f"| bicycle | {100 * iou['bicycle']:.1f} |" in table
+    assert table.strip() in done.stdout
+    with Image.open(out / "pictures.png") as picture:
+        picture.load()
+        assert min(picture.size) > 200
+
+
+def test_every_block_gives_what_each_block_gives_alone(voc: Path, ckpt: Path, cache: Path) -> None:
+    together = measure(voc, ckpt, cache, *QUICK, "--every_block")
+    entries = together["details"]["every_block"]
+    assert [entry["block"] for entry in entries] == [1, 2]
+    assert entries[-1]["miou"] == together["value"]
+    assert entries[0]["miou"] != entries[1]["miou"]
+    for entry in entries:
+        alone = measure(voc, ckpt, cache, *QUICK, f"--blocks={entry['block']}")
+        assert alone["value"] == pytest.approx(entry["miou"], abs=1e-9)
+        assert alone["details"]["blocks"] == [entry["block"]]
+
+
+def test_same_seed_same_result(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+    """Also with features from the cache, and with other batches of the backbone."""
+    flags = [*QUICK, "--blocks=last4"]
+    one, same = (measure(voc, ckpt, cache, *flags) for _ in range(2))
+    fresh = measure(voc, ckpt, tmp_path / "cache", *flags, "--batch_size=1")
+    assert one["details"]["blocks"] == [1, 2]
+    assert one["value"] == same["value"]
+    assert one["details"]["iou"] == same["details"]["iou"]
+    assert fresh["value"] == pytest.approx(one["value"], abs=2e-3)  # sums in another order
+
+
+def test_mmseg_solves_colours_and_keeps_its_head(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    main(command(voc, ckpt, cache, *SHORT, "--every-block", "--out", out))
+    result = json.loads((out / "segmentation.json").read_text())
+    assert result["protocol"] == "voc12-linear/mmseg (changed)"
+    assert result["value"] > 0.8
+    assert all(0.6 < entry["miou"] <= 1 for entry in result["details"]["every_block"])
+    files = ["head.pt", "pictures.png", "segmentation.json", "segmentation.md"]
+    assert sorted(path.name for path in out.iterdir()) == files
+    assert torch.load(out / "head.pt", weights_only=True)["heads.1.2.weight"].shape == (21, 192, 1, 1)
+
+
+def test_figures_are_of_the_labels_not_of_chance(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+    """With the masks of validation exchanged among the images, little is left."""
+    data = tmp_path / "VOCdevkit"
+    shutil.copytree(voc, data)
+    masks = Path("VOC2012", "SegmentationClass")
+    for index in range(4):
+        shutil.copy(voc / masks / f"val{(index + 1) % 4:02}.png", data / masks / f"val{index:02}.png")
+    assert measure(data, ckpt, cache, *QUICK)["value"] < 0.4
+
+
+SCRIPT = """
+import os
+import sys
+import numpy as np
+import torch
+from skipless.eval import segmentation
+from skipless.eval.dense.heads import FrozenInputBatchNorm
+from skipless.common import distributed
+
+out = sys.argv[1]
+for name in ("quick", "mmseg"):
+    split = sys.argv.index("--then")
+    words = sys.argv[2:split] if name == "quick" else sys.argv[split + 1 :]
+    segmentation.evaluate(segmentation.parse([*words, f"--out={out}/{name}"]))
+norm = FrozenInputBatchNorm(5)
+x = torch.randn(6, 5, 3, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
+mine = x[distributed.rank() :: 2].requires_grad_(False)
+y = norm(mine)
+(y * mine).sum().backward()
+grads = torch.stack([norm.weight.grad, norm.bias.grad])
+torch.save({"y": y.detach(), "grads": grads, **norm.state_dict()}, f"{out}/norm{distributed.rank()}.pt")
+distributed.stop()
+os._exit(0)  # on a busy machine, gloo's threads can abort an interpreter that is ending
+"""
+
+
+def test_two_processes_are_as_good_as_one(
+    voc: Path, ckpt: Path, cache: Path, tmp_path: Path, run_two: Callable[[Sequence[object]], list[tuple[str, str]]]
+) -> None:
+    """Same heads, same running statistics, same counts: with void pixels that are unevenly spread, too."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    quick, mmseg = (command(voc, ckpt, tmp_path / "cache", *flags, "--seed=5") for flags in (QUICK, SHORT))
+    words = [sys.executable, script, tmp_path, *quick, "--then", *mmseg]
+    run_two(words)
+
+    for name, flags in (("quick", QUICK), ("mmseg", SHORT)):
+        two = json.loads((tmp_path / name / "segmentation.json").read_text())
+        one = measure(voc, ckpt, cache, "--out", tmp_path / f"one_{name}", *flags, "--seed=5")
+        assert (two["processes"], one["processes"]) == (2, 1)
+        assert two["value"] == pytest.approx(one["value"], abs=2e-3)
+        assert two["details"]["pixel_accuracy"] == pytest.approx(one["details"]["pixel_accuracy"], abs=2e-3)
+    heads = [torch.load(tmp_path / name / "head.pt", weights_only=True) for name in ("mmseg", "one_mmseg")]
+    torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-4)
+
+    norms = [torch.load(tmp_path / f"norm{rank}.pt", weights_only=True) for rank in range(2)]
+    reference = nn.BatchNorm2d(5)
+    x = torch.randn(6, 5, 3, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    y = reference(x)
+    (y * x).sum().backward()
+    for rank, norm in enumerate(norms):
+        torch.testing.assert_close(norm.pop("y"), y[rank::2].detach())
+    grads = norms[0].pop("grads") + norms[1].pop("grads")
+    assert reference.weight.grad is not None
+    assert reference.bias.grad is not None
+    torch.testing.assert_close(grads, torch.stack([reference.weight.grad, reference.bias.grad]), rtol=1e-4, atol=1e-4)
+    for norm in norms:
+        torch.testing.assert_close(norm, dict(reference.state_dict()))
+
+
+# Protocols ------------------------------------------------------------------------------------------------------------
+
+SOURCE = ["--ckpt=x", "--data.name=voc12", "--data.root=x"]
+
+
+@pytest.mark.parametrize("protocol", ["mmseg", "dinov3", "neco", "quick"])
+def test_recipe_is_its_protocol_and_says_so(protocol: str) -> None:
+    settings = parse([f"--protocol={protocol}", *SOURCE])
+    assert settings.protocol == protocol
+    assert changed_settings(settings) == {}
+    recipe = ROOT / "configs" / "segmentation" / f"{protocol}.yaml"
+    assert f"configs/segmentation/{protocol}.yaml" in recipe.read_text().split("\nprotocol:")[0]
+    assert changed_settings(parse(["--config", str(recipe), *SOURCE])) == {}
+
+
+def test_printed_settings_are_those_of_the_protocol(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--protocol=neco", *SOURCE, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["protocol"] == "neco"
+    assert printed["training"]["optimizer"]["batch_size"] == 128
+    assert printed["training"]["optimizer"]["iterations"] is None
+
+
+def test_other_blocks_are_named_in_the_id_and_other_results_are_kept(
+    voc: Path, ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*QUICK, "--out", tmp_path / "out"]
+    result = measure(voc, ckpt, cache, *flags, "--blocks=1,2")
+    assert result["protocol"] == "voc12-linear/quick/blocks-1-2 (changed)"
+    assert "training" not in result["settings"]
+    before = (tmp_path / "out" / "segmentation.json").read_bytes()
+    line = sentence(capsys, command(voc, ckpt, cache, *flags))
+    assert "holds another result (voc12-linear/quick/blocks-1-2 (changed) of " in line
+    assert (tmp_path / "out" / "segmentation.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("protocol", "flag", "used"),
+    [
+        ("quick", "quick.size", 224),
+        ("quick", "quick.learning_rates", [0.5]),
+        ("mmseg", "training.optimizer.iterations", 100),
+        ("mmseg", "training.augmentation.scale", [2048, 448]),
+        ("dinov3", "training.head.dropout", 0.0),
+        ("neco", "training.inference.grid", 448),
+    ],
+)
+def test_any_changed_setting_is_named(protocol: str, flag: str, used: Any) -> None:
+    recipe = yaml.safe_load((ROOT / "configs" / "segmentation" / f"{protocol}.yaml").read_text())
+    for part in flag.split("."):
+        recipe = recipe[part]
+    settings = parse([f"--protocol={protocol}", *SOURCE, f"--{flag.replace('_', '-')}={json.dumps(used)}"])
+    assert changed_settings(settings) == {flag: [recipe, used]}
+
+
+@pytest.mark.parametrize(("protocol", "flag"), [("mmseg", "--quick.size=64"), ("quick", "--training.head.dropout=0.1")])
+def test_setting_of_the_other_kind_of_protocol_is_refused(protocol: str, flag: str) -> None:
+    settings = parse([f"--protocol={protocol}", *SOURCE, flag])
+    with pytest.raises(ValueError, match=f"has no effect on the protocol {protocol}"):
+        changed_settings(settings)
+
+
+# Shares of labels -----------------------------------------------------------------------------------------------------
+
+
+def test_shares_by_hand() -> None:
+    """A row of 5 pixels on 2 patches: centres at 0.1, 0.3, 0.5, 0.7 and 0.9 of the side, and 0.5 belongs to the
+    second."""
+    shares = label_shares(np.array([[0, 1, 1, 1, VOID]], np.uint8), 1, 2, 2)
+    np.testing.assert_allclose(shares, [[[1 / 2, 1 / 2], [0, 2 / 3]]])
+    assert shares.dtype == np.float32
+    quarters = np.array([[0, 1, 2, 2], [1, 1, 2, 2], [0, 0, VOID, VOID], [0, 0, VOID, VOID]], np.uint8)
+    expected = [[[0.25, 0.75, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 0]]]
+    np.testing.assert_allclose(label_shares(quarters, 2, 2, 3), expected)
+
+
+def test_shares_of_a_mask_smaller_than_the_grid() -> None:
+    """Two pixels on five patches: their centres, at 1/4 and 3/4, lie in the second and in the fourth."""
+    shares = label_shares(np.array([[1, 0]], np.uint8), 1, 5, 2)
+    np.testing.assert_allclose(shares[0], [[0, 0], [0, 1], [0, 0], [1, 0], [0, 0]])
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 6), st.integers(1, 6), st.integers(0, 999))
+def test_shares_are_those_of_a_plain_loop(height: int, width: int, h: int, w: int, seed: int) -> None:
+    mask = np.random.default_rng(seed).choice([0, 1, 2, VOID], (height, width)).astype(np.uint8)
+    members: dict[tuple[int, int], list[int]] = {}
+    for y in range(height):
+        for x in range(width):
+            # Exact in integers: the centre (y + 1/2) / height lies in patch row p when p / h <= it < (p + 1) / h.
+            row = next(p for p in range(h) if (2 * y + 1) * h < 2 * height * (p + 1))
+            column = next(p for p in range(w) if (2 * x + 1) * w < 2 * width * (p + 1))
+            members.setdefault((row, column), []).append(int(mask[y, x]))
+    shares = label_shares(mask, h, w, 3)
+    for row in range(h):
+        for column in range(w):
+            labels = members.get((row, column), [])
+            expected = [labels.count(label) / max(1, len(labels)) for label in range(3)]
+            np.testing.assert_allclose(shares[row, column], expected, rtol=1e-6)
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """The one error line with which the command ends, in this process; before it, there may be progress bars."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    assert errors.endswith("\n")
+    *before, last = errors.splitlines()
+    assert last.startswith("error: "), errors
+    assert not any("error" in line for line in before)
+    return last
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data.root=/nowhere/VOCdevkit"], ["/nowhere/VOCdevkit", "no such folder"]),
+        (["--data.root={empty}"], ["{empty}", "holds no PASCAL VOC 2012"]),
+        (["--data.name=voc07"], ["data.name", "voc07", "voc12"]),
+        (["--data.split=tset"], ["tset.txt", "train, val"]),
+        (["--ckpt=/nowhere/vit.pth"], ["/nowhere/vit.pth", "no such checkpoint"]),
+        (["--protocol=mmsg"], ["protocol", "mmsg", "neco"]),
+        (["--blocks=99"], ["block 99 does not exist", "1 to 2"]),
+        (["--blocks=0"], ["block 0 does not exist"]),
+        (["--blocks=first"], ["'first'", "last4"]),
+        (["--blocks=1,2,1"], ["names a block twice"]),
+        (["--blocks=1", "--every-block"], ["every-block", "leave out blocks"]),
+        (["--quick.sise=64"], ["sise"]),
+        (["--quick.size=0"], ["quick.size"]),
+        (["--training.inference.stride=999"], ["training.inference.stride is 999"]),
+        (["--training.head.dropout=0.1"], ["training.head.dropout has no effect on the protocol quick"]),
+        (["--workers=-1"], ["workers must be 0 or more"]),
+        (["--device=tpu"], ["device is 'tpu'"]),
+    ],
+)
+def test_bad_input_ends_with_one_sentence_and_exit_code_2(
+    voc: Path,
+    ckpt: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    words: list[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    places = {"empty": tmp_path / "empty"}
+    given = command(voc, ckpt, tmp_path / "cache", *QUICK, "--out", tmp_path / "out")
+    last = sentence(capsys, [*given, *(flag.format(**places) for flag in flags)])
+    for word in words:
+        assert word.format(**places) in last
+    assert not (tmp_path / "out").exists()
+
+
+def damage_missing_mask(folder: Path) -> None:
+    (folder / "SegmentationClass/train03.png").unlink()
+
+
+def damage_label(folder: Path) -> None:
+    path = folder / "SegmentationClass/train03.png"
+    labels = np.array(Image.open(path))
+    labels[1, 1] = 33
+    Image.fromarray(labels).save(path)
+
+
+def damage_jpeg(folder: Path) -> None:
+    path = folder / "JPEGImages/train03.jpg"
+    path.write_bytes(path.read_bytes()[:700])
+
+
+def damage_size(folder: Path) -> None:
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(folder / "SegmentationClass/train03.png")
+
+
+@pytest.mark.parametrize("protocol", ["quick", "mmseg"])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_missing_mask, ["SegmentationClass/train03.png: no such mask"]),
+        (damage_label, ["SegmentationClass/train03.png: 1 of 5120 pixels hold 33"]),
+        (damage_jpeg, ["JPEGImages/train03.jpg"]),
+        (damage_size, ["SegmentationClass/train03.png", "64 x 64", "80 x 64"]),
+    ],
+)
+def test_damaged_data_is_named(
+    voc: Path,
+    ckpt: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    protocol: str,
+    damage: Any,
+    words: list[str],
+) -> None:
+    data = tmp_path / "VOCdevkit"
+    shutil.copytree(voc, data)
+    damage(data / "VOC2012")
+    flags = QUICK if protocol == "quick" else SHORT
+    last = sentence(capsys, command(data, ckpt, tmp_path / "cache", *flags, "--out", tmp_path / "out"))
+    for word in words:
+        assert word in last
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("damage", [damage_label, damage_size])
+def test_masks_are_checked_when_features_are_there_already(
+    voc: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any
+) -> None:
+    data = tmp_path / "VOCdevkit"
+    shutil.copytree(voc, data)
+    measure(data, ckpt, tmp_path / "cache", *QUICK, "--quick.epochs=1")
+    damage(data / "VOC2012")
+    last = sentence(capsys, command(data, ckpt, tmp_path / "cache", *QUICK))
+    assert "SegmentationClass/train03.png" in last
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("touch executed",)
+
+
+def test_another_training_split_is_a_changed_setting() -> None:
+    assert changed_settings(parse([*SOURCE, "--data.train_split=train"])) == {}
+    changed = {"data.train_split": ["train", "trainval"]}
+    assert changed_settings(parse([*SOURCE, "--data.train_split=trainval"])) == changed
+
+
+def test_checkpoint_with_code_in_it_is_refused(
+    voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": random_tensors(), "more": RunsCode()}, tmp_path / "evil.pth")
+    last = sentence(capsys, command(voc, tmp_path / "evil.pth", tmp_path / "cache", *QUICK))
+    assert "evil.pth" in last
+    assert "could run code" in last
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("flags", [QUICK, SHORT])
+def test_numbers_that_are_none_are_refused(
+    voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    tensors = random_tensors()
+    save_file(tensors | {"norm.bias": torch.full((192,), torch.nan)}, tmp_path / "nan.safetensors")
+    assert "nan.safetensors has NaN or infinite weights, in norm.bias" in sentence(
+        capsys, command(voc, tmp_path / "nan.safetensors", tmp_path / "cache", *flags)
+    )
+    # Finite weights whose features overflow.
+    save_file(tensors | {"blocks.1.mlp.fc2.bias": torch.full((192,), 1e30)}, tmp_path / "huge.safetensors")
+    last = sentence(capsys, command(voc, tmp_path / "huge.safetensors", tmp_path / "cache", *flags))
+    assert "huge.safetensors" in last
+    assert "are NaN or infinite" in last
+
+
+def test_underscores_and_dashes_are_one(voc: Path) -> None:
+    words = [["--batch-size=3", "--every-block", "--data.train-split=a-b"]]
+    words.append(["--batch_size", "3", "--every_block", "--data.train_split", "a-b"])
+    one, two = (parse([*SOURCE, *flags]) for flags in words)
+    assert one == two
+    assert (one.batch_size, one.every_block, one.data.train_split) == (3, True, "a-b")
