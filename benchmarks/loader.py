@@ -67,7 +67,7 @@ def torchvision_views(blur: Callable[..., Any], crops: ours.Crops) -> Callable[[
                 v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC),
                 v2.RandomHorizontalFlip(),
                 v2.RandomApply([v2.ColorJitter(brightness, contrast, saturation, hue)], crops.jitter_probability),
-                v2.RandomGrayscale(crops.grey_probability),
+                v2.RandomGrayscale(crops.gray_probability),
                 v2.RandomApply([blur], blurred),
                 *([v2.RandomSolarize(128, solarized)] if solarized else []),
                 v2.ToImage(),
@@ -78,9 +78,9 @@ def torchvision_views(blur: Callable[..., Any], crops: ours.Crops) -> Callable[[
 
     first, second, local = crops.blur_probability
     views = [
-        view(crops.global_size, crops.global_scale, first),
-        view(crops.global_size, crops.global_scale, second, crops.solarize_probability),
-        *[view(crops.local_size, crops.local_scale, local)] * crops.local_count,
+        view(crops.global_crops_size, crops.global_crops_scale, first),
+        view(crops.global_crops_size, crops.global_crops_scale, second, crops.solarize_probability),
+        *[view(crops.local_crops_size, crops.local_crops_scale, local)] * crops.local_crops_number,
     ]
     return lambda image: [cut(image) for cut in views]
 

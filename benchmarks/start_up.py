@@ -40,7 +40,7 @@ from skipless.ssl.data.crops import CropDataset, Crops, collate
 from skipless.ssl.data.loader import leave_signals_to_main
 
 DISTINCT, CLASSES, EPOCHS, BATCH = 300, 100, 3, 64
-CROPS = Crops(global_size=32, local_count=0)
+CROPS = Crops(global_crops_size=32, local_crops_number=0)
 
 
 def make_sources(root: Path, count: int) -> tuple[dict[str, Path], dict[str, float]]:

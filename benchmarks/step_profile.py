@@ -72,7 +72,7 @@ def stages(step: Step, crops: list[torch.Tensor], rounds: int, wait: Callable[[]
         clock("clipping", nn.utils.clip_grad_norm_, step.student.parameters(), step.clip)
         clock("optimizer", step.optimizer.step)
         step.optimizer.zero_grad(set_to_none=True)
-        step.objective.update_centre()
+        step.objective.update_center()
         clock("teacher's average", update_teacher, step.teacher, step.student, MOMENTUM)
     return {name: statistics.median(times[2:]) for name, times in seconds.items()}
 
@@ -145,11 +145,12 @@ def main() -> None:
     backbone = step.student.backbone
     flops = settings.batch_size * flops_per_image(step.student, settings)
     counts = {
-        size: 1 + (size // backbone.patch) ** 2 for size in (settings.crops.global_size, settings.crops.local_size)
+        size: 1 + (size // backbone.patch) ** 2
+        for size in (settings.crops.global_crops_size, settings.crops.local_crops_size)
     }
-    globals_, locals_ = (counts[size] for size in (settings.crops.global_size, settings.crops.local_size))
+    globals_, locals_ = (counts[size] for size in (settings.crops.global_crops_size, settings.crops.local_crops_size))
     tokens = settings.batch_size * (
-        2 * globals_ * 4 / 3 + settings.crops.local_count * locals_
+        2 * globals_ * 4 / 3 + settings.crops.local_crops_number * locals_
     )  # teacher: forward only
     width = 2 if bf16 and device.type == "cuda" else 4
     moved = tokens * backbone.dim * backbone.depth * 2 * 16 * 3 * width

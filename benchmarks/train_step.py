@@ -61,8 +61,8 @@ def crops_of(settings: Settings, device: torch.device, seed: int = 0) -> list[Te
     """Random normalised crops of a batch, globals and locals."""
     generator = torch.Generator().manual_seed(seed)
     crops, batch = settings.crops, settings.batch_size
-    shapes = [(2 * batch, crops.global_size)] + (
-        [(crops.local_count * batch, crops.local_size)] * bool(crops.local_count)
+    shapes = [(2 * batch, crops.global_crops_size)] + (
+        [(crops.local_crops_number * batch, crops.local_crops_size)] * bool(crops.local_crops_number)
     )
     return [torch.randn(count, 3, size, size, generator=generator).to(device) for count, size in shapes]
 
@@ -76,8 +76,8 @@ class Step:
         self.teacher = make_teacher(self.student)
         self.optimizer = make_optimizer(self.student, settings.optimizer)
         dino = settings.dino
-        loss = (dino.prototypes, dino.student_temperature, dino.centre_momentum)
-        self.fast, self.clip_by, self.views = way != "plain", clip_by, 2 + settings.crops.local_count
+        loss = (dino.out_dim, dino.student_temp, dino.center_momentum)
+        self.fast, self.clip_by, self.views = way != "plain", clip_by, 2 + settings.crops.local_crops_number
         self.objective: nn.Module = (DINOLoss(*loss) if self.fast else PlainLoss(*loss)).to(device)
         self.autocast = autocast(device, bf16)
         self.clip = settings.clip_grad
@@ -105,7 +105,7 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.fast:
-            self.objective.update_centre()
+            self.objective.update_center()
             update_teacher(self.teacher, self.student, MOMENTUM)
         else:
             plain_update_teacher(self.teacher, self.student, MOMENTUM)
@@ -198,8 +198,12 @@ def flops_per_image(model: DINOModel, settings: Settings) -> float:
         return tokens * per_token + attention + tokens * 2 * 3 * backbone.patch**2 * backbone.dim
 
     head = 2 * sum(p.numel() for p in model.head.parameters() if p.ndim == 2)
-    student = 2 * of(crops.global_size) + crops.local_count * of(crops.local_size) + (2 + crops.local_count) * head
-    return 3 * student + 2 * of(crops.global_size) + 2 * head
+    student = (
+        2 * of(crops.global_crops_size)
+        + crops.local_crops_number * of(crops.local_crops_size)
+        + (2 + crops.local_crops_number) * head
+    )
+    return 3 * student + 2 * of(crops.global_crops_size) + 2 * head
 
 
 def table(result: dict[str, Any]) -> str:

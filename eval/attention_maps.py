@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from skipless.common import distributed
+from skipless.common import cli, distributed
 from skipless.eval.backbones import Backbone, Weights, load_backbone
-from skipless.eval.command_line import parse_settings, run
 from skipless.eval.figures.pictures import check_out, fit, pick_images, save_figure
 from skipless.eval.segmentation import choose_blocks
 
@@ -144,14 +143,13 @@ def draw_attention(settings: Settings) -> Path:
     return out
 
 
-def parse(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line."""
-    return parse_settings(Settings, "eval/attention_maps.py", __doc__, {}, arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    run(lambda: print(f"written: {draw_attention(parse(arguments))}"))
+
+    def draw(settings: Settings) -> None:
+        print(f"written: {draw_attention(settings)}")
+
+    cli.run(draw, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

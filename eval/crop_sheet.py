@@ -1,6 +1,6 @@
 """A picture of the views a network sees of one image: the crops of ssl/data/crops.py, drawn.
 
-python eval/crop_sheet.py --show photo.jpg --out sheet.png --crops.global_size 224 --seed 0
+python eval/crop_sheet.py --show photo.jpg --out sheet.png --crops.global_crops_size 224 --seed 0
 """
 
 import math
@@ -23,11 +23,13 @@ def sheet(image: np.ndarray, crops: Crops, seed: int) -> np.ndarray:
     A row shows the whole image, the two global crops, and the local ones in as many lines as fit beside them.
     """
     gap = 4
-    size = max(crops.global_size, crops.local_size if crops.local_count else 0)
-    lines = max(1, (size + gap) // (crops.local_size + gap))
-    columns = math.ceil(crops.local_count / lines)
-    thumbnail = resample(image, crops.global_size, max(1, round(crops.global_size * image.shape[1] / image.shape[0])))
-    width = thumbnail.shape[1] + 2 * crops.global_size + columns * crops.local_size + (4 + columns) * gap
+    size = max(crops.global_crops_size, crops.local_crops_size if crops.local_crops_number else 0)
+    lines = max(1, (size + gap) // (crops.local_crops_size + gap))
+    columns = math.ceil(crops.local_crops_number / lines)
+    thumbnail = resample(
+        image, crops.global_crops_size, max(1, round(crops.global_crops_size * image.shape[1] / image.shape[0]))
+    )
+    width = thumbnail.shape[1] + 2 * crops.global_crops_size + columns * crops.local_crops_size + (4 + columns) * gap
     canvas = np.full((4 * (size + gap) + gap, width, 3), 255, np.uint8)
 
     def paste(view: np.ndarray, top: int, left: int) -> int:
@@ -42,7 +44,7 @@ def sheet(image: np.ndarray, crops: Crops, seed: int) -> np.ndarray:
             left = paste(view, top, left)
         for number, view in enumerate(views[2:]):
             line, column = divmod(number, columns)
-            paste(view, top + line * (crops.local_size + gap), left + column * (crops.local_size + gap))
+            paste(view, top + line * (crops.local_crops_size + gap), left + column * (crops.local_crops_size + gap))
     return canvas
 
 
@@ -67,7 +69,8 @@ def show(image: Path, crops: Crops, out: Path = Path("crops.png"), seed: int = 0
     partial.write_bytes(data)
     os.replace(partial, out)
     print(
-        f"{out}: {picture.shape[1]} x {picture.shape[0]} pixels; a row: the image, 2 global, {crops.local_count} local"
+        f"{out}: {picture.shape[1]} x {picture.shape[0]} pixels; a row: the image, 2 global, "
+        f"{crops.local_crops_number} local"
     )
 
 

@@ -12,8 +12,7 @@ three; they are scored by COCO's AP without classes, in which every image counts
 
 With --out: discovery.json and discovery.md, detections.json (boxes and masks in COCO's result format) and pictures.png.
 Unreadable images of a folder are left out and listed; in a set with labels they are an error.
-An interrupted run with --out is continued by the same command. torchrun shares the images out. In flag names - and _
-are the same.
+An interrupted run with --out is continued by the same command. torchrun shares the images out.
 """
 
 import json
@@ -21,6 +20,7 @@ import math
 import os
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from skipless.common import distributed
+from skipless.common import cli, distributed
 from skipless.common.files import write_result, write_text
 from skipless.common.pixels import resample
 from skipless.common.settings import plain
@@ -42,7 +42,6 @@ from skipless.datasets.labels.coco import coco20k, coco_boxes
 from skipless.datasets.labels.counts import BOX_COUNTS, describe_split
 from skipless.datasets.labels.voc import scenes_boxes, voc_boxes
 from skipless.eval.backbones import Backbone, FeatureKind, Weights, load_backbone, pad_to_patch, untrained
-from skipless.eval.command_line import parse_settings, run
 from skipless.eval.features import data_sha256
 from skipless.eval.objects.localization import Localization, lost, maskcut, tokencut
 from skipless.eval.objects.report import draw, report
@@ -83,9 +82,9 @@ class Settings:
     block: str = "last"
     """Block whose features are taken: last, or a number from 1."""
     every_block: bool = False
-    """CorLoc of every block."""
+    """CorLoc (or AP) of every block, in one pass over the images."""
     no_hard: bool = False
-    """Drop difficult and truncated boxes."""
+    """Drop difficult and truncated boxes, and the images left with none."""
     size: int | None = None
     """Side in pixels of squares that images are resized to; by default the original size (maskcut: 480)."""
     tau: float | None = None
@@ -93,7 +92,7 @@ class Settings:
     weights: Weights = "teacher"
     """Which half of a training checkpoint that holds a teacher and a student."""
     untrained: bool = False
-    """Random weights instead."""
+    """Measure the checkpoint's architecture with random weights: the floor its figure stands on."""
     out: str | None = None
     """Folder for discovery.json, discovery.md, detections.json and pictures.png; by default nothing is written."""
     seed: int = 0
@@ -467,19 +466,9 @@ class _Pictures(Dataset):
         return (picture if self.size is None else resample(picture, self.size, self.size)), original
 
 
-def parse(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line."""
-    switches = {
-        "untrained": "Measure the checkpoint's architecture with random weights: the floor its figure stands on.",
-        "every_block": "CorLoc (or AP) of every block, in one pass over the images.",
-        "no_hard": "Drop difficult and truncated boxes, and the images left with none.",
-    }
-    return parse_settings(Settings, "eval/discovery.py", __doc__, switches, arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    run(lambda: discover(parse(arguments)))
+    cli.run(discover, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

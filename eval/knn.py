@@ -8,18 +8,18 @@ DINO's protocol (arXiv 2104.14294): central crops of 224 pixels, the final-norme
 similarity, the k nearest training images vote with weight exp(similarity / 0.07). Nothing is trained and nothing is
 chosen on the images that are classified: the figure is the one for the first of --k. Neighbours are found by faiss,
 exactly, on a GPU where it has one. Features are kept in --cache; an interrupted run is continued by the same command.
-In flag names - and _ are the same.
 """
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from skipless.common import distributed
+from skipless.common import cli, distributed
 from skipless.common.files import write_result
 from skipless.common.settings import plain
 from skipless.eval.backbones import Precision, Weights, load_backbone, untrained
@@ -33,7 +33,6 @@ from skipless.eval.classification import (
     vectors,
     warn_of_pool,
 )
-from skipless.eval.command_line import join_list, parse_settings, run
 from skipless.eval.features import default_cache
 from skipless.eval.neighbors import nearest, require_faiss
 from skipless.eval.results import keep_other_result, result_of
@@ -63,7 +62,7 @@ class Settings:
     weights: Weights = "teacher"
     """Which half of a training checkpoint that holds a teacher and a student."""
     untrained: bool = False
-    """Measure the checkpoint's architecture with random weights instead."""
+    """Measure the checkpoint's architecture with random weights: the floor its figure stands on."""
     out: str | None = None
     """Folder for knn.json and knn.md; by default nothing is written."""
     cache: str | None = None
@@ -218,18 +217,9 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parse(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line."""
-    switches = {
-        "untrained": "Measure the checkpoint's architecture with random weights: the floor its figure stands on.",
-        "every_block": "Accuracy of each block by itself.",
-    }
-    return parse_settings(Settings, "eval/knn.py", __doc__, switches, join_list("--k", arguments, numbers=True))
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    run(lambda: evaluate(parse(arguments)))
+    cli.run(evaluate, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ by steps, and crops are resized bicubically.
 
 Both concatenate the CLS tokens of the last four blocks (DINO's choice for ViT-S), and train by SGD with momentum, no
 weight decay and a cosine schedule, with many learning rates at once. Which one counts is chosen on training images that
-were held out, never on those that the figure is about. An interrupted run is continued by the same command. In flag
-names - and _ are the same.
+were held out, never on those that the figure is about. An interrupted run is continued by the same command.
 """
 
 import hashlib
@@ -34,7 +33,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from skipless.common import distributed
+from skipless.common import cli, distributed
 from skipless.common.files import write_atomically, write_result
 from skipless.common.pixels import crop_box, resample
 from skipless.common.settings import plain
@@ -50,7 +49,6 @@ from skipless.eval.classification import (
     vectors,
     warn_of_pool,
 )
-from skipless.eval.command_line import join_list, parse_settings, run
 from skipless.eval.dense.quick import Heads
 from skipless.eval.features import data_sha256, default_cache
 from skipless.eval.results import INCIDENTAL, LATER, keep_other_result, result_of
@@ -83,13 +81,13 @@ class Settings:
     blocks: str = "last4"
     """Blocks whose vectors are concatenated: last, last4, or numbers from 1, as in 9,12."""
     every_block: bool = False
-    """Heads on each block by itself."""
+    """Heads on each block by itself, and its accuracy."""
     size: int = 224
     """Side in pixels of the crops."""
     weights: Weights = "teacher"
     """Which half of a training checkpoint that holds a teacher and a student."""
     untrained: bool = False
-    """Measure the checkpoint's architecture with random weights instead."""
+    """Measure the checkpoint's architecture with random weights: the floor its figure stands on."""
     out: str | None = None
     """Folder for linear.json and linear.md, and for dino head.pt, from which an interrupted run goes on; by default
     nothing is written."""
@@ -464,20 +462,9 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parse(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line."""
-    switches = {
-        "untrained": "Measure the checkpoint's architecture with random weights: the floor its figure stands on.",
-        "every_block": "Heads on each block by itself, and its accuracy.",
-    }
-    return parse_settings(
-        Settings, "eval/linear.py", __doc__, switches, join_list("--learning-rates", arguments, numbers=True)
-    )
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    run(lambda: evaluate(parse(arguments)))
+    cli.run(evaluate, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ colour means the same in all of them (--per-image fits one to each). The same fe
 run and machine, in whatever order the images come: each component is turned so that it is skewed to the right.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,10 +25,9 @@ from scipy.linalg import orthogonal_procrustes
 from sklearn.decomposition import PCA
 from tqdm import tqdm
 
-from skipless.common import distributed
+from skipless.common import cli, distributed
 from skipless.datasets.labels.masks import read_values
 from skipless.eval.backbones import Weights, load_backbone
-from skipless.eval.command_line import join_list, parse_settings, run
 from skipless.eval.figures.pictures import check_out, patch_features, pick_images, save_figure
 from skipless.eval.segmentation import choose_blocks
 
@@ -67,11 +67,11 @@ class Settings:
     style: Style = "dinov2"
     """dinov2: each component scaled from its 1st to its 99th percentile. dinov3: whitened, sigmoid(2 x)."""
     per_image: bool = False
-    """A PCA for each image."""
+    """A PCA for each image; by default one for all, so that a colour means the same in all of them."""
     smooth: float = 0.0
     """Standard deviation, in patches, of a Gaussian blur of the three components; 0 for none."""
     upsample: bool = False
-    """Resize the components to the image bicubically, for soft pictures, and not the patches as squares."""
+    """Resize components to the image bicubically, for soft pictures, and not patches as squares."""
     weights: Weights = "teacher"
     """Which half of a training checkpoint that holds a teacher and a student."""
     device: str = "auto"
@@ -345,22 +345,13 @@ def figure(
     plt.close(sheet)
 
 
-def parse(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line."""
-    switches = {
-        "per_image": "A PCA for each image; by default one for all, so that a colour means the same in all of them.",
-        "upsample": "Resize components to the image bicubically, for soft pictures, and not patches as squares.",
-    }
-    return parse_settings(Settings, "eval/pca.py", __doc__, switches, join_list("--compare", arguments))
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
 
-    def command() -> None:
-        print(f"written: {draw_pca(parse(arguments))}")
+    def draw(settings: Settings) -> None:
+        print(f"written: {draw_pca(settings)}")
 
-    run(command)
+    cli.run(draw, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

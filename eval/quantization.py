@@ -25,7 +25,7 @@ embedding, norms, softmax and the products in attention stay in floating point, 
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from skipless.common import distributed
+from skipless.common import cli, distributed
 from skipless.common.files import write_result
 from skipless.common.settings import plain
 from skipless.eval.backbones import Backbone, Weights, load_backbone
@@ -49,7 +49,6 @@ from skipless.eval.classification import (
     vectors,
     warn_of_pool,
 )
-from skipless.eval.command_line import parse_settings, run
 from skipless.eval.dense.quick import QuickSettings, quick
 from skipless.eval.features import default_cache
 from skipless.eval.knn import knn_predict
@@ -392,14 +391,9 @@ def _decibels(values: list[float | None]) -> str:
     return " / ".join("-" if value is None else f"{value:.0f}" for value in values)
 
 
-def parse(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line."""
-    return parse_settings(Settings, "eval/quantization.py", __doc__, {}, arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    run(lambda: evaluate(parse(arguments)))
+    cli.run(evaluate, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

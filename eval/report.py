@@ -11,20 +11,20 @@ again: after an interruption, or with one more checkpoint or data set, the same 
 Results made by the evaluations themselves are taken up with --collect FOLDER. Without data, the page has pictures only.
 
 Tasks: knn, linear (--classification), segmentation (protocol quick), retrieval, clustering (--segmentation), lost,
-tokencut (--discovery). In flag names - and _ are the same.
+tokencut (--discovery).
 """
 
 import contextlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from skipless.common import distributed
+from skipless.common import cli, distributed
 from skipless.common.files import write_text
 from skipless.common.settings import plain
 from skipless.datasets.images import read_image
@@ -39,7 +39,6 @@ from skipless.eval.backbones import (
     usable_precision,
 )
 from skipless.eval.classification import Pooling
-from skipless.eval.command_line import join_list, parse_settings, run
 from skipless.eval.dense.quick import QuickSettings
 from skipless.eval.figures.pictures import pick_images
 from skipless.eval.page.render import write_page
@@ -352,18 +351,9 @@ def pictured(settings: Settings) -> list[tuple[str, np.ndarray]]:
     return [(files[row].name, read_image(files[row])) for row in rows.tolist()]
 
 
-def parse(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line."""
-    words = arguments
-    for flag in ("--ckpt", "--names", "--tasks", "--collect"):
-        words = join_list(flag, words)
-    switches = {"untrained": "Add the first checkpoint's architecture with random weights, the floor to compare with."}
-    return parse_settings(Settings, "eval/report.py", __doc__, switches, words)
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    run(lambda: make_report(parse(arguments)))
+    cli.run(make_report, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

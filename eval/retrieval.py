@@ -23,7 +23,7 @@ scores are taken. What differs here:
 - Their search is ScaNN's, which is approximate, or exact, depending on the release; ours is named in the result.
 
 Under torchrun every process holds the whole memory, and the evaluated images are dealt out. An interrupted run is
-continued by the same command, which finds the features in the cache. In flag names - and _ are the same.
+continued by the same command, which finds the features in the cache.
 """
 
 import math
@@ -41,14 +41,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from skipless.common import distributed
+from skipless.common import cli, distributed
 from skipless.common.distributed import all_reduce_sum, gather_objects, rank, world_size
 from skipless.common.files import write_result
 from skipless.common.settings import plain
 from skipless.datasets.labels.counts import COUNTS, describe_split
 from skipless.datasets.labels.masks import SegmentationSet
 from skipless.eval.backbones import Precision, Weights, load_backbone, untrained
-from skipless.eval.command_line import parse_settings, run
 from skipless.eval.dense.quick import image_of_pair, label_shares, predict
 from skipless.eval.dense.report import PICTURES, draw, report
 from skipless.eval.features import Features, default_cache, extract
@@ -95,12 +94,12 @@ class Settings:
     weights: Weights = "teacher"
     """Which half of a training checkpoint that holds a teacher and a student."""
     untrained: bool = False
-    """Measure the checkpoint's architecture with random weights instead."""
+    """Measure the checkpoint's architecture with random weights: the floor its figure stands on."""
     blocks: str = "last"
     """Blocks whose patch features are concatenated: last, last4, or numbers from 1, as in 3,6,9,12. Named in the
     figure's id where they are not the last."""
     every_block: bool = False
-    """One memory a block, and mIoU block by block."""
+    """Make a memory of each block by itself, and report mIoU block by block."""
     out: str | None = None
     """Folder for retrieval.json, retrieval.md and pictures.png; by default nothing is written."""
     cache: str | None = None
@@ -444,18 +443,9 @@ def how(details: dict[str, Any]) -> str:
     )
 
 
-def parse(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line."""
-    switches = {
-        "untrained": "Measure the checkpoint's architecture with random weights: the floor its figure stands on.",
-        "every_block": "Make a memory of each block by itself, and report mIoU block by block.",
-    }
-    return parse_settings(Settings, "eval/retrieval.py", __doc__, switches, arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    run(lambda: evaluate(parse(arguments)))
+    cli.run(evaluate, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

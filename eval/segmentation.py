@@ -15,12 +15,12 @@ mIoU after every block of the network:
 Protocols differ by several points on the same weights, so the figure's id names its own: voc12-linear/mmseg (DINOv2's),
 voc12-linear/dinov3, voc12-linear/neco (Leopart, NeCo, Franca), voc12-linear/quick. Their settings are the recipes in
 configs/segmentation/; a figure made with other settings says "(changed)". An interrupted run is continued by the same
-command. In flag names - and _ are the same.
+command.
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from skipless.common import distributed
+from skipless.common import cli, distributed
 from skipless.common.files import write_result
 from skipless.common.settings import flat, plain
 from skipless.datasets.labels.ade20k import ade20k
@@ -37,7 +37,6 @@ from skipless.datasets.labels.counts import COUNTS, describe_split
 from skipless.datasets.labels.masks import SegmentationSet
 from skipless.datasets.labels.voc import scenes_segmentation, voc_segmentation
 from skipless.eval.backbones import Backbone, Precision, Weights, load_backbone, untrained
-from skipless.eval.command_line import parse_settings, run
 from skipless.eval.dense.quick import QuickSettings, quick
 from skipless.eval.dense.report import PICTURES, draw, report
 from skipless.eval.dense.training import TrainingSettings, train_and_evaluate
@@ -84,12 +83,12 @@ class Settings:
     weights: Weights = "teacher"
     """Which half of a training checkpoint that holds a teacher and a student."""
     untrained: bool = False
-    """Measure the checkpoint's architecture with random weights instead."""
+    """Measure the checkpoint's architecture with random weights: the floor its figure stands on."""
     blocks: str = "last"
     """Blocks whose patch features are concatenated: last, last4, or numbers from 1, as in 3,6,9,12. Named in the
     figure's id where they are not the last."""
     every_block: bool = False
-    """One head a block, and mIoU block by block."""
+    """Train a head on each block by itself, and report mIoU block by block."""
     out: str | None = None
     """Folder for segmentation.json, segmentation.md and pictures.png (and, except for quick, head.pt); by default
     nothing is written."""
@@ -231,9 +230,10 @@ def changed_settings(settings: Settings) -> dict[str, list[Any]]:
     Raises:
         ValueError: a changed setting of a part that the protocol does not use.
     """
-    recipe = parse([f"--protocol={settings.protocol}", "--ckpt=x", "--data.name=scenes", "--data.root=x"])
+    words = [f"--protocol={settings.protocol}", "--ckpt=x", "--data.name=scenes", "--data.root=x"]
+    published = cli.parse(Settings, words, recipe=recipe)
     used = "quick." if settings.protocol == "quick" else "training."
-    theirs, ours = flat(plain(recipe)), flat(plain(settings))
+    theirs, ours = flat(plain(published)), flat(plain(settings))
     changed = {
         name: [theirs[name], value]
         for name, value in ours.items()
@@ -252,25 +252,14 @@ def _default_train_split(settings: Settings) -> str:
     return "trainaug" if (settings.protocol, settings.data.name) == ("neco", "voc12") else "train"
 
 
-def parse(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line, over those of the protocol's recipe."""
-    switches = {
-        "untrained": "Measure the checkpoint's architecture with random weights: the floor its figure stands on.",
-        "every_block": "Train a head on each block by itself, and report mIoU block by block.",
-    }
-    return parse_settings(
-        Settings,
-        "eval/segmentation.py",
-        __doc__,
-        switches,
-        arguments,
-        lambda parsed: RECIPES / f"{parsed.protocol}.yaml",
-    )
+def recipe(settings: Settings) -> Path:
+    """The file of settings of a protocol."""
+    return RECIPES / f"{settings.protocol}.yaml"
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    run(lambda: evaluate(parse(arguments)))
+    cli.run(evaluate, Settings, __doc__, arguments, recipe=recipe)
 
 
 if __name__ == "__main__":

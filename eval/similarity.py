@@ -7,15 +7,15 @@ Points are x,y in pixels of the image, from its top left corner. Rows are points
 smallest similarity in a map to 1, both written below it. The report page (eval/report.py) has the same for pointing at.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from skipless.common import distributed
+from skipless.common import cli, distributed
 from skipless.eval.backbones import Weights, load_backbone
-from skipless.eval.command_line import join_list, parse_settings, run
 from skipless.eval.figures.pictures import check_out, patch_features, pick_images, save_figure
 from skipless.eval.segmentation import choose_blocks
 
@@ -119,14 +119,13 @@ def _point(word: str, height: int, width: int) -> tuple[int, int]:
     return x, y
 
 
-def parse(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line."""
-    return parse_settings(Settings, "eval/similarity.py", __doc__, {}, join_list("--points", arguments))
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    run(lambda: print(f"written: {draw_similarity(parse(arguments))}"))
+
+    def draw(settings: Settings) -> None:
+        print(f"written: {draw_similarity(settings)}")
+
+    cli.run(draw, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

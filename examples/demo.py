@@ -75,7 +75,7 @@ def main() -> None:
     # The very weights that training started from.
     (out / "untrained").mkdir(exist_ok=True)
     start = build_model(settings).backbone
-    whiten(start, settings, open_images(out / "scenes" / "train"), settings.crops.global_size)
+    whiten(start, settings, open_images(out / "scenes" / "train"), settings.crops.global_crops_size)
     export_backbone(out / "untrained", start, {})
     backbones = {name: load_backbone(folder) for name, folder in (("untrained", out / "untrained"), ("trained", run))}
     picture = out / "pca.png"

@@ -89,30 +89,30 @@ class ModelSettings:
 class DINOSettings:
     """Head, teacher and loss."""
 
-    prototypes: int = 65536
+    out_dim: int = 65536
     """Outputs of the head, K. 65,536 for ImageNet; 1,024 to 4,096 for some thousand images."""
-    hidden: int = 2048
+    hidden_dim: int = 2048
     """Width of the head's hidden layers."""
-    bottleneck: int = 256
+    bottleneck_dim: int = 256
     """Width of the head before the prototypes."""
     norm_last_layer: bool = True
     """Prototypes of length 1: stable. false is what DINO used for ViT-S."""
-    freeze_last_layer_epochs: float = 1.0
+    freeze_last_layer: float = 1.0
     """Epochs at the start in which the last layer of the head has learning rate 0 (DINO drops its gradient: the
     same, but that the optimizer's moments start later)."""
-    momentum: float = 0.996
+    momentum_teacher: float = 0.996
     """Momentum of the teacher at the start; it rises to 1 by half a cosine. Lower it (0.99) for short runs."""
-    student_temperature: float = 0.1
+    student_temp: float = 0.1
     """Temperature of the student's softmax."""
-    teacher_temperature: float = 0.04
+    teacher_temp: float = 0.04
     """Temperature of the teacher's softmax after its warm-up. Long runs raise it to 0.07."""
-    warmup_teacher_temperature: float = 0.04
+    warmup_teacher_temp: float = 0.04
     """Temperature of the teacher's softmax in the first epoch."""
-    warmup_teacher_temperature_epochs: int = 0
+    warmup_teacher_temp_epochs: int = 0
     """Epochs over which the teacher's temperature changes linearly."""
-    balancing: Literal["centre", "sinkhorn"] = "centre"
+    balancing: Literal["center", "sinkhorn"] = "center"
     """How collapse is avoided: centring (DINO) or Sinkhorn-Knopp (DINOv2)."""
-    centre_momentum: float = 0.9
+    center_momentum: float = 0.9
     """Momentum of the centre."""
 
 

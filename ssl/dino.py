@@ -92,30 +92,30 @@ class DINOLoss(nn.Module):
     """Cross-entropy between the teacher's view of a global crop and the student's view of every other crop.
 
     The teacher's logits are centred (arXiv 2104.14294, eq. 4) or balanced by Sinkhorn-Knopp (arXiv 2006.09882, as in
-    DINOv2). The centre moves once per optimizer step, in `update_centre`, whatever the number of micro-batches.
+    DINOv2). The center moves once per optimizer step, in `update_center`, whatever the number of micro-batches.
     Sinkhorn-Knopp balances each micro-batch, over all processes.
 
     Args:
         prototypes: K.
         student_temperature: of the student's softmax.
-        centre_momentum: of the moving average of the teacher's mean logits.
-        balancing: "centre" or "sinkhorn".
+        center_momentum: of the moving average of the teacher's mean logits.
+        balancing: "center" or "sinkhorn".
     """
 
-    centre: Tensor
+    center: Tensor
     _logit_sum: Tensor
 
     def __init__(
         self,
         prototypes: int,
         student_temperature: float = 0.1,
-        centre_momentum: float = 0.9,
-        balancing: Literal["centre", "sinkhorn"] = "centre",
+        center_momentum: float = 0.9,
+        balancing: Literal["center", "sinkhorn"] = "center",
     ):
         super().__init__()
-        self.student_temperature, self.centre_momentum = student_temperature, centre_momentum
+        self.student_temperature, self.center_momentum = student_temperature, center_momentum
         self.balancing = balancing
-        self.register_buffer("centre", torch.zeros(prototypes))
+        self.register_buffer("center", torch.zeros(prototypes))
         self.register_buffer("_logit_sum", torch.zeros(prototypes), persistent=False)
         self._logit_count = 0
 
@@ -144,15 +144,15 @@ class DINOLoss(nn.Module):
     @torch.no_grad()
     def _assign(self, logits: Tensor, temperature: float) -> Tensor:
         """The teacher's distributions over prototypes: [N, K] -> [N, K] in float32, rows sum to 1."""
-        if self.balancing == "centre":
-            return ((logits.float() - self.centre) / temperature).softmax(dim=-1)
+        if self.balancing == "center":
+            return ((logits.float() - self.center) / temperature).softmax(dim=-1)
         return sinkhorn_knopp(logits, temperature)
 
     @torch.no_grad()
-    def update_centre(self) -> None:
-        """Move the centre towards the mean teacher logit of all micro-batches since the last call, on all processes."""
+    def update_center(self) -> None:
+        """Move the center towards the mean teacher logit of all micro-batches since the last call, on all processes."""
         mean = all_reduce_mean(self._logit_sum / self._logit_count)
-        self.centre.lerp_(mean, 1 - self.centre_momentum)
+        self.center.lerp_(mean, 1 - self.center_momentum)
         self._logit_sum.zero_()
         self._logit_count = 0
 
@@ -224,13 +224,13 @@ def diagnose_collapse(
     if usage_entropy < 0.05 * ceiling:
         return (
             f"all images get the same prototype (usage entropy {usage_entropy:.3f} of at most {ceiling:.2f}): the "
-            "teacher is too sharp or the centre too slow; raise --dino.teacher_temperature, lower "
-            "--dino.centre_momentum, or set --dino.balancing sinkhorn"
+            "teacher is too sharp or the center too slow; raise --dino.teacher_temp, lower "
+            "--dino.center_momentum, or set --dino.balancing sinkhorn"
         )
     if teacher_entropy > 0.995 * ceiling and loss > 0.995 * ceiling:
         return (
             f"the teacher is uniform and the loss sits at ln K = {ceiling:.2f}: images look alike to the network; "
             "for a skipless model set --model.pool mean and --model.init small, otherwise lower "
-            "--dino.teacher_temperature, lengthen the warm-up, or lower the learning rate"
+            "--dino.teacher_temp, lengthen the warm-up, or lower the learning rate"
         )
     return None

@@ -28,7 +28,8 @@ class MonitorSettings:
     """Labelled images to classify, as class folders. By default the folder `val` beside a data.path that is called
     `train`; without it, every tenth training image."""
     size: int | None = None
-    """Side of the images in pixels, after a resize of the short side to 8/7 of it; by default crops.global_size."""
+    """Side of the images in pixels, after a resize of the short side to 8/7 of it; by default that of
+    the global crops."""
     k: int = 20
     """Neighbours that vote, weighted by exp(cosine similarity / 0.07)."""
     conditioning: bool = False

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from skipless.common import distributed
+from skipless.common import cli, distributed
 from skipless.common.files import write_text
 from skipless.common.pixels import normalize
 from skipless.common.precision import autocast, describe, has_bf16
@@ -66,8 +66,6 @@ from skipless.ssl.run.job import (
     check_run,
     check_size,
     keep_freed_memory,
-    parse_settings,
-    run_command,
     settle_beta,
     settle_embedding,
     state_to_resume,
@@ -94,18 +92,18 @@ def pretrain(settings: Settings) -> Path:
     if settings.compile:
         settings.model.attention = "sdpa"  # xformers' kernels would cut the graph
     settle_embedding(settings.model)
-    beta_from = settle_beta(settings, images, settings.crops.global_size)
+    beta_from = settle_beta(settings, images, settings.crops.global_crops_size)
     out = Path(settings.out)
-    sets = labelled_sets(images, settings.monitor, settings.crops.global_size)
+    sets = labelled_sets(images, settings.monitor, settings.crops.global_crops_size)
     squares = None
     if settings.monitor.conditioning and settings.monitor.every_epochs:
-        squares = normalized_squares(images, 16, settings.crops.global_size).to(device)
+        squares = normalized_squares(images, 16, settings.crops.global_crops_size).to(device)
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and has_bf16(device))
     low_precision = autocast(device, bf16)
 
     torch.manual_seed(settings.seed)
     student = build_model(settings)
-    whiten(student.backbone, settings, images, settings.crops.global_size)
+    whiten(student.backbone, settings, images, settings.crops.global_crops_size)
     student.to(device)
     parallel = None
     if distributed.world_size() > 1 and not settings.shard:
@@ -118,9 +116,9 @@ def pretrain(settings: Settings) -> Path:
         sharding.shard(student, teacher, bf16)
     student_logits, teacher_logits = compiled(parallel or student, teacher, settings.compile)
     objective = DINOLoss(
-        settings.dino.prototypes,
-        settings.dino.student_temperature,
-        settings.dino.centre_momentum,
+        settings.dino.out_dim,
+        settings.dino.student_temp,
+        settings.dino.center_momentum,
         settings.dino.balancing,
     ).to(device)
     optimizer = make_optimizer(student, settings.optimizer)
@@ -194,14 +192,17 @@ def pretrain(settings: Settings) -> Path:
                     with torch.no_grad():
                         targets = teacher_logits(crops[:1])
                     result = objective(
-                        student_logits(crops), targets, 2 + settings.crops.local_count, rates.teacher_temperature(step)
+                        student_logits(crops),
+                        targets,
+                        2 + settings.crops.local_crops_number,
+                        rates.teacher_temperature(step),
                     )
                 (result.loss / settings.accumulate).backward()
             meter.add(result, batch["unreadable"])
         norm = sharding.clip_gradients(student.parameters(), settings.clip_grad or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        objective.update_centre()
+        objective.update_center()
         update_teacher(teacher, student, rates.momentum(step))
 
         done = step + 1
@@ -247,23 +248,23 @@ def check(settings: Settings, images: ImageSource, device: torch.device) -> None
         raise ValueError(
             "compile is true and model.attention is 'xformers', which cannot be compiled: leave model.attention on auto"
         )
-    for name in ("prototypes", "hidden", "bottleneck"):
+    for name in ("out_dim", "hidden_dim", "bottleneck_dim"):
         if getattr(dino, name) < 1:
             raise ValueError(f"dino.{name} is {getattr(dino, name)}; it must be at least 1")
-    for name in ("student_temperature", "teacher_temperature", "warmup_teacher_temperature"):
+    for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
         if getattr(dino, name) <= 0:
             raise ValueError(f"dino.{name} is {getattr(dino, name)}; it must be positive")
-    for name in ("momentum", "centre_momentum"):
+    for name in ("momentum_teacher", "center_momentum"):
         if not 0 <= getattr(dino, name) <= 1:
             raise ValueError(f"dino.{name} is {getattr(dino, name)}; it must be in [0, 1]")
-    if dino.freeze_last_layer_epochs >= settings.epochs:
+    if dino.freeze_last_layer >= settings.epochs:
         raise ValueError(
-            f"dino.freeze_last_layer_epochs is {dino.freeze_last_layer_epochs:g} in a run of "
+            f"dino.freeze_last_layer is {dino.freeze_last_layer:g} in a run of "
             f"{settings.epochs} epochs; the last layer would never learn: lower it, or raise epochs"
         )
-    check_size("crops.global_size", crops.global_size, settings.model.patch)
-    if crops.local_count:
-        check_size("crops.local_size", crops.local_size, settings.model.patch)
+    check_size("crops.global_crops_size", crops.global_crops_size, settings.model.patch)
+    if crops.local_crops_number:
+        check_size("crops.local_crops_size", crops.local_crops_size, settings.model.patch)
 
 
 def build_model(settings: Settings) -> DINOModel:
@@ -271,9 +272,9 @@ def build_model(settings: Settings) -> DINOModel:
 
     Draws from torch's global random state, except for the skipless initialization, which draws from `settings.seed`.
     """
-    backbone = build_backbone(settings.model, settings.crops.global_size, settings.seed)
+    backbone = build_backbone(settings.model, settings.crops.global_crops_size, settings.seed)
     dino = settings.dino
-    head = DINOHead(backbone.dim, dino.prototypes, dino.hidden, dino.bottleneck, dino.norm_last_layer)
+    head = DINOHead(backbone.dim, dino.out_dim, dino.hidden_dim, dino.bottleneck_dim, dino.norm_last_layer)
     return DINOModel(backbone, head, settings.model.pool)
 
 
@@ -332,7 +333,7 @@ def _resume(
     )
     if state is None:
         return 0, 0.0
-    objective.load_state_dict(state["objective"])
+    objective.load_state_dict({"center" if name == "centre" else name: x for name, x in state["objective"].items()})
     if settings.shard:
         sharding.load_shards(Path(settings.out) / "checkpoints", student, teacher, optimizer)
     else:
@@ -374,14 +375,9 @@ def _introduce(
         )
 
 
-def parse(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line and the files it names with --config; later ones win."""
-    return parse_settings(Settings, "ssl/pretrain.py", __doc__, arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line: a sentence and exit code 2 for whatever the user can mend."""
-    run_command(lambda: pretrain(parse(arguments)))
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    cli.run(pretrain, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ it the validation accuracy, in metrics.jsonl after every epoch and in backbone.j
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
-from skipless.common import distributed
+from skipless.common import cli, distributed
 from skipless.common.files import write_text
 from skipless.common.pixels import normalize
 from skipless.common.precision import autocast, describe, has_bf16
@@ -54,8 +55,6 @@ from skipless.ssl.run.job import (
     check_run,
     check_size,
     keep_freed_memory,
-    parse_settings,
-    run_command,
     settle_beta,
     settle_embedding,
     state_to_resume,
@@ -432,14 +431,9 @@ def _introduce(
         log.say(f"WARNING: {images.split} is both trained and validated on: its accuracy says nothing about new images")
 
 
-def parse(arguments: list[str] | None = None) -> Settings:
-    """Settings from the command line and the files it names with --config; later ones win."""
-    return parse_settings(Settings, "ssl/supervised.py", __doc__, arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line: a sentence and exit code 2 for whatever the user can mend."""
-    run_command(lambda: train(parse(arguments)))
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    cli.run(train, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

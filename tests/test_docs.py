@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from skipless.common import cli
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -32,5 +34,5 @@ def test_there_are_commands_to_check() -> None:
 def test_command_is_accepted(page: str, script: str, words: tuple[str, ...]) -> None:
     assert (ROOT / script).exists(), f"{page} names {script}"
     module = importlib.import_module(f"skipless.{script.removesuffix('.py').replace('/', '.')}")
-    if hasattr(module, "parse"):
-        module.parse(list(words))
+    if hasattr(module, "Settings"):
+        cli.parse(module.Settings, list(words), recipe=getattr(module, "recipe", None))

@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from skipless.common import cli
+
 ROOT = Path(__file__).parent.parent
 run_py = runpy.run_path(str(ROOT / "experiments" / "run.py"))
 # A training of milliseconds: its figure is given by its flags, and the seed adds a hundredth.
@@ -151,9 +153,22 @@ def test_interrupted_a_real_run_leaves_a_checkpoint_and_is_taken_up_again(tmp_pa
     rng = np.random.default_rng(0)
     for i in range(64):
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(photos / f"{i}.png")
-    flags = ["model.dim=32", "model.depth=2", "model.heads=2", "model.patch=8", "crops.global_size=16", "device=cpu"]
-    flags += ["crops.local_size=8", "crops.local_count=1", "dino.prototypes=32", "dino.hidden=32", "epochs=3000"]
-    flags += ["dino.bottleneck=16", "optimizer.name=adamw", "batch_size=8"]
+    flags = [
+        "model.dim=32",
+        "model.depth=2",
+        "model.heads=2",
+        "model.patch=8",
+        "crops.global_crops_size=16",
+        "device=cpu",
+    ]
+    flags += [
+        "crops.local_crops_size=8",
+        "crops.local_crops_number=1",
+        "dino.out_dim=32",
+        "dino.hidden_dim=32",
+        "epochs=3000",
+    ]
+    flags += ["dino.bottleneck_dim=16", "optimizer.name=adamw", "batch_size=8"]
     content: dict[str, Any] = {
         "command": ["ssl/pretrain.py", "--data.path", "{data}", *(f"--{flag}" for flag in flags)],
         "arms": {"one": []},
@@ -187,12 +202,12 @@ def test_published_experiments_name_flags_that_exist_and_go_together() -> None:
     from skipless.ssl import pretrain, supervised
     from skipless.ssl.run.job import check_run
 
-    parse = {"ssl/pretrain.py": pretrain.parse, "ssl/supervised.py": supervised.parse}
+    kinds = {"ssl/pretrain.py": pretrain.Settings, "ssl/supervised.py": supervised.Settings}
     for path in sorted((ROOT / "experiments").glob("*.yaml")):
         experiment = run_py["read_experiment"](path)
         script, *words = experiment.command
         for more in experiment.arms.values():
-            settings = parse[script]([*(word.replace("{data}", "x") for word in [*words, *more]), "--out=x"])
+            settings = cli.parse(kinds[script], [*(word.replace("{data}", "x") for word in [*words, *more]), "--out=x"])
             check_run(settings, 10**6, "data", Path("x"), torch.device("cpu"))
 
 

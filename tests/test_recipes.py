@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from skipless.common import cli
 from skipless.ssl import supervised
 from skipless.ssl.config import initialization_of
 from skipless.ssl.model.initialization import PRESETS
 from skipless.ssl.optim.optimizers import make_optimizer
-from skipless.ssl.pretrain import Settings, build_model, parse
+from skipless.ssl.pretrain import Settings, build_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SUPERVISED = sorted(path.stem for path in CONFIGS.glob("supervised_*.yaml"))
@@ -17,7 +18,7 @@ RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not i
 
 
 def settings(name: str, *more: str) -> Settings:
-    return parse(["--config", str(CONFIGS / f"{name}.yaml"), *more, "--data.path", "photos"])
+    return cli.parse(Settings, ["--config", str(CONFIGS / f"{name}.yaml"), *more, "--data.path", "photos"])
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -26,7 +27,7 @@ def test_recipe_parses_and_its_model_can_be_built(name: str) -> None:
     with torch.device("meta"):
         if recipe.model.residual:
             build_model(recipe)
-    for side in (recipe.crops.global_size, recipe.crops.local_size):
+    for side in (recipe.crops.global_crops_size, recipe.crops.local_crops_size):
         assert side % recipe.model.patch == 0
     head = (CONFIGS / f"{name}.yaml").read_text().split("\nout:")[0]
     assert all(line.startswith("#") for line in head.splitlines())
@@ -49,11 +50,15 @@ def test_paper_arms_differ_only_in_what_they_are_named_for(arm: str, optimizer: 
 def test_dino_settings_are_the_official_ones() -> None:
     """Caron et al., arXiv 2104.14294, and the arguments released with its ViT-S/16."""
     recipe = settings("vits16_residual_adamw")
-    assert recipe.crops.global_scale == (0.25, 1.0)
-    assert (recipe.crops.global_size, recipe.crops.local_size, recipe.crops.local_count) == (224, 96, 8)
-    assert (recipe.dino.prototypes, recipe.dino.hidden, recipe.dino.bottleneck) == (65536, 2048, 256)
-    assert (recipe.dino.teacher_temperature, recipe.dino.warmup_teacher_temperature_epochs) == (0.07, 30)
-    assert (recipe.dino.momentum, recipe.dino.norm_last_layer) == (0.996, False)
+    assert recipe.crops.global_crops_scale == (0.25, 1.0)
+    assert (recipe.crops.global_crops_size, recipe.crops.local_crops_size, recipe.crops.local_crops_number) == (
+        224,
+        96,
+        8,
+    )
+    assert (recipe.dino.out_dim, recipe.dino.hidden_dim, recipe.dino.bottleneck_dim) == (65536, 2048, 256)
+    assert (recipe.dino.teacher_temp, recipe.dino.warmup_teacher_temp_epochs) == (0.07, 30)
+    assert (recipe.dino.momentum_teacher, recipe.dino.norm_last_layer) == (0.996, False)
     rates = recipe.optimizer
     assert (rates.lr, rates.min_lr, rates.warmup_epochs) == (5e-4, 1e-6, 10)
     assert (rates.weight_decay, rates.weight_decay_end, recipe.clip_grad) == (0.04, 0.4, 3.0)
@@ -66,7 +71,7 @@ def test_one_gpu_version_keeps_the_batch(name: str) -> None:
 
 
 def supervised_settings(name: str, *more: str) -> supervised.Settings:
-    return supervised.parse(["--config", str(CONFIGS / f"{name}.yaml"), *more, "--data.root", "photos"])
+    return cli.parse(supervised.Settings, ["--config", str(CONFIGS / f"{name}.yaml"), *more, "--data.root", "photos"])
 
 
 @pytest.mark.parametrize("name", SUPERVISED)

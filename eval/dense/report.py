@@ -9,7 +9,7 @@ import numpy as np
 from skipless.common.files import write_atomically
 from skipless.datasets.labels.counts import describe_split
 from skipless.datasets.labels.masks import VOID, SegmentationSet
-from skipless.eval.command_line import label_row
+from skipless.eval.figures.pictures import label_row
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -65,3 +65,8 @@ def save_figure(figure: Any, out: Path) -> None:
     metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(out.suffix.lower())
     ending = out.suffix[1:].lower()
     write_atomically(out, lambda beside: figure.savefig(beside, dpi=200, format=ending, metadata=metadata))
+
+
+def label_row(axis: Any, text: str) -> None:
+    """Write the name of a row of pictures up its left side."""
+    axis.text(-0.03, 0.5, text, rotation=90, ha="right", va="center", fontsize=9, transform=axis.transAxes)

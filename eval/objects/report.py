@@ -9,7 +9,7 @@ from pycocotools import mask as coco_mask
 
 from skipless.common.files import write_atomically
 from skipless.datasets.labels.boxes import BoxSet
-from skipless.eval.command_line import label_row
+from skipless.eval.figures.pictures import label_row
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

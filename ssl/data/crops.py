@@ -4,7 +4,7 @@
 
 To see what the network sees:
 
-    python eval/crop_sheet.py --show photo.jpg --out sheet.png --crops.global_size 224 --seed 0
+    python eval/crop_sheet.py --show photo.jpg --out sheet.png --crops.global_crops_size 224 --seed 0
 
 What is random is drawn first (`draw_views`) and done after (`apply_view`, here, or a whole batch at once in
 ssl/data/device_crops.py).
@@ -43,24 +43,24 @@ class Crops:
     Raises ValueError for values out of range.
     """
 
-    global_size: int = 224
+    global_crops_size: int = 224
     """Side of the two global crops in pixels; a multiple of the patch size. More than the short side of the images
     gains nothing; half the side makes training about four times as fast."""
-    global_scale: tuple[float, float] = (0.4, 1.0)
+    global_crops_scale: tuple[float, float] = (0.4, 1.0)
     """Range of a global crop's area, as a share of the image's. Without local crops lower the first number, to 0.14."""
-    local_size: int = 96
-    """Side of the local crops in pixels; a multiple of the patch size, usually 3/7 to 1/2 of `global_size`."""
-    local_count: int = 8
+    local_crops_size: int = 96
+    """Side of the local crops in pixels; a multiple of the patch size, usually 3/7 to 1/2 of `global_crops_size`."""
+    local_crops_number: int = 8
     """Local crops per image, seen by the student alone. At the default sizes one costs a fifth of a global crop; 0
     trains on the two global crops alone."""
-    local_scale: tuple[float, float] = (0.05, 0.4)
-    """Range of a local crop's area, as a share of the image's; its end is usually the start of `global_scale`."""
+    local_crops_scale: tuple[float, float] = (0.05, 0.4)
+    """Range of a local crop's area, as a share of the image's; its end is usually the start of `global_crops_scale`."""
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     """Strength of the changes of brightness, contrast, saturation (factors from 1 - x to 1 + x) and hue (shift of up to
     x turns of the colour circle, at most 0.5). Lower them where colour tells objects apart, as in microscopy."""
     jitter_probability: float = 0.8
     """Share of the views with colour jitter."""
-    grey_probability: float = 0.2
+    gray_probability: float = 0.2
     """Share of the views without colour."""
     blur_probability: tuple[float, float, float] = (1.0, 0.1, 0.5)
     """Share of the views with Gaussian blur: of the first global crops, the second, and the local ones."""
@@ -76,12 +76,12 @@ class Crops:
     same, to a tenth of a grey level on average. (What runs on CUDA is tested on a CPU; it has not run on a GPU.)"""
 
     def __post_init__(self) -> None:
-        for name in ("global_size", "local_size"):
+        for name in ("global_crops_size", "local_crops_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"crops.{name} is {getattr(self, name)}: it must be at least 1 pixel")
-        if self.local_count < 0:
-            raise ValueError(f"crops.local_count is {self.local_count}: it must be 0 or more")
-        for name in ("global_scale", "local_scale"):
+        if self.local_crops_number < 0:
+            raise ValueError(f"crops.local_crops_number is {self.local_crops_number}: it must be 0 or more")
+        for name in ("global_crops_scale", "local_crops_scale"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 1:
                 raise ValueError(f"crops.{name} is ({low}, {high}): it must be two rising shares of the area in (0, 1]")
@@ -91,7 +91,7 @@ class Crops:
                     f"crops.color_jitter is {self.color_jitter}: "
                     "each of its four strengths must be 0 or more, the last (hue) at most 0.5"
                 )
-        for name in ("jitter_probability", "grey_probability", "blur_probability", "solarize_probability"):
+        for name in ("jitter_probability", "gray_probability", "blur_probability", "solarize_probability"):
             value = getattr(self, name)
             if not all(0 <= share <= 1 for share in (value if isinstance(value, Sequence) else (value,))):
                 raise ValueError(f"crops.{name} is {value}: probabilities must be in [0, 1]")
@@ -122,12 +122,12 @@ def draw_views(crops: Crops, rows: int, columns: int, rng: np.random.Generator) 
     The size is that of the decoded image: of a photograph that is decoded at half its size, half the size.
     """
     views = []
-    for number in range(2 + crops.local_count):
-        box = crop_box(rows, columns, crops.global_scale if number < 2 else crops.local_scale, rng)
+    for number in range(2 + crops.local_crops_number):
+        box = crop_box(rows, columns, crops.global_crops_scale if number < 2 else crops.local_crops_scale, rng)
         flip = rng.random() < 0.5
         jitter = rng.random() < crops.jitter_probability
         factors, order = draw_jitter(crops.color_jitter, rng) if jitter else ((1.0, 1.0, 1.0, 0.0), ())
-        grey = rng.random() < crops.grey_probability
+        grey = rng.random() < crops.gray_probability
         blur = rng.random() < crops.blur_probability[min(number, 2)]
         sigma = uniform(rng, *crops.blur_sigma) if blur else 0.0
         solarize = number == 1 and rng.random() < crops.solarize_probability
@@ -159,7 +159,7 @@ def multicrop(image: np.ndarray, crops: Crops, rng: np.random.Generator) -> list
         raise ValueError(f"the image is {image.dtype} {list(image.shape)}: crops are cut from uint8 [H, W, 3]")
     rows, columns = image.shape[:2]
     views = draw_views(crops, rows, columns, rng)
-    sizes = [crops.global_size] * 2 + [crops.local_size] * crops.local_count
+    sizes = [crops.global_crops_size] * 2 + [crops.local_crops_size] * crops.local_crops_number
     return [apply_view(image, view, size) for view, size in zip(views, sizes, strict=True)]
 
 
@@ -267,9 +267,9 @@ class Sample:
 
 def smallest_side(crops: Crops) -> int:
     """Short side at which the smallest square crops of a square image need no enlarging."""
-    sides = [crops.global_size / math.sqrt(crops.global_scale[0])]
-    if crops.local_count:
-        sides.append(crops.local_size / math.sqrt(crops.local_scale[0]))
+    sides = [crops.global_crops_size / math.sqrt(crops.global_crops_scale[0])]
+    if crops.local_crops_number:
+        sides.append(crops.local_crops_size / math.sqrt(crops.local_crops_scale[0]))
     return math.ceil(max(sides))
 
 

@@ -48,7 +48,7 @@ def makes_same_crops(device: torch.device) -> bool:
 
     Looked at before `auto` relies on a device: crops that are wrong would train a worse network without an error.
     """
-    crops = Crops(global_size=48, local_size=24, local_count=4)
+    crops = Crops(global_crops_size=48, local_crops_size=24, local_crops_number=4)
     coarse = np.random.default_rng(0).integers(0, 255, (9, 12, 3), dtype=np.uint8)
     image = cv2.resize(coarse, (160, 120), interpolation=cv2.INTER_CUBIC)
     views = draw_views(crops, image.shape[0], image.shape[1], np.random.default_rng(1))
@@ -56,7 +56,9 @@ def makes_same_crops(device: torch.device) -> bool:
     pixels = torch.from_numpy(image).permute(2, 0, 1).to(device)
     products = torch.float16 if device.type == "cuda" else torch.float32
     made = make_views([pixels], parameters, crops, products=products)
-    for found, group, size in zip(made, (views[:2], views[2:]), (crops.global_size, crops.local_size), strict=True):
+    for found, group, size in zip(
+        made, (views[:2], views[2:]), (crops.global_crops_size, crops.local_crops_size), strict=True
+    ):
         stacked = np.stack([apply_view(image, view, size) for view in group])
         difference = (found.cpu() - normalize(torch.from_numpy(stacked)[:, None])).abs()
         if not difference.mean() * 255 * max(STD) < 1:
@@ -286,7 +288,9 @@ def make_views(
     Returns `dtype` [2 * B, 3, G, G] and, where there are local crops, [L * B, 3, S, S], view by view.
     """
     on_device = parameters.to(images[0].device, non_blocking=True)
-    groups = [(crops.global_size, slice(0, 2)), (crops.local_size, slice(2, None))][: 2 if crops.local_count else 1]
+    groups = [(crops.global_crops_size, slice(0, 2)), (crops.local_crops_size, slice(2, None))][
+        : 2 if crops.local_crops_number else 1
+    ]
     made: list[list[Tensor]] = [[] for _ in groups]
     for rows in _chunks([(image.shape[1], image.shape[2]) for image in images], crops):
         canvas = make_canvas(images[rows], products)
@@ -305,7 +309,7 @@ def make_views(
 
 def _chunks(sizes: Sequence[tuple[int, int]], crops: Crops) -> Iterator[slice]:
     """Neighbouring images whose canvas and views have at most CHUNK values each; at least one image."""
-    views = max(2 * crops.global_size**2, crops.local_count * crops.local_size**2)
+    views = max(2 * crops.global_crops_size**2, crops.local_crops_number * crops.local_crops_size**2)
     first = height = width = 0
     for number, (rows, columns) in enumerate(sizes):
         height, width = max(height, rows), max(width, columns)

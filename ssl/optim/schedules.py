@@ -43,12 +43,12 @@ class Rates:
         return cosine(step, self.total, self.optimizer.weight_decay, self.optimizer.weight_decay_end)
 
     def momentum(self, step: int) -> float:
-        return cosine(step, self.total, self.dino.momentum, 1.0)
+        return cosine(step, self.total, self.dino.momentum_teacher, 1.0)
 
     def teacher_temperature(self, step: int) -> float:
         epoch = step // self.steps_per_epoch
-        warm, final = self.dino.warmup_teacher_temperature, self.dino.teacher_temperature
-        return ramp(epoch, warm, final, self.dino.warmup_teacher_temperature_epochs)
+        warm, final = self.dino.warmup_teacher_temp, self.dino.teacher_temp
+        return ramp(epoch, warm, final, self.dino.warmup_teacher_temp_epochs)
 
     def last_layer_frozen(self, step: int) -> bool:
-        return step < self.dino.freeze_last_layer_epochs * self.steps_per_epoch
+        return step < self.dino.freeze_last_layer * self.steps_per_epoch

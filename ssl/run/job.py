@@ -4,13 +4,11 @@ Settings from the command line and what contradicts itself in them, the backbone
 from, the signals that end a job, and what to ask of the machine.
 """
 
-import argparse
 import ctypes
 import importlib.util
-import multiprocessing
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +17,7 @@ import torch
 import yaml
 
 from skipless.common import distributed
-from skipless.common.settings import flat, plain
+from skipless.common.settings import flat, plain, renamed
 from skipless.ssl.config import ModelSettings, changed_initialization, embedding_of, initialization_of
 from skipless.ssl.data.squares import Images, normalized_squares
 from skipless.ssl.model.attention import choose_backend
@@ -238,7 +236,7 @@ def state_to_resume(
             f"{path} is of a run on {state['images']:,} images, and {source} has {images:,}; give the same "
             "images, or another --out"
         )
-    old, new = LATER | flat(state["settings"]), flat(plain(settings))
+    old, new = LATER | flat(renamed(state["settings"])), flat(plain(settings))
     free = ("out", "device", "wandb", "keep", "log_every", "save_every_epochs", "accumulate", *may_change)
     groups = ("data.", "model.attention", "model.checkpoint", *(name for name in may_change if name.endswith(".")))
     differing = [
@@ -273,64 +271,3 @@ def keep_freed_memory() -> None:
         # Older glibc refuses a threshold above 32 MB; to set only the other one would make things worse.
         if ctypes.CDLL(None).mallopt(mmap_threshold, gigabyte):
             ctypes.CDLL(None).mallopt(trim_threshold, gigabyte)
-
-
-def parse_settings(kind: type[T], prog: str, description: str | None, arguments: Sequence[str] | None = None) -> T:
-    """Settings from the command line and the files it names with --config; later ones win.
-
-    Args:
-        kind: the dataclass of settings; help comes from its fields' docstrings, and `resume` becomes a flag.
-        arguments: of the command line; by default the program's.
-
-    Raises:
-        jsonargparse.ArgumentError: an unknown flag or a value of the wrong type.
-    """
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
-
-    class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Keeps the lines of the description."""
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, formatter_class=HelpFormatter)
-    parser.add_argument("--config", action="config", help="YAML file of settings, as in configs/; flags after it win.")
-    parser.add_class_arguments(kind, skip={"resume"})
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="Continue from the last checkpoint in `out`, where there is one.",
-    )
-    values = parser.instantiate(parser.parse_args(None if arguments is None else list(arguments))).as_dict()
-    values.pop("config", None)
-    return kind(**values)
-
-
-def run_command(command: Callable[[], object]) -> None:
-    """Run a command: a sentence and exit code 2 for whatever the user can mend."""
-    from jsonargparse import ArgumentError
-
-    try:
-        command()
-        distributed.wait_for_all()
-    except (ValueError, OSError, ArgumentError) as error:
-        text = str(error).strip()
-        if "Traceback" in text:  # an error inside a loader's worker comes with the worker's traceback
-            sentence = text.splitlines()[-1].partition("Error: ")[2] or text.splitlines()[-1]
-        else:
-            sentence = " ".join(text.split())
-        who = f" (process {distributed.rank()})" if distributed.rank() else ""
-        print(f"error{who}: {sentence}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        _end_loader_workers()
-        distributed.stop()
-
-
-def _end_loader_workers() -> None:
-    """Kill the workers that an error left behind. They ignore SIGTERM (`leave_signals_to_main`), so Python, which sends
-    them one at its end, would wait for them forever."""
-    workers = multiprocessing.active_children()
-    if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler would raise another error
-    for worker in workers:
-        worker.kill()
-        worker.join()

@@ -39,9 +39,11 @@ class Meter:
         self.unreadable_everywhere: set[str] = set()
         self.seconds_from, self.waited = time.perf_counter(), 0.0
         crops = settings.crops
-        global_view, local_view = (backbone.flops(side, side) for side in (crops.global_size, crops.local_size))
+        global_view, local_view = (
+            backbone.flops(side, side) for side in (crops.global_crops_size, crops.local_crops_size)
+        )
         # Forward of the teacher; forward and backward (twice the forward) of the student.
-        self.flops_per_image = 2 * global_view + 3 * (2 * global_view + crops.local_count * local_view)
+        self.flops_per_image = 2 * global_view + 3 * (2 * global_view + crops.local_crops_number * local_view)
 
     def timed(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """The loader's batches; the time it takes to get them counts as waiting for data."""
@@ -73,7 +75,7 @@ class Meter:
             return
         means = distributed.all_reduce_mean(self.sums / self.micro_batches).tolist()
         values: dict[str, float] = dict(zip(self.NAMES, means, strict=True))
-        ceiling = math.log(self.settings.dino.prototypes)
+        ceiling = math.log(self.settings.dino.out_dim)
         seconds = time.perf_counter() - self.seconds_from
         speed = self.images / seconds
         values |= {
@@ -90,9 +92,7 @@ class Meter:
         peak = peak_flops(self.device)
         if peak:
             values["model_flops_utilisation"] = speed * self.flops_per_image / (peak * distributed.world_size())
-        sentence = diagnose_collapse(
-            prototypes=self.settings.dino.prototypes, **dict(zip(self.NAMES, means, strict=True))
-        )
+        sentence = diagnose_collapse(prototypes=self.settings.dino.out_dim, **dict(zip(self.NAMES, means, strict=True)))
         if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
             raise ValueError(
                 f"stopped at step {step}: the loss is {values['loss']:g} and the gradient's norm "

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import torchvision
 from PIL import Image
 from scipy.io import savemat
 
+from skipless.common import cli
 from skipless.datasets import prepare as command
 from skipless.datasets.labels.ade20k import ade20k
 from skipless.datasets.labels.coco import coco20k, coco_stuff
@@ -408,10 +410,8 @@ def test_next_command_is_one_that_its_script_accepts(
     make(name, tmp_path / "a b")
     words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: "))
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    parse = {"discovery": discovery, "segmentation": segmentation, "clustering": clustering, "pretrain": pretrain}[
-        Path(words[script]).stem
-    ].parse  # type: ignore[attr-defined]
-    settings = parse(words[script + 1 :])
+    commands = {"discovery": discovery, "segmentation": segmentation, "clustering": clustering, "pretrain": pretrain}
+    settings: Any = cli.parse(commands[Path(words[script]).stem].Settings, words[script + 1 :])
     path = settings.data.path if hasattr(settings.data, "path") else settings.data.root
     assert Path(path).is_dir()
     assert Path(path).is_relative_to(tmp_path / "a b" / "data")

@@ -19,15 +19,16 @@ from safetensors.torch import save_file
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
+from skipless.common import cli
 from skipless.datasets.labels.masks import VOID
 from skipless.eval.clustering import (
+    Settings,
     cluster_confusion,
     evaluate,
     kmeans,
     main,
     match_clusters,
     merge_clusters,
-    parse,
     sample_grid,
     standardised_components,
 )
@@ -78,7 +79,7 @@ def command(root: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
 
 def measure(root: Path, ckpt: Path, cache: Path, *more: object) -> dict[str, Any]:
     """The result, in this process."""
-    return evaluate(parse(command(root, ckpt, cache, *more)))
+    return evaluate(cli.parse(Settings, command(root, ckpt, cache, *more)))
 
 
 # Matching -------------------------------------------------------------------------------------------------------------
@@ -283,7 +284,7 @@ def test_a_trained_backbone_is_better_than_its_untrained_twin(tmp_path: Path) ->
     (root / "ImageSets/Segmentation/val.txt").write_text("\n".join(names) + "\n")
     flags = ["--ckpt", Path(DATA or "", "weights/vit_small_patch14_saliency.safetensors"), "--data.name=voc12"]
     flags += ["--data.root", root, "--cache", tmp_path / "cache", "--device=cpu", "--size=112", "--clusters=60"]
-    trained, floor = (evaluate(parse(list(map(str, [*flags, *more])))) for more in ([], ["--untrained"]))
+    trained, floor = (evaluate(cli.parse(Settings, list(map(str, [*flags, *more])))) for more in ([], ["--untrained"]))
     assert trained["protocol"] == "voc12-clustering/kmeans-60 (changed)"
     assert trained["value"] > 1.2 * floor["value"]
 

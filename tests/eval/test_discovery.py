@@ -20,6 +20,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from safetensors.torch import save_file
 
+from skipless.common import cli
 from skipless.datasets.labels.boxes import BoxSet
 from skipless.datasets.labels.coco import coco_boxes
 from skipless.datasets.labels.counts import describe_split
@@ -27,7 +28,7 @@ from skipless.datasets.labels.voc import voc_boxes
 from skipless.datasets.scenes import write_scenes
 from skipless.eval import discovery
 from skipless.eval.backbones import Backbone, load_backbone
-from skipless.eval.discovery import discover, main, parse
+from skipless.eval.discovery import Settings, discover, main
 from skipless.eval.metrics import bootstrap_interval, box_iou, corloc
 from skipless.eval.objects.localization import Localization, box_in_pixels, lost, tokencut
 from skipless.eval.objects.scores import coco_ap, detections
@@ -145,7 +146,7 @@ def command(root: Path, ckpt: Path, *more: object, name: str = "voc07") -> list[
 
 def measure(root: Path, ckpt: Path, *more: object, name: str = "voc07") -> dict[str, Any]:
     """The result, in this process."""
-    return discover(parse(command(root, ckpt, *more, name=name)))
+    return discover(cli.parse(Settings, command(root, ckpt, *more, name=name)))
 
 
 def found_in(out: Path) -> list[dict[str, Any]]:
@@ -891,18 +892,18 @@ def test_settings_come_from_flags_and_files(tmp_path: Path) -> None:
     file.write_text(
         "ckpt: from-file\nmethod: maskcut\nbatch_size: 5\ndata:\n  name: voc12\n  root: a-b\nevery_block: true\n"
     )
-    plain = parse(["--config", str(file)])
+    plain = cli.parse(Settings, ["--config", str(file)])
     assert (plain.ckpt, plain.method, plain.batch_size, plain.every_block) == ("from-file", "maskcut", 5, True)
     assert (plain.data.name, plain.data.root, plain.data.split, plain.no_hard) == ("voc12", "a-b", None, False)
     for dashed in (["--batch-size=7", "--no-hard"], ["--batch_size", "7", "--no_hard"]):
-        mixed = parse([f"--config={file}", *dashed, "--data.root=c--d", "--ckpt", "my-run"])
+        mixed = cli.parse(Settings, [f"--config={file}", *dashed, "--data.root=c--d", "--ckpt", "my-run"])
         assert (mixed.batch_size, mixed.no_hard, mixed.ckpt, mixed.method) == (7, True, "my-run", "maskcut")
         assert (mixed.data.name, mixed.data.root) == ("voc12", "c--d")
-    assert parse(["--batch-size=7", "--config", str(file)]).batch_size == 5  # later ones win
+    assert cli.parse(Settings, ["--batch-size=7", "--config", str(file)]).batch_size == 5  # later ones win
 
 
 def test_the_published_settings_are_the_defaults() -> None:
-    found = parse(["--ckpt=x", "--data.name=voc07", "--data.root=x"])
+    found = cli.parse(Settings, ["--ckpt=x", "--data.name=voc07", "--data.root=x"])
     assert (found.method, found.features, found.block) == ("tokencut", "keys", "last")
     assert (found.size, found.tau) == (None, None)
     assert (found.no_hard, found.every_block, found.untrained) == (False, False, False)

@@ -17,13 +17,14 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 import datasets as hf
+from skipless.common import cli
 from skipless.common.pixels import center_crop
 from skipless.common.precision import has_bf16
 from skipless.datasets.images import read_image
 from skipless.datasets.labels.classes import class_folders
 from skipless.eval.backbones import Backbone, load_backbone
 from skipless.eval.classification import pooled_features, vectors
-from skipless.eval.knn import evaluate, knn_predict, main, parse, protocol_id
+from skipless.eval.knn import Settings, evaluate, knn_predict, main, protocol_id
 from skipless.eval.neighbors import nearest
 from skipless.eval.segmentation import choose_blocks
 from skipless.ssl.model.vit import VisionTransformer
@@ -238,7 +239,7 @@ def test_figures_are_scikit_learns(data: Path, ckpt: Path, cache: Path, tmp_path
         parts = {"cls": [cls], "mean": [mean], "both": [cls, mean]}[pool]
         x.append(np.hstack([part[block] for part in parts for block in chosen]).astype(np.float16).astype(float))
     flags = ["--data.name=arrays", f"--pool={pool}", f"--blocks={blocks}", "--k=[7,1,2,4,12,24]"]
-    found = evaluate(parse(command(tmp_path, ckpt, cache, *flags)))
+    found = evaluate(cli.parse(Settings, command(tmp_path, ckpt, cache, *flags)))
     expected = {}
     for k in (7, 1, 2, 4, 12, 24):
         classifier = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
@@ -255,16 +256,16 @@ def test_a_vector_that_no_loss_has_seen_is_named(
     about = json.loads((run / "backbone.json").read_text())
     for trained, pool, expected in (("mean", "cls", True), ("cls", "mean", True), ("mean", "mean", False)):
         (run / "backbone.json").write_text(json.dumps(about | {"pool": trained}))
-        evaluate(parse(command(data, run, cache, "--data.name=arrays", f"--pool={pool}")))
+        evaluate(cli.parse(Settings, command(data, run, cache, "--data.name=arrays", f"--pool={pool}")))
         said = capsys.readouterr().out
         assert (f"warning: the head of {run} read the" in said) == expected
         assert (f"--pool {trained} measures" in said) == expected
 
 
 def test_every_block_gives_what_each_block_gives_alone(data: Path, ckpt: Path, cache: Path) -> None:
-    together = evaluate(parse(command(data, ckpt, cache, "--every-block")))["details"]["every_block"]
+    together = evaluate(cli.parse(Settings, command(data, ckpt, cache, "--every-block")))["details"]["every_block"]
     for entry in together:
-        alone = evaluate(parse(command(data, ckpt, cache, f"--blocks={entry['block']}")))
+        alone = evaluate(cli.parse(Settings, command(data, ckpt, cache, f"--blocks={entry['block']}")))
         assert alone["details"]["blocks"] == [entry["block"]]
         assert alone["value"] == entry["top1"]
 
@@ -272,15 +273,15 @@ def test_every_block_gives_what_each_block_gives_alone(data: Path, ckpt: Path, c
 def test_figures_are_of_the_labels_not_of_chance(data: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
     """With the classes of the training images renamed in a circle, every hit is a miss."""
     arrays = "--data.name=arrays"
-    assert evaluate(parse(command(data, ckpt, cache, arrays)))["value"] > 0.7
+    assert evaluate(cli.parse(Settings, command(data, ckpt, cache, arrays)))["value"] > 0.7
     for split, shift in (("train", 1), ("val", 0)):
         with np.load(data / f"{split}.npz") as file:
             np.savez(tmp_path / f"{split}.npz", images=file["images"], labels=(file["labels"] + shift) % 3)
-    assert evaluate(parse(command(tmp_path, ckpt, cache, arrays)))["value"] < 0.2
+    assert evaluate(cli.parse(Settings, command(tmp_path, ckpt, cache, arrays)))["value"] < 0.2
 
 
 def test_untrained_weights_are_others(data: Path, ckpt: Path, cache: Path) -> None:
-    found = evaluate(parse(command(data, ckpt, cache, "--untrained", "--seed=3")))
+    found = evaluate(cli.parse(Settings, command(data, ckpt, cache, "--untrained", "--seed=3")))
     assert found["checkpoint"]["path"] == f"untrained twin of {ckpt}"
     assert found["checkpoint"]["sha256"] != load_backbone(ckpt).sha256
 
@@ -307,14 +308,14 @@ def test_images_that_find_themselves_are_warned_of(
     ],
 )
 def test_every_departure_from_the_protocol_is_named(flags: list[str], expected: str) -> None:
-    chosen = parse(["--ckpt=x", "--data.root=x", *flags])
+    chosen = cli.parse(Settings, ["--ckpt=x", "--data.root=x", *flags])
     backbone = Backbone(VisionTransformer(24, 6, 2), "x", "skipless", "")
     assert protocol_id(chosen, "imagenette", choose_blocks(chosen.blocks, chosen.every_block, backbone)[-1]) == expected
 
 
 def test_defaults_are_the_published_ones() -> None:
     """DINO's: 20 neighbours, temperature 0.07, CLS of the last block, 224 pixels."""
-    chosen = parse(["--ckpt=x", "--data.root=x"])
+    chosen = cli.parse(Settings, ["--ckpt=x", "--data.root=x"])
     assert (chosen.k[0], sorted(chosen.k)) == (20, [10, 20, 100, 200])
     assert (chosen.temperature, chosen.pool, chosen.blocks, chosen.size) == (0.07, "cls", "last", 224)
 
@@ -462,7 +463,7 @@ def test_photographs_of_a_class_are_found_by_a_trained_network(tmp_path: Path) -
             for path in sorted(folder.iterdir())[:count]:
                 (tmp_path / split / folder.name / path.name).symlink_to(path.resolve())
     found: dict[str, Any] = evaluate(
-        parse(
+        cli.parse(Settings, 
             [
                 f"--ckpt={Path(DATA or '', 'weights', 'vit_small_patch14_saliency.safetensors')}",
                 f"--data.root={tmp_path}", f"--cache={tmp_path / 'cache'}", "--size=112", "--k=[5]", "--device=cpu",

@@ -21,6 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
+from skipless.common import cli
 from skipless.datasets.labels.classes import LabelledSet, arrays
 from skipless.eval import linear as module
 from skipless.eval.backbones import Backbone, load_backbone
@@ -32,7 +33,6 @@ from skipless.eval.linear import (
     evaluate,
     hold_out,
     main,
-    parse,
     predict,
     protocol_id,
     train_on_crops,
@@ -93,7 +93,7 @@ def command(data: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
 
 
 def chosen(*flags: str) -> Settings:
-    return parse(["--ckpt=x", "--data.root=x", "--size=32", *flags])
+    return cli.parse(Settings, ["--ckpt=x", "--data.root=x", "--size=32", *flags])
 
 
 # Heads on fixed vectors -----------------------------------------------------------------------------------------------
@@ -210,7 +210,9 @@ def test_the_rate_is_chosen_without_the_images_that_count(
     with np.load(data / "val.npz") as file:
         np.savez(tmp_path / "val.npz", images=file["images"], labels=(file["labels"] + 1) % 3)
     (tmp_path / "train.npz").symlink_to(data / "train.npz")
-    one, other = (evaluate(parse(command(root, ckpt, cache, *flags)))["details"] for root in (data, tmp_path))
+    one, other = (
+        evaluate(cli.parse(Settings, command(root, ckpt, cache, *flags)))["details"] for root in (data, tmp_path)
+    )
     assert one["held_out_images"] == 3
     assert one["held_out_top1"] == other["held_out_top1"]
     assert one["learning_rate"] == other["learning_rate"] == [0.1, 10][int(np.argmax(one["held_out_top1"]))]
@@ -382,7 +384,7 @@ from skipless.common import distributed
 
 words = iter(" ".join(sys.argv[1:]).split(" / "))
 for module in (linear, linear, knn):
-    module.evaluate(module.parse(next(words).split()))
+    module.evaluate(cli.parse(module.Settings, next(words).split()))
 distributed.stop()
 os._exit(0)  # on a busy machine, gloo's threads can abort an interpreter that is ending
 """
@@ -403,7 +405,7 @@ def test_two_processes_are_as_good_as_one(
 
     for name, flags in runs.items():
         flags = command(data, ckpt, cache, *flags, "--out", tmp_path / f"one_{name}")
-        one = knn.evaluate(knn.parse(flags)) if name == "knn" else evaluate(parse(flags))
+        one = knn.evaluate(cli.parse(knn.Settings, flags)) if name == "knn" else evaluate(cli.parse(Settings, flags))
         two = json.loads((tmp_path / name / ("knn.json" if name == "knn" else "linear.json")).read_text())
         assert (two["processes"], one["processes"]) == (2, 1)
         assert {**two["details"], "interval_95": None} == {**one["details"], "interval_95": None}
@@ -450,13 +452,13 @@ def test_command_leaves_a_result_and_a_table(data: Path, ckpt: Path, tmp_path: P
 
 
 def test_every_block_gives_what_each_block_gives_alone(data: Path, ckpt: Path, cache: Path) -> None:
-    together = evaluate(parse(command(data, ckpt, cache, *QUICK, "--every-block")))
+    together = evaluate(cli.parse(Settings, command(data, ckpt, cache, *QUICK, "--every-block")))
     entries = together["details"]["every_block"]
     assert [entry["block"] for entry in entries] == [1, 2]
     assert together["protocol"].endswith("-linear/cached/blocks-2/32px (changed)")
     assert (together["value"], together["details"]["blocks"]) == (entries[1]["top1"], [2])
     for entry in entries:
-        alone = evaluate(parse(command(data, ckpt, cache, *QUICK, f"--blocks={entry['block']}")))
+        alone = evaluate(cli.parse(Settings, command(data, ckpt, cache, *QUICK, f"--blocks={entry['block']}")))
         assert alone["value"] == entry["top1"]
 
 
@@ -503,14 +505,14 @@ def test_same_seed_same_figures_and_another_seed_another_order(data: Path, ckpt:
     ],
 )
 def test_every_departure_from_the_protocol_is_named(flags: list[str], expected: str) -> None:
-    settings = parse(["--ckpt=x", "--data.root=x", *flags])
+    settings = cli.parse(Settings, ["--ckpt=x", "--data.root=x", *flags])
     blocks = {"last4": (2, 3, 4, 5), "last": (5,)}[settings.blocks]
     assert protocol_id(settings, "imagenet", blocks) == expected
 
 
 def test_defaults_are_the_published_ones() -> None:
     """DINO's: CLS of the last four blocks, 100 epochs, 1,024 images a step, 0.001 for 256 among the rates."""
-    settings = parse(["--ckpt=x", "--data.root=x", "--protocol=dino"])
+    settings = cli.parse(Settings, ["--ckpt=x", "--data.root=x", "--protocol=dino"])
     assert (settings.blocks, settings.pool, settings.size) == ("last4", "cls", 224)
     assert (settings.epochs, settings.images_per_step) == (100, 1024)
     assert 1e-3 in settings.learning_rates
@@ -607,5 +609,5 @@ def test_help_says_what_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_figures_can_be_written_as_json(data: Path, ckpt: Path, cache: Path) -> None:
-    found: dict[str, Any] = evaluate(parse(command(data, ckpt, cache, *QUICK)))
+    found: dict[str, Any] = evaluate(cli.parse(Settings, command(data, ckpt, cache, *QUICK)))
     assert json.loads(json.dumps(found, allow_nan=False))["value"] == found["value"]

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from sklearn.metrics.pairwise import cosine_similarity
 
+from skipless.common import cli
 from skipless.common.precision import has_bf16
 from skipless.datasets.scenes import write_scenes
 from skipless.eval.page.render import similarity_codes
 from skipless.eval.page.tables import latex_table, markdown_table, table_of
-from skipless.eval.report import main, parse
+from skipless.eval.report import Settings, main
 from skipless.ssl.model.vit import VisionTransformer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -181,7 +182,9 @@ def test_bad_input_is_one_sentence(
 
 
 def test_lists_are_words_on_the_command_line() -> None:
-    parsed = parse(["--ckpt", "runs/a", "runs/b", "--tasks", "knn", "--names", "a b", "c", "--count", "2"])
+    parsed = cli.parse(
+        Settings, ["--ckpt", "runs/a", "runs/b", "--tasks", "knn", "--names", "a b", "c", "--count", "2"]
+    )
     assert parsed.ckpt == ("runs/a", "runs/b")
     assert (parsed.tasks, parsed.names, parsed.count) == (("knn",), ("a b", "c"), 2)
 

@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
+from skipless.common import cli
 from skipless.datasets.labels.masks import VOID
 from skipless.eval import retrieval as module
 from skipless.eval.retrieval import (
+    Settings,
     changed_settings,
     evaluate,
     in_context_labels,
     main,
     make_search,
-    parse,
     sample_patches,
 )
 from skipless.ssl.model.vit import VisionTransformer
@@ -77,7 +78,7 @@ def command(voc: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
 
 def measure(voc: Path, ckpt: Path, cache: Path, *more: object) -> dict[str, Any]:
     """The result, in this process."""
-    return evaluate(parse(command(voc, ckpt, cache, *SMALL, *more)))
+    return evaluate(cli.parse(Settings, command(voc, ckpt, cache, *SMALL, *more)))
 
 
 # Attention over the memory --------------------------------------------------------------------------------------------
@@ -318,10 +319,15 @@ def test_two_processes_find_what_one_finds(
 
 def test_published_settings_are_not_changed() -> None:
     source = ["--ckpt=x", "--data.root=x"]
-    assert changed_settings(parse([*source, "--data.name=scenes"])) == {}
-    assert changed_settings(parse([*source, "--data.name=voc12", "--data.train_split=trainaug"])) == {}
-    assert changed_settings(parse([*source, "--data.name=voc12", "--workers=3", "--seed=3", "--index=ivf"])) == {}
-    changed = parse([*source, "--data.name=ade20k", "--memory-size=9", "--k=5", "--temperature=0.1", "--size=448"])
+    assert changed_settings(cli.parse(Settings, [*source, "--data.name=scenes"])) == {}
+    assert changed_settings(cli.parse(Settings, [*source, "--data.name=voc12", "--data.train_split=trainaug"])) == {}
+    assert (
+        changed_settings(cli.parse(Settings, [*source, "--data.name=voc12", "--workers=3", "--seed=3", "--index=ivf"]))
+        == {}
+    )
+    changed = cli.parse(
+        Settings, [*source, "--data.name=ade20k", "--memory-size=9", "--k=5", "--temperature=0.1", "--size=448"]
+    )
     expected = {"size": [512, 448], "memory_size": [10_240_000, 9], "k": [30, 5], "temperature": [0.02, 0.1]}
     assert changed_settings(changed) == expected
 
@@ -339,7 +345,8 @@ def test_a_trained_backbone_is_better_than_its_untrained_twin(tmp_path: Path) ->
     ckpt = Path(DATA or "", "weights/vit_small_patch14_saliency.safetensors")
     flags = ["--data.train_split=train", "--size=112"]
     trained, floor = (
-        evaluate(parse(command(root, ckpt, tmp_path / "cache", *flags, *more))) for more in ([], ["--untrained"])
+        evaluate(cli.parse(Settings, command(root, ckpt, tmp_path / "cache", *flags, *more)))
+        for more in ([], ["--untrained"])
     )
     assert trained["details"]["pixel_accuracy"] > floor["details"]["pixel_accuracy"]
     assert trained["value"] > 1.2 * floor["value"]

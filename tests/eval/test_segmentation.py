@@ -19,9 +19,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from skipless.common import cli
 from skipless.datasets.labels.masks import VOID
 from skipless.eval.dense.quick import label_shares
-from skipless.eval.segmentation import changed_settings, evaluate, main, parse
+from skipless.eval.segmentation import Settings, changed_settings, evaluate, main, recipe
 from skipless.ssl.model.vit import VisionTransformer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -38,6 +39,10 @@ QUICK = ["--protocol=quick", "--quick.size=64", "--quick.epochs=10", "--quick.im
 
 
 @pytest.fixture(scope="module")
+def parse(words: list[str]) -> Settings:
+    return cli.parse(Settings, words, recipe=recipe)
+
+
 def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """VOC's layout, 12 and 4 pictures of 64 x 80: blocks of three colours, each a class, and a void column."""
     root = tmp_path_factory.mktemp("data") / "VOCdevkit"
@@ -185,7 +190,7 @@ out = sys.argv[1]
 for name in ("quick", "mmseg"):
     split = sys.argv.index("--then")
     words = sys.argv[2:split] if name == "quick" else sys.argv[split + 1 :]
-    segmentation.evaluate(segmentation.parse([*words, f"--out={out}/{name}"]))
+    segmentation.evaluate(parse([*words, f"--out={out}/{name}"]))
 norm = FrozenInputBatchNorm(5)
 x = torch.randn(6, 5, 3, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
 mine = x[distributed.rank() :: 2].requires_grad_(False)

@@ -27,7 +27,7 @@ def test_loss_equals_a_double_loop_over_pairs(views: int, batch: int, prototypes
     student, teacher = rng.normal(size=(views, batch, prototypes)), rng.normal(size=(2, batch, prototypes))
     centre = rng.normal(size=prototypes)
     objective = DINOLoss(prototypes, student_temperature=0.1)
-    objective.centre.copy_(torch.from_numpy(centre))
+    objective.center.copy_(torch.from_numpy(centre))
     logits = torch.from_numpy(student).float().flatten(0, 1).requires_grad_()
     found = objective(logits, torch.from_numpy(teacher).float().flatten(0, 1), views, temperature=0.05)
 
@@ -99,12 +99,12 @@ def test_centre_moves_once_per_step_over_all_micro_batches() -> None:
     objective = DINOLoss(2, centre_momentum=0.9)
     for teacher in ([[1.0, 0.0], [3.0, 0.0]], [[5.0, 2.0], [7.0, 2.0]]):
         objective(torch.zeros(4, 2), torch.tensor(teacher), 4, 0.04)
-    assert objective.centre.tolist() == [0.0, 0.0]
-    objective.update_centre()  # 0.9 * 0 + 0.1 * mean (4, 1)
-    torch.testing.assert_close(objective.centre, torch.tensor([0.4, 0.1]))
+    assert objective.center.tolist() == [0.0, 0.0]
+    objective.update_center()  # 0.9 * 0 + 0.1 * mean (4, 1)
+    torch.testing.assert_close(objective.center, torch.tensor([0.4, 0.1]))
     objective(torch.zeros(4, 2), torch.tensor([[10.0, 0.0], [10.0, 0.0]]), 4, 0.04)
-    objective.update_centre()  # 0.9 * (0.4, 0.1) + 0.1 * (10, 0)
-    torch.testing.assert_close(objective.centre, torch.tensor([1.36, 0.09]))
+    objective.update_center()  # 0.9 * (0.4, 0.1) + 0.1 * (10, 0)
+    torch.testing.assert_close(objective.center, torch.tensor([1.36, 0.09]))
 
 
 def test_teacher_is_an_exponential_moving_average() -> None:

@@ -10,13 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
+from skipless.common import cli
 from skipless.datasets.images import open_images
 from skipless.ssl import supervised
 from skipless.ssl.config import embedding_of
@@ -25,15 +25,15 @@ from skipless.ssl.data.squares import normalized_squares
 from skipless.ssl.model.embedding import sine_positions_, whiten_patches_
 from skipless.ssl.model.initialization import PRESETS, choose_beta
 from skipless.ssl.model.vit import VisionTransformer
-from skipless.ssl.pretrain import build_model, parse
+from skipless.ssl.pretrain import Settings, build_model
 from skipless.ssl.run.checkpoints import load_run_backbone
 from skipless.ssl.run.job import whiten
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = [
-    "--model.dim=32", "--model.depth=2", "--model.heads=2", "--model.patch=8", "--crops.global_size=32",
-    "--crops.local_size=16", "--crops.local_count=2", "--dino.prototypes=32", "--dino.hidden=32",
-    "--dino.bottleneck=16", "--dino.freeze_last_layer_epochs=0.5", "--optimizer.warmup_epochs=1",
+    "--model.dim=32", "--model.depth=2", "--model.heads=2", "--model.patch=8", "--crops.global_crops_size=32",
+    "--crops.local_crops_size=16", "--crops.local_crops_number=2", "--dino.out_dim=32", "--dino.hidden_dim=32",
+    "--dino.bottleneck_dim=16", "--dino.freeze_last_layer=0.5", "--optimizer.warmup_epochs=1",
     "--optimizer.lr=0.02", "--batch_size=8", "--epochs=4", "--log_every=1", "--monitor.every_epochs=0",
     "--device=cpu", "--data.workers=0", "--precision=fp32",
 ]  # fmt: skip
@@ -181,12 +181,12 @@ def test_signal_to_the_whole_job_saves_and_ends_cleanly(
 
 def test_collapse_is_called_so_while_it_trains(photos: Path, reference: Path, tmp_path: Path) -> None:
     """A teacher this hot is uniform: the loss cannot leave ln K, and the run says so once, with a remedy."""
-    hot = ["--dino.teacher_temperature=50"]
+    hot = ["--dino.teacher_temp=50"]
     result = run("--data.path", photos, "--out", tmp_path / "run", *SMALL, *hot)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("WARNING at step") == 1
     assert "the teacher is uniform and the loss sits at ln K = 3.47" in result.stderr
-    assert "--dino.teacher_temperature" in result.stderr
+    assert "--dino.teacher_temp" in result.stderr
 
 
 def test_monitor_measures_every_block_before_and_after(photos: Path, tmp_path: Path) -> None:
@@ -255,11 +255,11 @@ def test_a_run_without_a_beta_is_not_resumed_with_a_chosen_one(photos: Path, tmp
     assert "is of a run that named no model.beta; leave it out" in resumed.stderr
 
 
-@pytest.mark.parametrize("command", [parse, supervised.parse])
-def test_small_has_an_embedding_of_its_own_and_all_others_have_the_usual_one(command: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("kind", [Settings, supervised.Settings])
+def test_small_has_an_embedding_of_its_own_and_all_others_have_the_usual_one(kind: type) -> None:
     def start_of(*words: str) -> tuple[str, str]:
-        root = "--data.path=x" if command is parse else "--data.root=x"
-        return embedding_of(command([root, "--out=x", *words]).model)
+        root = "--data.path=x" if kind is Settings else "--data.root=x"
+        return embedding_of(cli.parse(kind, [root, "--out=x", *words]).model)
 
     usual, ours = ("default", "default"), ("whitened", "sines")
     assert start_of() == start_of("--model.init=small") == ours
@@ -268,7 +268,7 @@ def test_small_has_an_embedding_of_its_own_and_all_others_have_the_usual_one(com
     assert start_of("--model.residual=true", "--model.patches=whitened") == ("whitened", "default")
     assert start_of("--model.positions=default") == ("whitened", "default")
     for path in (ROOT / "configs").glob("*.yaml"):
-        if ("supervised" in path.name) == (command is not parse):
+        if ("supervised" in path.name) == (kind is not Settings):
             small = path.name in ("imagenette_cpu.yaml", "one_gpu.yaml", "supervised_small.yaml")
             assert start_of(f"--config={path}") == (ours if small else usual), path
             assert start_of(f"--config={path}", "--model.init=null", "--model.residual=true") == usual, path
@@ -290,12 +290,12 @@ def test_a_small_skipless_model_starts_from_whitened_patches_and_sines(photos: P
 
 def test_a_resumed_run_reads_no_images_to_whiten_patches(reference: Path) -> None:
     words = [*SMALL, "--data.path=x", f"--out={reference}"]
-    backbone = build_model(parse(words)).backbone
+    backbone = build_model(cli.parse(Settings, words)).backbone
     before = backbone.patch_embed.proj.weight.clone()
-    whiten(backbone, parse([*words, "--resume"]), [], 32)  # type: ignore[arg-type]
+    whiten(backbone, cli.parse(Settings, [*words, "--resume"]), [], 32)  # type: ignore[arg-type]
     assert torch.equal(backbone.patch_embed.proj.weight, before)
     with pytest.raises(ValueError, match="none of 0 images"):
-        whiten(backbone, parse(words), [], 32)  # type: ignore[arg-type]
+        whiten(backbone, cli.parse(Settings, words), [], 32)  # type: ignore[arg-type]
 
 
 def test_unreadable_images_are_listed_and_too_many_stop_the_run(photos: Path, tmp_path: Path) -> None:
@@ -322,8 +322,8 @@ def test_unreadable_images_are_listed_and_too_many_stop_the_run(photos: Path, tm
         (["--optimizer.lr=fast"], ["optimizer.lr", "fast"]),
         (["--data.path=/nowhere/photos"], ["/nowhere/photos", "no such folder"]),
         (["--data.path={empty}"], ["{empty}", "no image found"]),
-        (["--crops.local_size=20"], ["crops.local_size is 20", "model.patch 8", "16 or 24"]),
-        (["--crops.global_size=60"], ["crops.global_size is 60", "56 or 64"]),
+        (["--crops.local_crops_size=20"], ["crops.local_crops_size is 20", "model.patch 8", "16 or 24"]),
+        (["--crops.global_crops_size=60"], ["crops.global_crops_size is 60", "56 or 64"]),
         (["--batch_size=64"], ["40 images", "batch_size"]),
         (["--accumulate=3"], ["batch_size 8", "3 micro-batches"]),
         (["--model.drop_path=0.1"], ["drop_path", "residual=False"]),
@@ -331,7 +331,7 @@ def test_unreadable_images_are_listed_and_too_many_stop_the_run(photos: Path, tm
         (["--compile=true"], ["compile is true", "CPU"]),
         (["--config={empty}/none.yaml"], ["none.yaml"]),
         (["--epochs=0"], ["epochs is 0"]),
-        (["--dino.freeze_last_layer_epochs=4"], ["dino.freeze_last_layer_epochs is 4", "4 epochs"]),
+        (["--dino.freeze_last_layer=4"], ["dino.freeze_last_layer is 4", "4 epochs"]),
         (["--out={photos}"], ["{photos}", "folder of its own"]),
         (["--clip_grad=-1"], ["clip_grad is -1", "0 for no clipping"]),
         (["--optimizer.warmup_epochs=4"], ["optimizer.warmup_epochs is 4", "4 epochs"]),

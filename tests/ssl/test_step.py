@@ -61,7 +61,7 @@ def test_a_step_never_waits_for_the_device(optimizer: str) -> None:
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             rule.step()
             rule.zero_grad(set_to_none=True)
-            objective.update_centre()
+            objective.update_center()
             update_teacher(teacher, student, 0.99)
     finally:
         torch.cuda.set_sync_debug_mode("default")

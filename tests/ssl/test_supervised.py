@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from skipless.common import cli
 from skipless.common.pixels import MEAN, STD
 from skipless.datasets.labels.classes import arrays
 from skipless.eval.backbones import load_backbone
@@ -30,7 +31,7 @@ from skipless.ssl.model.classifier import AttentionPool, Classifier, gather_into
 from skipless.ssl.model.initialization import PRESETS, skipless_init_
 from skipless.ssl.model.vit import Block, VisionTransformer
 from skipless.ssl.run.checkpoints import load_run_backbone
-from skipless.ssl.supervised import build_classifier, main, parse, validate
+from skipless.ssl.supervised import Settings, build_classifier, main, validate
 
 ROOT = Path(__file__).parent.parent.parent
 COLOURS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220]])
@@ -342,7 +343,7 @@ def test_gathering_class_token_starts_with_the_mean_of_the_patches() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(("pool", "own"), [("cls", 0.9), ("gathering-cls", 1 / 5)])
 def test_settings_choose_the_class_token(pool: str, own: float) -> None:
-    settings = parse(["--data.root=x", "--out=y", *SMALL, "--model.init=small", f"--model.pool={pool}"])
+    settings = cli.parse(Settings, ["--data.root=x", "--out=y", *SMALL, "--model.init=small", f"--model.pool={pool}"])
     backbone = build_classifier(settings, classes=3).backbone
     attended = attention_of_block_0(backbone, torch.randn(4, 3, 16, 16))[:, :, 0, 0]
     assert (attended > own - 1e-5).all()
@@ -471,7 +472,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(photos: Path, tmp_path: Path, c
 
 def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(["--help"])
+        cli.parse(Settings, ["--help"])
     text = capsys.readouterr().out
     options = {option.split()[0]: option for option in re.split(r"\n  (?=--)", text)[1:]}
     assert len(options) > 50

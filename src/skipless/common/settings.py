@@ -1,20 +1,54 @@
-"""Settings as plain values: what files of settings, checkpoints and results hold."""
+"""Settings as plain values, and the names that they had in earlier versions."""
 
 import dataclasses
 import json
 from typing import Any
 
+# Settings by other names than today's, which old runs, recipes and command lines use.
+OLD_NAMES = {
+    "crops.global_size": "crops.global_crops_size",
+    "crops.global_scale": "crops.global_crops_scale",
+    "crops.local_size": "crops.local_crops_size",
+    "crops.local_count": "crops.local_crops_number",
+    "crops.local_scale": "crops.local_crops_scale",
+    "crops.grey_probability": "crops.gray_probability",
+    "dino.prototypes": "dino.out_dim",
+    "dino.hidden": "dino.hidden_dim",
+    "dino.bottleneck": "dino.bottleneck_dim",
+    "dino.freeze_last_layer_epochs": "dino.freeze_last_layer",
+    "dino.momentum": "dino.momentum_teacher",
+    "dino.student_temperature": "dino.student_temp",
+    "dino.teacher_temperature": "dino.teacher_temp",
+    "dino.warmup_teacher_temperature": "dino.warmup_teacher_temp",
+    "dino.warmup_teacher_temperature_epochs": "dino.warmup_teacher_temp_epochs",
+    "dino.centre_momentum": "dino.center_momentum",
+}
+# The same for values: (today's name of the setting, old value).
+OLD_VALUES: dict[tuple[str, Any], Any] = {("dino.balancing", "centre"): "center"}
+
 
 def plain(settings: Any) -> dict[str, Any]:
     """A dataclass of settings as plain dicts, lists and values; without `resume`, which is no property of a run."""
-    tree = json.loads(json.dumps(dataclasses.asdict(settings)))
+    tree = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
     tree.pop("resume", None)
     return tree
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A tree of settings as one dict with dotted names."""
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for name, value in tree.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return leaves
+
+
+def renamed(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of settings of any version, under today's names and values."""
+    today: dict[str, Any] = {}
+    for name, value in tree.items():
+        name = OLD_NAMES.get(f"{prefix}{name}", f"{prefix}{name}").removeprefix(prefix)
+        if isinstance(value, dict):
+            today[name] = renamed(value, f"{prefix}{name}.")
+        else:
+            today[name] = OLD_VALUES.get((f"{prefix}{name}", value), value) if isinstance(value, str) else value
+    return today

@@ -29,7 +29,7 @@ from skipless.eval.crop_sheet import main
 from skipless.ssl.data import crops as module
 from skipless.ssl.data.crops import CropDataset, Crops, View, apply_view, collate, color_jitter, draw_views, multicrop
 
-PLAIN = {"jitter_probability": 0, "grey_probability": 0, "blur_probability": (0, 0, 0), "solarize_probability": 0}
+PLAIN = {"jitter_probability": 0, "gray_probability": 0, "blur_probability": (0, 0, 0), "solarize_probability": 0}
 
 
 def photo(height: int = 90, width: int = 120) -> np.ndarray:
@@ -178,7 +178,7 @@ def as_text(view: View) -> str:
 
 def test_a_seed_keeps_its_views() -> None:
     """Recorded when the views were drawn and made in one go: runs of then can be continued and compared."""
-    assert [as_text(view) for view in draw_views(Crops(local_count=2), 90, 120, rng(0, 1, 2))] == [
+    assert [as_text(view) for view in draw_views(Crops(local_crops_number=2), 90, 120, rng(0, 1, 2))] == [
         "(11, 10, 78, 70) 1 1.075603693 1.156197398 1.066986442 0.035042305 (1, 3, 0, 2) 0 1.335450512 0",
         "(5, 32, 60, 76) 1 1.157238245 1.070093535 1.165980195 -0.043602502 (2, 1, 0, 3) 0 1.506117035 0",
         "(35, 44, 52, 60) 0 0.681643980 1.348569250 0.945722645 0.053785371 (1, 0, 2, 3) 0 0.605711601 0",
@@ -190,7 +190,7 @@ def test_a_seed_keeps_its_views() -> None:
             digest.update(as_text(view).encode())
     assert digest.hexdigest() == "d7bd24affaf3f4e7c5da3b73fa240de560bd40a3674628f70d6bac68156177af"
     # Of the pixels their means: versions of OpenCV may round otherwise.
-    views = multicrop(photo(), Crops(global_size=40, local_size=20, local_count=2), rng(0, 1, 2))
+    views = multicrop(photo(), Crops(global_crops_size=40, local_crops_size=20, local_crops_number=2), rng(0, 1, 2))
     means = [(152.12, 164.9, 119.58), (154.78, 187.79, 136.39), (55.68, 111.24, 68.68), (121.84, 154.08, 81.09)]
     np.testing.assert_allclose([view.mean((0, 1)) for view in views], means, atol=0.7)
 
@@ -198,7 +198,7 @@ def test_a_seed_keeps_its_views() -> None:
 @pytest.fixture(scope="module")
 def drawn() -> list[list[View]]:
     """2,000 images' views, two global ones and three local ones."""
-    return [draw_views(Crops(local_count=3), 375, 500, rng(8, number)) for number in range(2000)]
+    return [draw_views(Crops(local_crops_number=3), 375, 500, rng(8, number)) for number in range(2000)]
 
 
 def test_colour_factors_follow_the_law_of_torchvision(drawn: list[list[View]]) -> None:
@@ -267,7 +267,14 @@ def test_a_view_is_its_operations_one_after_the_other() -> None:
 
 def test_a_whole_view_is_the_image_or_its_mirror_image() -> None:
     image = photo(16, 16)
-    crops = Crops(global_size=16, global_scale=(1, 1), local_size=16, local_scale=(1, 1), local_count=2, **PLAIN)
+    crops = Crops(
+        global_crops_size=16,
+        global_crops_scale=(1, 1),
+        local_crops_size=16,
+        local_crops_scale=(1, 1),
+        local_crops_number=2,
+        **PLAIN,
+    )
     flipped = 0
     for number in range(150):
         for view in multicrop(image, crops, rng(5, number)):
@@ -281,7 +288,13 @@ def share_of(change: dict[str, object], changed: Callable[[np.ndarray], bool], v
     image = photo(16, 16)
     crops = Crops(
         **{
-            **dict(global_size=16, global_scale=(1, 1), local_size=16, local_scale=(1, 1), local_count=3),
+            **dict(
+                global_crops_size=16,
+                global_crops_scale=(1, 1),
+                local_crops_size=16,
+                local_crops_scale=(1, 1),
+                local_crops_number=3,
+            ),
             **PLAIN,
             **change,
         }
@@ -306,7 +319,7 @@ FIRST, SECOND, LOCAL = slice(0, 1), slice(1, 2), slice(2, None)
 @pytest.mark.parametrize(
     ("change", "changed", "views", "probability"),
     [
-        ({"grey_probability": 0.2}, is_grey, slice(None), 0.2),
+        ({"gray_probability": 0.2}, is_grey, slice(None), 0.2),
         ({"jitter_probability": 0.8}, is_changed, slice(None), 0.8),
         ({"blur_probability": (1.0, 0.1, 0.5), **SMOOTHER}, is_changed, FIRST, 1.0),
         ({"blur_probability": (1.0, 0.1, 0.5), **SMOOTHER}, is_changed, SECOND, 0.1),
@@ -339,14 +352,16 @@ def test_each_operation_has_its_probability(
 )
 @settings(max_examples=60)
 def test_any_image_gives_views_of_the_sizes_asked_for(
-    height: int, width: int, global_size: int, local_size: int, local_count: int, seed: int
+    height: int, width: int, global_crops_size: int, local_crops_size: int, local_crops_number: int, seed: int
 ) -> None:
     image = photo(80, 80)[:height, :width]
     before = image.copy()
-    crops = Crops(global_size=global_size, local_size=local_size, local_count=local_count)
+    crops = Crops(
+        global_crops_size=global_crops_size, local_crops_size=local_crops_size, local_crops_number=local_crops_number
+    )
     views = multicrop(image, crops, rng(seed))
     assert [view.shape for view in views] == [
-        (side, side, 3) for side in [global_size] * 2 + [local_size] * local_count
+        (side, side, 3) for side in [global_crops_size] * 2 + [local_crops_size] * local_crops_number
     ]
     assert all(view.dtype == np.uint8 for view in views)
     assert np.array_equal(image, before)
@@ -357,7 +372,7 @@ def test_any_image_gives_views_of_the_sizes_asked_for(
 def test_read_only_images_are_fine() -> None:
     image = photo(16, 16)
     image.flags.writeable = False
-    crops = Crops(global_size=16, global_scale=(1, 1), local_count=0, **PLAIN)
+    crops = Crops(global_crops_size=16, global_crops_scale=(1, 1), local_crops_number=0, **PLAIN)
     views = multicrop(image, crops, rng(0))
     views[0][:] = 0
     assert image.any()
@@ -372,17 +387,17 @@ def test_other_images_are_refused(image: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("global_size", 0),
-        ("local_size", -1),
-        ("local_count", -1),
-        ("global_scale", (0.0, 1.0)),
-        ("global_scale", (0.5, 1.1)),
-        ("local_scale", (0.4, 0.1)),
-        ("local_scale", (math.nan, 0.4)),
+        ("global_crops_size", 0),
+        ("local_crops_size", -1),
+        ("local_crops_number", -1),
+        ("global_crops_scale", (0.0, 1.0)),
+        ("global_crops_scale", (0.5, 1.1)),
+        ("local_crops_scale", (0.4, 0.1)),
+        ("local_crops_scale", (math.nan, 0.4)),
         ("color_jitter", (0.4, -0.1, 0.2, 0.1)),
         ("color_jitter", (0.4, 0.4, 0.2, 0.6)),
         ("jitter_probability", 1.2),
-        ("grey_probability", -0.1),
+        ("gray_probability", -0.1),
         ("blur_probability", (1.0, 0.1, 1.5)),
         ("blur_sigma", (2.0, 0.1)),
         ("blur_sigma", (0.0, 2.0)),
@@ -397,7 +412,7 @@ def test_settings_out_of_range_are_named(field: str, value: object) -> None:
 
 # Batches --------------------------------------------------------------------------------------------------------------
 
-SMALL = Crops(global_size=24, local_size=12, local_count=3)
+SMALL = Crops(global_crops_size=24, local_crops_size=12, local_crops_number=3)
 
 
 @pytest.fixture
@@ -472,19 +487,21 @@ def test_large_photographs_are_decoded_smaller_but_never_enlarged(tmp_path: Path
     assert source.read(0, dataset.min_side).shape == (100, 125, 3)
     for view, expected in zip(dataset[0, 0].views, multicrop(source.read(0, 54), SMALL, rng(0, 0, 0)), strict=True):
         assert np.array_equal(view, expected)
-    assert CropDataset(source, Crops(global_size=24, local_count=0), 0).min_side == 38
+    assert CropDataset(source, Crops(global_crops_size=24, local_crops_number=0), 0).min_side == 38
 
 
 def test_batches_are_view_major(tmp_path: Path) -> None:
     colors = [(200, 10, 10), (10, 200, 10), (10, 10, 200)]
     for number, color in enumerate(colors):
         Image.new("RGB", (20, 30), color).save(tmp_path / f"{number}.png")
-    dataset = CropDataset(open_images(tmp_path), Crops(global_size=8, local_size=4, local_count=2, **PLAIN), 0)
+    dataset = CropDataset(
+        open_images(tmp_path), Crops(global_crops_size=8, local_crops_size=4, local_crops_number=2, **PLAIN), 0
+    )
     batch = collate([dataset[0, index] for index in range(3)])
     for name in ("global", "local"):
         for view in batch[name]:
             assert [item[0, 0].tolist() for item in view] == [list(color) for color in colors]
-    assert collate([CropDataset(dataset.images, Crops(local_count=0), 0)[0, 0]])["local"] is None
+    assert collate([CropDataset(dataset.images, Crops(local_crops_number=0), 0)[0, 0]])["local"] is None
     assert len(dataset) == 3
 
 
@@ -502,11 +519,13 @@ def test_a_negative_seed_is_refused(source: ImageSource) -> None:
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("local", [["--crops.local_count=5"], ["--crops.local_count=0"], ["--crops.local_size=40"]])
+@pytest.mark.parametrize(
+    "local", [["--crops.local_crops_number=5"], ["--crops.local_crops_number=0"], ["--crops.local_crops_size=40"]]
+)
 def test_the_command_writes_a_sheet(tmp_path: Path, local: list[str]) -> None:
     Image.new("RGB", (60, 40), (250, 10, 10)).save(tmp_path / "a.png")
-    probabilities = ["--crops.jitter_probability=0", "--crops.grey_probability=0", "--crops.solarize_probability=0"]
-    sizes = ["--crops.global_size=32", "--crops.local_size=12"]
+    probabilities = ["--crops.jitter_probability=0", "--crops.gray_probability=0", "--crops.solarize_probability=0"]
+    sizes = ["--crops.global_crops_size=32", "--crops.local_crops_size=12"]
     main([f"--image={tmp_path}/a.png", f"--out={tmp_path}/sheet.png", "--seed=3", *sizes, *probabilities, *local])
     with Image.open(tmp_path / "sheet.png") as sheet:
         colors = {color for _, color in sheet.getcolors()}
@@ -531,8 +550,11 @@ def test_the_file_is_a_command(tmp_path: Path) -> None:
         (["--image=a.png", "--out=sheet.tiff"], "must end in .png or .jpg"),
         (["--image=a.png", "--out=nowhere/sheet.png"], "there is no folder nowhere"),
         (["--image=a.png", "--out=sheet.png", "--seed=-1"], "--seed is -1"),
-        (["--image=a.png", "--out=sheet.png", "--crops.global_scale=[0.5,0.1]"], "crops.global_scale is (0.5, 0.1)"),
-        (["--image=a.png", "--out=sheet.png", "--crops.local_count=x"], "crops.local_count"),
+        (
+            ["--image=a.png", "--out=sheet.png", "--crops.global_crops_scale=[0.5,0.1]"],
+            "crops.global_crops_scale is (0.5, 0.1)",
+        ),
+        (["--image=a.png", "--out=sheet.png", "--crops.local_crops_number=x"], "crops.local_crops_number"),
         (["--out=sheet.png"], "image"),
     ],
 )

@@ -33,7 +33,7 @@ from skipless.ssl.data.device_crops import (
 )
 
 CPU = torch.device("cpu")
-SMALL = Crops(global_size=24, local_size=12, local_count=3)
+SMALL = Crops(global_crops_size=24, local_crops_size=12, local_crops_number=3)
 UNCHANGED = (1.0, 1.0, 1.0, 0.0)
 
 
@@ -75,7 +75,7 @@ def make_one(image: np.ndarray, view: View, size: int) -> np.ndarray:
     """One view in grey levels, [S, S, 3]; beside it another, in a batch with a larger image."""
     other = View((3, 4, 50, 60), True, (0.7, 1.3, 0.8, -0.1), (2, 3, 1, 0), True, 1.3, True)
     images = [photo(100, 150, seed=1), image]
-    return make(images, [[other, other], [other, view]], Crops(global_size=size, local_count=0))[0][1, 1]
+    return make(images, [[other, other], [other, view]], Crops(global_crops_size=size, local_crops_number=0))[0][1, 1]
 
 
 def whole(image: np.ndarray, **changes: object) -> View:
@@ -180,10 +180,10 @@ def test_half_precision_holds_pixels_and_kernels() -> None:
     """What CUDA multiplies: identity is exact, blur too; resizing is within a level of float32's in each pass."""
     images = [SQUARE, photo(64, 64, seed=2)]
     same, blurred = whole(SQUARE), whole(SQUARE, sigma=1.4)
-    half = make(images, [[same, blurred]] * 2, Crops(global_size=64, local_count=0), torch.float16)[0]
+    half = make(images, [[same, blurred]] * 2, Crops(global_crops_size=64, local_crops_number=0), torch.float16)[0]
     assert np.array_equal(half[0], np.stack(images))
     assert np.abs(half[1] - np.stack([cv2.GaussianBlur(image, (0, 0), 1.4) for image in images])).max() <= 1
-    single, half = (make(images, [[same, same]] * 2, Crops(global_size=23, local_count=0), dtype)[0]
+    single, half = (make(images, [[same, same]] * 2, Crops(global_crops_size=23, local_crops_number=0), dtype)[0]
                     for dtype in (torch.float32, torch.float16))  # fmt: skip
     assert 0 < np.abs(single - half).mean() < 0.15
     assert np.abs(single - half).max() <= 2
@@ -213,7 +213,7 @@ def test_both_ways_see_the_same_views(products: torch.dtype, mean: float, rare: 
     # torch resizes by 16-bit weights and OpenCV saturates colours by 10-bit ones: a few per cent of the values are a
     # level off, which later operations carry on; the steps of the hue make two or more of one, rarely.
     images = [photo(50 + 7 * number, 130 - 11 * number, seed=number) for number in range(8)]
-    error = both_ways(images, Crops(global_size=64, local_size=32, local_count=4), products)
+    error = both_ways(images, Crops(global_crops_size=64, local_crops_size=32, local_crops_number=4), products)
     assert error.mean() < mean
     assert np.quantile(error, 0.999) <= rare
     assert error.max() <= 12
@@ -223,10 +223,14 @@ def test_both_ways_see_the_same_views(products: torch.dtype, mean: float, rare: 
        st.integers(0, 3), st.integers(0, 99))  # fmt: skip
 @settings(max_examples=40)
 def test_any_images_give_the_same_views(
-    sizes: list[tuple[int, int]], global_size: int, local_size: int, local_count: int, seed: int
+    sizes: list[tuple[int, int]], global_crops_size: int, local_crops_size: int, local_crops_number: int, seed: int
 ) -> None:
     images = [photo(height, width, seed=number) for number, (height, width) in enumerate(sizes)]
-    error = both_ways(images, Crops(global_size, local_size=local_size, local_count=local_count), seed=seed)
+    error = both_ways(
+        images,
+        Crops(global_crops_size, local_crops_size=local_crops_size, local_crops_number=local_crops_number),
+        seed=seed,
+    )
     assert error.mean() <= 1  # of a few pixels; an even image may be a level off everywhere
     assert error.max() <= 20
     if error.size > 10_000:
@@ -366,7 +370,7 @@ def test_batches_are_those_of_the_loader(source: ImageSource, jpegs: bool) -> No
 
 
 def test_a_photograph_is_left_to_the_device_unless_it_is_halved(source: ImageSource) -> None:
-    dataset = DeviceCropDataset(source, Crops(global_size=200, local_count=0), 0, jpegs=True)
+    dataset = DeviceCropDataset(source, Crops(global_crops_size=200, local_crops_number=0), 0, jpegs=True)
     assert dataset.min_side == 317
     assert dataset[0, 6].data.ndim == 1
     assert np.array_equal(dataset.sample((0, 6), jpegs=False).data, source.read(6))
@@ -401,7 +405,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 @needs_cuda
 def test_a_gpu_makes_the_same_views_and_waits_for_nothing() -> None:
-    crops = Crops(global_size=64, local_size=32, local_count=4)
+    crops = Crops(global_crops_size=64, local_crops_size=32, local_crops_number=4)
     images = [photo(50 + 7 * number, 130 - 11 * number, seed=number) for number in range(8)]
     drawn = [draw_views(crops, *image.shape[:2], np.random.default_rng((1, n))) for n, image in enumerate(images)]
     parameters = torch.tensor([[as_row(view) for view in views] for views in drawn]).pin_memory()
@@ -448,6 +452,6 @@ def test_a_gpu_decodes_into_memory_that_nobody_reads() -> None:
 def test_both_ways_see_the_same_views_of_real_photographs() -> None:
     source = open_images(Path(os.environ["SKIPLESS_TEST_DATA"]) / "imagenette128" / "val")
     images = [source.read(index) for index in range(0, len(source), len(source) // 16)]
-    error = both_ways(images, Crops(global_size=96, local_size=48, local_count=4))
+    error = both_ways(images, Crops(global_crops_size=96, local_crops_size=48, local_crops_number=4))
     assert error.mean() < 0.1
     assert np.quantile(error, 0.999) <= 2

@@ -16,7 +16,7 @@ from skipless.ssl.data.crops import CropDataset, Crops, collate
 from skipless.ssl.data.loader import StepBatches
 
 IMAGES, BATCH, TOTAL, SEED = 23, 8, 7, 3  # two steps an epoch, and seven images left over in each
-CROPS = Crops(global_size=16, local_size=8, local_count=2)
+CROPS = Crops(global_crops_size=16, local_crops_size=8, local_crops_number=2)
 
 Step = Counter[tuple[int, bytes]]
 

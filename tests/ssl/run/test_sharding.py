@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent.parent.parent
 scaling = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "scaling.py")))
 SMALL = [
     "--model.dim=32", "--model.depth=2", "--model.heads=2", "--model.patch=8", "--model.registers=2",
-    "--crops.global_size=32", "--crops.local_size=16", "--crops.local_count=2", "--dino.prototypes=33",
-    "--dino.hidden=32", "--dino.bottleneck=16", "--dino.momentum=0.9", "--dino.freeze_last_layer_epochs=0.5",
+    "--crops.global_crops_size=32", "--crops.local_crops_size=16", "--crops.local_crops_number=2", "--dino.out_dim=33",
+    "--dino.hidden_dim=32", "--dino.bottleneck_dim=16", "--dino.momentum_teacher=0.9", "--dino.freeze_last_layer=0.5",
     "--optimizer.warmup_epochs=1", "--optimizer.lr=0.02", "--batch_size=8", "--epochs=2", "--log_every=1",
     "--monitor.every_epochs=1", "--monitor.conditioning=true", "--device=cpu", "--data.workers=0", "--precision=fp32",
 ]  # fmt: skip
