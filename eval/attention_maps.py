@@ -20,9 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from skipless.common import cli, distributed
-from skipless.eval.backbones import Backbone, Weights, load_backbone
+from skipless.eval.backbones import Backbone, Weights, choose_block, load_backbone
 from skipless.eval.figures.pictures import check_out, fit, pick_images, save_figure
-from skipless.eval.segmentation import choose_blocks
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -109,9 +108,7 @@ def draw_attention(settings: Settings) -> Path:
     device = distributed.start(settings.device)
     out = check_out(settings.out)
     backbone = load_backbone(settings.ckpt, settings.weights).to(device)
-    ((block, *more),) = choose_blocks(settings.block, False, backbone)
-    if more:
-        raise ValueError(f"block is {settings.block}; give one block")
+    (block,) = choose_block(settings.block, False, backbone)
     pictures = pick_images(settings.images, settings.count)
     maps = []
     for _, picture in tqdm(pictures, desc="attention", unit="image", disable=len(pictures) < 20):

@@ -222,6 +222,43 @@ def load_backbone(ckpt: str | Path, weights: Weights = "teacher") -> Backbone:
     return Backbone(model, str(ckpt), family, _file_sha256(path), mean, std, pool=_trained_pool(path))
 
 
+def choose_blocks(blocks: str, every_block: bool, backbone: Backbone) -> list[tuple[int, ...]]:
+    """Blocks, from 0, that are measured together; the last of these groups is the one that is reported and shown.
+
+    Args:
+        blocks: last, last4, or numbers from 1, as in "3,6,9,12".
+        every_block: each block by itself instead.
+
+    Raises:
+        ValueError: a block that the model does not have, or text that names no blocks.
+    """
+    depth = backbone.depth
+    if every_block:
+        if blocks != "last":
+            raise ValueError(f"every-block measures each block by itself; leave out blocks {blocks!r}")
+        return [(block,) for block in range(depth)]
+    if blocks in ("last", "last4"):
+        return [tuple(range(depth - (1 if blocks == "last" else min(4, depth)), depth))]
+    try:
+        numbers = [int(word) for word in blocks.split(",")]
+    except ValueError:
+        raise ValueError(f"blocks is {blocks!r}; choose last, last4, or numbers from 1 as in 3,6,9,12") from None
+    for number in numbers:
+        if not 1 <= number <= depth:
+            raise ValueError(f"block {number} does not exist: {backbone.path} has blocks 1 to {depth}")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"blocks is {blocks!r}, which names a block twice")
+    return [tuple(number - 1 for number in numbers)]
+
+
+def choose_block(block: str, every_block: bool, backbone: Backbone) -> list[int]:
+    """As `choose_blocks`, where a block can only be looked at by itself: last, or a number from 1."""
+    groups = choose_blocks(block, every_block, backbone)
+    if any(len(group) > 1 for group in groups):
+        raise ValueError(f"block is {block!r}; choose one: last, or a number from 1 to {backbone.depth}")
+    return [group[0] for group in groups]
+
+
 def untrained(backbone: Backbone, seed: int = 0) -> Backbone:
     """The same architecture with fresh random weights: the floor that a checkpoint's figures stand on.
 

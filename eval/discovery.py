@@ -41,7 +41,7 @@ from skipless.datasets.labels.boxes import BoxSet, folder_boxes
 from skipless.datasets.labels.coco import coco20k, coco_boxes
 from skipless.datasets.labels.counts import BOX_COUNTS, describe_split
 from skipless.datasets.labels.voc import scenes_boxes, voc_boxes
-from skipless.eval.backbones import Backbone, FeatureKind, Weights, load_backbone, pad_to_patch, untrained
+from skipless.eval.backbones import Backbone, FeatureKind, Weights, choose_block, load_backbone, pad_to_patch, untrained
 from skipless.eval.features import data_sha256
 from skipless.eval.objects.localization import Localization, lost, maskcut, tokencut
 from skipless.eval.objects.report import draw, report
@@ -119,7 +119,7 @@ def discover(settings: Settings) -> dict[str, Any]:
         backbone = untrained(backbone, settings.seed)
     # In float32, as published: thresholds on cosines and signs of eigenvectors hang on small differences.
     backbone = backbone.to(device)
-    blocks = choose_blocks(settings, backbone)
+    blocks = choose_block(settings.block, settings.every_block, backbone)
     size = check(settings, backbone)
     images, annotations = open_data(settings.data)
     official = BOX_COUNTS.get((images.name, images.split))
@@ -204,21 +204,6 @@ def open_data(data: DataSettings) -> tuple[BoxSet, Path | None]:
         raise FileNotFoundError(f"{annotations}: no such file; splits that are there: {', '.join(there) or 'none'}")
     folder = next((f for f in (root / split, root / "images" / split) if f.is_dir()), root / split)
     return coco_boxes(annotations, folder), annotations
-
-
-def choose_blocks(settings: Settings, backbone: Backbone) -> list[int]:
-    """Blocks, from 0, to look at; the last of them is the one reported."""
-    if settings.every_block:
-        if settings.block != "last":
-            raise ValueError(f"every-block looks at each block; leave out block {settings.block!r}")
-        return list(range(backbone.depth))
-    if settings.block == "last":
-        return [backbone.depth - 1]
-    if not settings.block.isdecimal() or not 1 <= int(settings.block) <= backbone.depth:
-        raise ValueError(
-            f"block {settings.block} does not exist: {backbone.path} has blocks 1 to {backbone.depth} (or: last)"
-        )
-    return [int(settings.block) - 1]
 
 
 def check(settings: Settings, backbone: Backbone) -> int | None:

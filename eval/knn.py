@@ -22,7 +22,7 @@ import numpy as np
 from skipless.common import cli, distributed
 from skipless.common.files import write_result
 from skipless.common.settings import plain
-from skipless.eval.backbones import Precision, Weights, load_backbone, untrained
+from skipless.eval.backbones import Precision, Weights, choose_blocks, load_backbone, untrained
 from skipless.eval.classification import (
     DataSettings,
     Pooling,
@@ -36,7 +36,6 @@ from skipless.eval.classification import (
 from skipless.eval.features import default_cache
 from skipless.eval.neighbors import nearest, require_faiss
 from skipless.eval.results import keep_other_result, result_of
-from skipless.eval.segmentation import choose_blocks
 from skipless.ssl.data.loader import loader_workers
 
 

@@ -38,7 +38,7 @@ from skipless.common.files import write_atomically, write_result
 from skipless.common.pixels import crop_box, resample
 from skipless.common.settings import plain
 from skipless.datasets.labels.classes import LabelledSet
-from skipless.eval.backbones import Backbone, Precision, Weights, load_backbone, untrained
+from skipless.eval.backbones import Backbone, Precision, Weights, choose_blocks, load_backbone, untrained
 from skipless.eval.classification import (
     DataSettings,
     Pooling,
@@ -52,7 +52,6 @@ from skipless.eval.classification import (
 from skipless.eval.dense.quick import Heads
 from skipless.eval.features import data_sha256, default_cache
 from skipless.eval.results import INCIDENTAL, LATER, keep_other_result, result_of
-from skipless.eval.segmentation import choose_blocks
 from skipless.ssl.data.loader import leave_signals_to_main, loader_workers
 from skipless.ssl.optim.schedules import cosine
 

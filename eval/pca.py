@@ -27,9 +27,8 @@ from tqdm import tqdm
 
 from skipless.common import cli, distributed
 from skipless.datasets.labels.masks import read_values
-from skipless.eval.backbones import Weights, load_backbone
+from skipless.eval.backbones import Weights, choose_blocks, load_backbone
 from skipless.eval.figures.pictures import check_out, patch_features, pick_images, save_figure
-from skipless.eval.segmentation import choose_blocks
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -36,7 +36,7 @@ from skipless.datasets.labels.coco import coco_stuff
 from skipless.datasets.labels.counts import COUNTS, describe_split
 from skipless.datasets.labels.masks import SegmentationSet
 from skipless.datasets.labels.voc import scenes_segmentation, voc_segmentation
-from skipless.eval.backbones import Backbone, Precision, Weights, load_backbone, untrained
+from skipless.eval.backbones import Precision, Weights, choose_blocks, load_backbone, untrained
 from skipless.eval.dense.quick import QuickSettings, quick
 from skipless.eval.dense.report import PICTURES, draw, report
 from skipless.eval.dense.training import TrainingSettings, train_and_evaluate
@@ -197,31 +197,6 @@ def evaluate(settings: Settings) -> dict[str, Any]:
             more = "" if settings.protocol == "quick" else ", head.pt"
             print(f"\nwritten: {out / 'segmentation.json'}, segmentation.md, pictures.png{more}")
     return result
-
-
-def choose_blocks(blocks: str, every_block: bool, backbone: Backbone) -> list[tuple[int, ...]]:
-    """Blocks (from 0) of each head; the last of them is the one that is reported and shown.
-
-    Raises:
-        ValueError: a block that the model does not have, or a list that is none.
-    """
-    depth = backbone.depth
-    if every_block:
-        if blocks != "last":
-            raise ValueError(f"every-block measures each block by itself; leave out blocks {blocks!r}")
-        return [(block,) for block in range(depth)]
-    if blocks in ("last", "last4"):
-        return [tuple(range(depth - (1 if blocks == "last" else min(4, depth)), depth))]
-    try:
-        numbers = [int(word) for word in blocks.split(",")]
-    except ValueError:
-        raise ValueError(f"blocks is {blocks!r}; choose last, last4, or numbers from 1 as in 3,6,9,12") from None
-    for number in numbers:
-        if not 1 <= number <= depth:
-            raise ValueError(f"block {number} does not exist: {backbone.path} has blocks 1 to {depth}")
-    if len(set(numbers)) < len(numbers):
-        raise ValueError(f"blocks is {blocks!r}, which names a block twice")
-    return [tuple(number - 1 for number in numbers)]
 
 
 def changed_settings(settings: Settings) -> dict[str, list[Any]]:

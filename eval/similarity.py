@@ -15,9 +15,8 @@ import matplotlib
 import numpy as np
 
 from skipless.common import cli, distributed
-from skipless.eval.backbones import Weights, load_backbone
+from skipless.eval.backbones import Weights, choose_blocks, load_backbone
 from skipless.eval.figures.pictures import check_out, patch_features, pick_images, save_figure
-from skipless.eval.segmentation import choose_blocks
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -764,8 +764,8 @@ def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     [
         (["--block=3"], "block 3 does not exist: .* has blocks 1 to 2"),
         (["--block=0"], "block 0 does not exist"),
-        (["--block=first"], "block first does not exist"),
-        (["--every-block", "--block=1"], "leave out block '1'"),
+        (["--block=first"], "blocks is 'first'"),
+        (["--every-block", "--block=1"], "leave out blocks '1'"),
         (["--method=lost", "--tau=0.2"], "tau has no effect on lost"),
         (["--tau=2"], "tau is 2.0: choose a cosine between -1 and 1"),
         (["--size=60"], "size is 60; it must be a multiple of the patch, 8 pixels"),

@@ -22,11 +22,10 @@ from skipless.common.pixels import center_crop
 from skipless.common.precision import has_bf16
 from skipless.datasets.images import read_image
 from skipless.datasets.labels.classes import class_folders
-from skipless.eval.backbones import Backbone, load_backbone
+from skipless.eval.backbones import Backbone, choose_blocks, load_backbone
 from skipless.eval.classification import pooled_features, vectors
 from skipless.eval.knn import Settings, evaluate, knn_predict, main, protocol_id
 from skipless.eval.neighbors import nearest
-from skipless.eval.segmentation import choose_blocks
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.run.checkpoints import export_backbone
 

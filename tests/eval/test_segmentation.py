@@ -38,11 +38,11 @@ SHORT = [
 QUICK = ["--protocol=quick", "--quick.size=64", "--quick.epochs=10", "--quick.images_per_step=4"]
 
 
-@pytest.fixture(scope="module")
 def parse(words: list[str]) -> Settings:
     return cli.parse(Settings, words, recipe=recipe)
 
 
+@pytest.fixture(scope="module")
 def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """VOC's layout, 12 and 4 pictures of 64 x 80: blocks of three colours, each a class, and a void column."""
     root = tmp_path_factory.mktemp("data") / "VOCdevkit"
