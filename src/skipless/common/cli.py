@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from skipless.common.settings import OLD_NAMES, OLD_VALUES, renamed
 
@@ -159,7 +159,11 @@ def canonical(settings: type, words: Sequence[str], positional: bool = False) ->
             value = _listed([value], kind)
         if name == "config":
             value = _with_names_of_today(value)
-        out.append(f"--{name}{equals}{OLD_VALUES.get((name, value), value)}")
+        value = OLD_VALUES.get((name, value), value)
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        if equals and choices and value not in map(str, choices):
+            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}")
+        out.append(f"--{name}{equals}{value}")
     return out
 
 

@@ -1,0 +1,254 @@
+"""The command line of every command: what its words mean, and how mistakes end."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from skipless.common import cli
+from skipless.common.settings import OLD_NAMES, OLD_VALUES, flat, plain, renamed
+from skipless.ssl.pretrain import Settings as Pretraining
+
+
+@dataclass
+class Data:
+    """What is measured."""
+
+    root: str
+    """Its folder."""
+    name: Literal["folder", "voc12"] = "folder"
+    """What it is."""
+    train_split: str = "train"
+    """The split to learn from."""
+
+
+@dataclass
+class Settings:
+    """A command."""
+
+    ckpt: str
+    """The backbone."""
+    data: Data
+    k: tuple[int, ...] = (20, 10)
+    """Neighbors."""
+    scale: tuple[float, float] | None = None
+    """A range."""
+    names: tuple[str, ...] = ()
+    """Words."""
+    every_block: bool = False
+    """Each block by itself."""
+    out: str | None = None
+    """Folder of the result."""
+
+
+@dataclass
+class Packing:
+    """A command whose required settings stand without flags."""
+
+    runs: list[Path]
+    """Folders."""
+    out: Path = field(default_factory=lambda: Path("here"))
+    """Where to."""
+    dry_run: bool = False
+    """Do nothing."""
+
+
+NEEDED = ["--ckpt=x", "--data.root=y"]
+
+
+def read(*words: str) -> Settings:
+    return cli.parse(Settings, [*NEEDED, *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--k", "5", "7"], "k", (5, 7)),
+        (["--k", "[5,7]"], "k", (5, 7)),
+        (["--k=[5,7]"], "k", (5, 7)),
+        (["--k=5"], "k", (5,)),
+        (["--scale", "0.3", "1"], "scale", (0.3, 1.0)),
+        (["--scale=null"], "scale", None),
+        (["--names", "a b", "c"], "names", ("a b", "c")),
+        (["--names", "7"], "names", ("7",)),
+        (["--every-block"], "every_block", True),
+        (["--every_block", "--out", "o"], "every_block", True),
+        (["--every-block", "false"], "every_block", False),
+        (["--every-block=true"], "every_block", True),
+        (["--data.train-split", "trainaug"], "data.train_split", "trainaug"),
+        (["--data.train_split=train-aug"], "data.train_split", "train-aug"),
+    ],
+)
+def test_flags(words: list[str], name: str, value: object) -> None:
+    settings = read(*words)
+    for part in name.split("."):
+        settings = getattr(settings, part)
+    assert settings == value
+
+
+def test_later_words_and_files_win(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("k: [3]\ndata: {root: z}\n")
+    assert cli.parse(Settings, ["--ckpt=x", "--config", str(file)]).data.root == "z"
+    assert read("--k=9", f"--config={file}").k == (3,)
+    assert read(f"--config={file}", "--k", "9", "--data.root=q").data.root == "q"
+
+
+def test_home_is_expanded_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    settings = read("--out", "~/o", "--names", "~/a", "b", "--data.root=~")
+    assert (settings.out, settings.names, settings.data.root) == ("/somewhere/o", ("/somewhere/a", "b"), "/somewhere")
+    packing = cli.parse(Packing, ["~/run"], positional=True)
+    assert packing.runs == [Path("/somewhere/run")]
+
+
+def test_required_settings_can_stand_without_flags() -> None:
+    for words in (["a", "b", "--dry-run"], ["--dry-run", "a", "b"], ["a", "b", "--dry_run", "true"]):
+        settings = cli.parse(Packing, words, positional=True)
+        assert (settings.runs, settings.out, settings.dry_run) == ([Path("a"), Path("b")], Path("here"), True)
+
+
+def test_recipe_comes_before_the_words(tmp_path: Path) -> None:
+    (tmp_path / "voc12.yaml").write_text("k: [1]\nevery_block: true\n")
+    parsed = cli.parse(
+        Settings, [*NEEDED, "--data.name=voc12", "--k=2"], recipe=lambda s: tmp_path / f"{s.data.name}.yaml"
+    )
+    assert (parsed.k, parsed.every_block) == ((2,), True)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--nope", "3"], "--nope"),
+        (["--k", "x"], '"k"'),
+        (["--data.name=ade"], "data.name is 'ade'; choose one of folder, voc12"),
+        (["--every-block=perhaps"], "every_block"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_mistakes_end_in_one_sentence_and_status_2(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.run(do_nothing, Settings, None, [*NEEDED, *words])
+    printed = capsys.readouterr()
+    assert (end.value.code, printed.out) == (2, "")
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert sentence in printed.err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "printed"),
+    [
+        (ValueError("a\n  b"), 2, "error: a b\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x"),
+            2,
+            "error: [Errno 2] No such file or directory: 'x'\n",
+        ),
+        (
+            ValueError("Caught ValueError in DataLoader worker 0.\nTraceback (most recent\nValueError: no"),
+            2,
+            "error: no\n",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors(error: BaseException, status: int, printed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        cli.guard(command)
+    assert end.value.code == status
+    assert capsys.readouterr().err.startswith(printed)
+
+
+def test_other_errors_are_bugs_and_keep_their_traceback() -> None:
+    def command() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.guard(command)
+
+
+def test_help_names_every_setting_with_its_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.run(do_nothing, Settings, "What it is for.\n\n    An example.", ["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for part in ("common/test_cli.py", "What it is for.\n\n    An example.", "--data.train_split", "Neighbors."):
+        assert part in text
+
+
+def do_nothing(settings: Settings) -> None:
+    """A command."""
+
+
+# --- names of earlier versions
+
+
+def test_old_names_mean_todays_settings(tmp_path: Path) -> None:
+    old = {"prototypes": "77", "teacher_temperature": "0.05", "balancing": "centre", "centre_momentum": "0.8"}
+    flags = [f"--dino.{name}={value}" for name, value in old.items()]
+    needed = ["--data.path=x", "--out=y"]
+    by_flags = cli.parse(Pretraining, [*needed, *flags, "--crops.local-count", "3", "--crops.global_scale=[0.3,1]"])
+    file = tmp_path / "old.yaml"
+    lines = [f"  {name}: {value}" for name, value in old.items()]
+    file.write_text("\n".join(["dino:", *lines, "crops:", "  local_count: 3", "  global_scale: [0.3, 1]"]))
+    assert cli.parse(Pretraining, [*needed, "--config", str(file)]) == by_flags
+    dino, crops = by_flags.dino, by_flags.crops
+    assert (dino.out_dim, dino.teacher_temp, dino.balancing, dino.center_momentum) == (77, 0.05, "center", 0.8)
+    assert (crops.local_crops_number, crops.global_crops_scale) == (3, (0.3, 1.0))
+
+
+def test_table_of_old_names_fits_the_settings() -> None:
+    today: dict[str, Any] = flat(plain(cli.parse(Pretraining, ["--data.path=x", "--out=y"])))
+    groups = ("crops.", "dino.")
+    for old, new in OLD_NAMES.items():
+        if old.startswith(groups):
+            assert new in today, old
+            assert old not in today, old
+    assert {name for name, _ in OLD_VALUES} <= set(today)
+
+
+def test_renamed_leaves_other_settings_alone() -> None:
+    tree = {
+        "dino": {"hidden": 3, "balancing": "sinkhorn"},
+        "hidden": 4,
+        "crops": {"local_size": [1, 2]},
+        "x": None,
+    }
+    expected: dict[str, Any] = {
+        "dino": {"hidden_dim": 3, "balancing": "sinkhorn"},
+        "hidden": 4,
+        "crops": {"local_crops_size": [1, 2]},
+        "x": None,
+    }
+    assert renamed(tree) == expected
+    assert renamed(expected) == expected
+
+
+def test_torch_is_not_needed_to_read_a_command_line() -> None:
+    probe = """
+import subprocess
+import sys
+from dataclasses import dataclass
+from skipless.common import cli
+@dataclass
+class Settings:
+    '''A command.'''
+    name: str = 'x'
+    '''A name.'''
+cli.run(lambda settings: print(settings.name, 'torch' in sys.modules), Settings, None, ['--name=y'])
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "y False\n"), done.stderr
+
+
+def test_values_that_look_like_flags_belong_to_theirs() -> None:
+    assert cli.canonical(Settings, ["--out", "-1", "--k", "-3"]) == ["--out=-1", "--k=[-3]"]
