@@ -1,7 +1,7 @@
 """Attention over packed crops, forward and backward: the library's backends against softmax(Q K^T) V written out.
 
-    python benchmarks/attention.py --out results/attention_cpu
-    python benchmarks/attention.py --device cuda --batch 64 --out results/attention_gpu
+    python benchmarks/attention.py --out results/speed/attention_cpu
+    python benchmarks/attention.py --device cuda --batch 64 --out results/speed/attention_gpu
 
 The sequences are those of DINO's crops of --batch images, 2 x 224 and 8 x 96 pixels in patches of 16 (197 and 37
 tokens), with the heads of ViT-S (6 of 64 channels). First every way is checked against the plain one in float64,

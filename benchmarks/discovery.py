@@ -1,6 +1,6 @@
 """TokenCut step by step against dense SciPy, the memory of a long loop, and on a GPU the speed of the whole.
 
-    python benchmarks/discovery.py --ckpt dino.pth --images VOC2007/JPEGImages --out results/discovery_speed
+    python benchmarks/discovery.py --ckpt dino.pth --images VOC2007/JPEGImages --out results/speed/discovery_speed
 
 1. Seconds an image for features, graph, solver and components at about 600, 1,200 and 3,000 patches, and for the dense
    generalised eigenproblem of the published code on the same graph. Interleaved: every image goes through every step
@@ -272,7 +272,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="Trained backbone, as in the evaluations.")
     parser.add_argument("--images", type=Path, required=True, help="Folder of photographs.")
-    parser.add_argument("--out", type=Path, default=Path("results/discovery_speed"), help="Result, .json and .md.")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/speed/discovery_speed"), help="Result, .json and .md."
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda.")
     parser.add_argument("--patches", type=int, nargs="+", default=[600, 1200, 3000], help="Sizes of graphs.")
     parser.add_argument("--repeats", type=int, default=7, help="Images for each size, at least 1.")

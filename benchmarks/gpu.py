@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one command: correctness against float64 first, then speed, then whole runs.
 
-    python benchmarks/gpu.py --images VOC2012/JPEGImages --out results/gpu
+    python benchmarks/gpu.py --images VOC2012/JPEGImages --out results/speed/gpu
 
 1. Attention through xformers and through SDPA, in bf16, against float64, forward and backward, residual and skipless.
 2. The tests of the step, the loss, SOAP and the crops, of which some need a GPU. `ssl/pretrain.py` on synthetic scenes
@@ -194,7 +194,9 @@ def evaluations(folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Command line: see the docstring of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/gpu"), help="OUT.json, and others that begin so.")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/speed/gpu"), help="OUT.json, and others that begin so."
+    )
     parser.add_argument("--images", type=Path, help="A folder of JPEGs, of some 500 x 375 pixels.")
     names = ["attention", "runs", "benchmarks", "images", "evaluations"]
     parser.add_argument("--parts", nargs="+", choices=names, default=names, help="Which (default: all).")

@@ -1,7 +1,7 @@
 """Images a second from JPEG files to the views that a network sees, stage by stage, against torchvision.
 
-    python benchmarks/loader.py --images VOC2012/JPEGImages --out results/loader
-    python benchmarks/loader.py --images imagenet/val --device cuda --workers 16 --out results/loader_gpu
+    python benchmarks/loader.py --images VOC2012/JPEGImages --out results/speed/loader
+    python benchmarks/loader.py --images imagenet/val --device cuda --workers 16 --out results/speed/loader_gpu
 
 DINO's multi-crop, 2 x 224 and 8 x 96 pixels. Measured in one process on one thread, interleaved: every round takes the
 same images through every pipeline in turn, and the figures are medians over rounds.

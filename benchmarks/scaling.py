@@ -1,6 +1,6 @@
 """Memory and communication of large runs, computed: which model needs how many GPUs, and by which parallelism.
 
-    python benchmarks/scaling.py --out results/scaling
+    python benchmarks/scaling.py --out results/speed/scaling
 
 NOTHING HERE IS MEASURED. Parameters and FLOPs are counted on the models themselves (on the meta device); all else
 follows from them and from the assumptions below, which the result repeats. A step is one of DINO's: 2 views of 224
@@ -248,7 +248,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/scaling"), help="Result, without the ending.")
+    parser.add_argument("--out", type=Path, default=Path("results/speed/scaling"), help="Result, without the ending.")
     arguments = parser.parse_args()
     result = {"task": "scaling", "measured": False, **provenance("cpu"), **compute()}
     text = table(result)

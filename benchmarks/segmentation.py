@@ -1,6 +1,6 @@
 """Linear segmentation by stage, images a second: features and predictions, against the same written plainly.
 
-    python benchmarks/segmentation.py --ckpt dino.pth --images VOC2012/JPEGImages --out results/segmentation_speed
+    python benchmarks/segmentation.py --ckpt dino.pth --images VOC2012/JPEGImages --out results/speed/segmentation_speed
 
 1. Features: from JPEG files to patch tokens of the last block, squares of --size pixels. The library's extraction into
    a new cache, against one image after the other through Pillow, torchvision's transforms and the network.

@@ -1,7 +1,7 @@
 """SOAP's step: pytorch_optimizer's implementation against ssl/optim/soap.py, on the shapes of a model's parameters.
 
-    python benchmarks/soap.py --config configs/demo.yaml --out results/soap_demo
-    python benchmarks/soap.py --model base --device cuda --out results/soap_base
+    python benchmarks/soap.py --config configs/demo.yaml --out results/speed/soap_demo
+    python benchmarks/soap.py --model base --device cuda --out results/speed/soap_base
 
 The parameters are those of a named ViT/16, without a head, or of the student of a recipe; gradients are random, and the
 same for all. The cases are the library's; ours with all refreshes in the same step, as the library has them; and ours

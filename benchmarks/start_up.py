@@ -1,6 +1,6 @@
 """How soon the first batch is there, and whether memory grows: a folder, a zip archive and shards of many small images.
 
-    python benchmarks/start_up.py --out results/start_up
+    python benchmarks/start_up.py --out results/speed/start_up
     python benchmarks/start_up.py --images 5000 --sample 1000 --repeats 1 --out runs/start_up
 
 1. Seconds of `open_images`, and from there to the first batch of views out of a DataLoader with forked workers. The
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="Rounds of the start-up test.")
     parser.add_argument("--folder", type=Path, help="Where the images are made, and deleted again; by default in the "
                         "system's folder for temporary files. They need about 7 kB each.")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("results/start_up"), help="Result, .json and .md.")
+    parser.add_argument("--out", type=Path, default=Path("results/speed/start_up"), help="Result, .json and .md.")
     arguments = parser.parse_args()
     try:
         if arguments.images < 200 or min(arguments.workers, arguments.repeats) < 1:

@@ -1,8 +1,8 @@
 """Where the time of a training step goes, and what limits it.
 
-    python benchmarks/step_profile.py --config configs/demo.yaml --out results/profile_demo
+    python benchmarks/step_profile.py --config configs/demo.yaml --out results/speed/profile_demo
     python benchmarks/step_profile.py --config configs/vits16_skipless_soap.yaml --batch_size 128 --device cuda \\
-        --out results/profile_vits16
+        --out results/speed/profile_vits16
 
 Two tables: the stages of the step, timed one by one (medians), and its operations by kind, from torch's profiler.
 Below them the floating-point operations of the step (matrix products alone) and an estimate of the bytes it must move,

@@ -1,8 +1,8 @@
 """The training step: images a second, memory and model FLOPs utilisation, against DINO's step written plainly.
 
-    python benchmarks/train_step.py --config configs/demo.yaml --out results/train_step_cpu
+    python benchmarks/train_step.py --config configs/demo.yaml --out results/speed/train_step_cpu
     python benchmarks/train_step.py --config configs/vits16_skipless_soap.yaml --batch_size 128 --device cuda \\
-        --out results/train_step_vits16
+        --out results/speed/train_step_vits16
 
 Model, crops, head and batch are those of a recipe; data are random and on the device already. The cases are residual
 and skipless, AdamW and SOAP, each stepped in several ways: plainly (`plain_dino.py`), by the library, and by the

@@ -1,6 +1,6 @@
 """What skip connections and initializations do to a network, block by block: measured, as a table and as a figure.
 
-    python eval/conditioning.py --size small --images imagenette/val --out results/conditioning_vits
+    python eval/conditioning.py --size small --images imagenette/val --out results/analysis/conditioning_vits
     python eval/conditioning.py --ckpt runs/residual runs/skipless --images imagenette/val --out conditioning
 
 compares fresh models of one size, residual and skipless, by initialization; or trained ones, given as folders of

@@ -1,9 +1,9 @@
 """One table and one result file from the logs of finished pretraining runs.
 
-    python eval/summarize.py runs/residual runs/skipless --out results/imagenette_cpu
+    python eval/summarize.py runs/residual runs/skipless --out results/pretraining/imagenette_cpu
 
-writes results/imagenette_cpu.json (for machines) and results/imagenette_cpu.md (for people): what the k-NN monitor
-measured in every block before and after training, on which hardware, in how much time.
+writes imagenette_cpu.json (for machines) and imagenette_cpu.md (for people): what the k-NN monitor measured in every
+block before and after training, on which hardware, in how much time.
 """
 
 import argparse

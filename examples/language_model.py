@@ -1,6 +1,6 @@
 """Does the skipless initialization carry over to language? A small decoder-only model on Python's own standard library.
 
-    python examples/language_model.py --steps 150 --out results/language_model      # about an hour on two cores
+    python examples/language_model.py --steps 150 --out results/analysis/language_model    # about an hour on two cores
 
 Nothing is downloaded: the text is the source code of the interpreter's standard library, byte by byte; every twentieth
 file is held out. Residual and skipless models of one size learn to predict the next byte, with each initialization and

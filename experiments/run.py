@@ -7,8 +7,9 @@ An experiment is a file: a command, its arms (more flags), the learning rates th
 Every arm first runs with each learning rate and the first seed; the one with the best metric is then repeated with the
 other seeds. Runs are done one after the other, round the arms, and each in runs/EXPERIMENT/ARM-lrRATE-seedSEED. The
 same command goes on where it was stopped, by --hours, Ctrl-C or a crash of the machine, in the middle of a run too.
-After every run results/EXPERIMENT.json, .md and .svg are written anew, from the logs of all there are. A run that
-failed or collapsed stays in the table, and says so; delete its folder to try it again.
+After every run EXPERIMENT.json, .md and .svg are written anew, from the logs of all there are, in results/pretraining/
+or results/supervised/, after the command that the experiment runs. A run that failed or collapsed stays in the table,
+and says so; delete its folder to try it again.
 """
 
 import argparse
@@ -372,7 +373,7 @@ def main() -> None:
     parser.add_argument("--data", default="", help="What {data} in its command stands for.")
     parser.add_argument("--hours", type=float, default=math.inf, help="Stop after so much time; a run is interrupted.")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="Folder of the runs (default: runs).")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="Folder of the results (default: results).")
+    parser.add_argument("--out", type=Path, help="Folder of the results, by default results/pretraining or supervised.")
     parser.add_argument("--list", action="store_true", help="Say what is done and what is next, and run nothing.")
     arguments = parser.parse_args()
     try:
@@ -382,6 +383,9 @@ def main() -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    if arguments.out is None:
+        subject = "pretraining" if Path(experiment.command[0]).stem == "pretrain" else "supervised"
+        arguments.out = ROOT / "results" / subject
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's; Ctrl-C is the same
     try:
         drive(experiment, arguments)
