@@ -1,4 +1,4 @@
-"""Unlabelled images from a folder, an archive, shards or Hugging Face: a list of names, and robust decoding to upright
+"""Unlabeled images from a folder, an archive, shards or Hugging Face: a list of names, and robust decoding to upright
 8-bit RGB.
 
     images = open_images("photos")  # or photos.zip, shards/, https://host/shards, hf:NAME: see open_images
@@ -222,7 +222,7 @@ def decode(data: bytes, min_side: int = 0) -> np.ndarray:
 
     Turned upright by its EXIF orientation. Transparent images are laid over white, as a page would show them. Values of
     16 bits keep their upper 8: the full range 0..65535 is assumed, so data that use less of it (12-bit sensors) come
-    out dark and are better stretched where they are written. Colour profiles are ignored; of animations, the first
+    out dark and are better stretched where they are written. Color profiles are ignored; of animations, the first
     frame.
 
     With `min_side` > 0 a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its short side stays at least `min_side`,
@@ -271,7 +271,7 @@ def _decode_jpeg(data: bytes, min_side: int) -> np.ndarray | None:
         elif marker == 0xE1 and not orientation and data.startswith(b"Exif\0\0", body):
             orientation = _orientation(data[body:position])
     # 0xFF in compressed data is always followed by 0 or a restart marker, so this is the end of image, which some
-    # writers follow by padding. What is missing would come out grey (some versions of OpenCV say nothing about it).
+    # writers follow by padding. What is missing would come out gray (some versions of OpenCV say nothing about it).
     if data.rfind(b"\xff\xd9", position) < 0:
         raise ValueError("truncated JPEG (no end-of-image marker)")
     if components not in (1, 3):
@@ -317,7 +317,7 @@ def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
 
 def _upright_rgb(image: Image.Image) -> np.ndarray:
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16-bit grey, whose conversion Pillow clips at 255
+    if image.mode.startswith("I"):  # 16-bit gray, whose conversion Pillow clips at 255
         high = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
         return cv2.cvtColor(high.astype(np.uint8), cv2.COLOR_GRAY2RGB)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:

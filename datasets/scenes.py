@@ -5,7 +5,7 @@
 
 A scene shows one large object and up to three smaller ones, which may hide parts of each other, in front of a cluttered
 background. A class is a shape together with a family of textures and a range of their periods (`CLASSES`). As in the
-world, things of a class tend to have a colour, but the hues of classes overlap: colour is a hint, and texture or
+world, things of a class tend to have a color, but the hues of classes overlap: color is a hint, and texture or
 outline tell the class. Position, proportions, turn (upright, give or take 17 degrees), texture phase, contrast and
 illumination are drawn alike for every class.
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from skipless.common import distributed
-from skipless.datasets.labels.classes import LabelledSet, SetName, open_splits
+from skipless.datasets.labels.classes import LabeledSet, SetName, open_splits
 from skipless.eval.backbones import Backbone
 from skipless.eval.features import Features, extract
 from skipless.eval.metrics import bootstrap_interval
@@ -37,7 +37,7 @@ class DataSettings:
     """huggingface: the column of classes."""
 
 
-def open_labelled(data: DataSettings) -> tuple[LabelledSet, LabelledSet]:
+def open_labeled(data: DataSettings) -> tuple[LabeledSet, LabeledSet]:
     """The training images and those to classify.
 
     Raises:
@@ -63,7 +63,7 @@ def warn_of_pool(backbone: Backbone, pool: Pooling) -> None:
 
 def pooled_features(
     backbone: Backbone,
-    images: LabelledSet,
+    images: LabeledSet,
     size: int,
     blocks: list[int],
     cache: Path,

@@ -28,7 +28,7 @@ from skipless.eval.classification import (
     Pooling,
     accuracy,
     headline,
-    open_labelled,
+    open_labeled,
     pooled_features,
     vectors,
     warn_of_pool,
@@ -125,7 +125,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     warn_of_pool(backbone, settings.pool)
     workers = loader_workers(settings.workers, device)
     choices = choose_blocks(settings.blocks, settings.every_block, backbone)
-    train, val = open_labelled(settings.data)
+    train, val = open_labeled(settings.data)
     if max(settings.k) > len(train):
         raise ValueError(
             f"k is {max(settings.k)}, and {train.name} {train.split} has {len(train):,} images: give fewer, as in --k "

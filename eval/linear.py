@@ -37,14 +37,14 @@ from skipless.common import cli, distributed
 from skipless.common.files import write_atomically, write_result
 from skipless.common.pixels import crop_box, resample
 from skipless.common.settings import plain
-from skipless.datasets.labels.classes import LabelledSet
+from skipless.datasets.labels.classes import LabeledSet
 from skipless.eval.backbones import Backbone, Precision, Weights, choose_blocks, load_backbone, untrained
 from skipless.eval.classification import (
     DataSettings,
     Pooling,
     accuracy,
     headline,
-    open_labelled,
+    open_labeled,
     pooled_features,
     vectors,
     warn_of_pool,
@@ -129,7 +129,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     workers = loader_workers(settings.workers, device)
     by_default = settings.every_block and settings.blocks == "last4"
     choices = choose_blocks("last" if by_default else settings.blocks, settings.every_block, backbone)
-    train, val = open_labelled(settings.data)
+    train, val = open_labeled(settings.data)
     if len(train) < 2:
         raise ValueError(f"{train.name} {train.split} has one image; two or more are needed, one of them held out")
     protocol = protocol_id(settings, val.name, choices[-1])
@@ -149,7 +149,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     classes = len(train.classes)
     rates = [rate * settings.images_per_step / 256 for rate in settings.learning_rates]
 
-    def crops_of(images: LabelledSet) -> list[Tensor]:
+    def crops_of(images: LabeledSet) -> list[Tensor]:
         """Vectors of the central crops, for each choice of blocks."""
         cache = Path(settings.cache).expanduser() if settings.cache else default_cache()
         found = pooled_features(backbone, images, settings.size, blocks, cache, settings.batch_size, workers)
@@ -246,7 +246,7 @@ def train_on_crops(
 
 def train_on_random_crops(
     backbone: Backbone,
-    train: LabelledSet,
+    train: LabeledSet,
     choices: Sequence[tuple[int, ...]],
     rates: Sequence[float],
     settings: Settings,
@@ -371,7 +371,7 @@ class RandomCrops(Dataset):
     """(uint8 [S, S, 3], label): a random crop of image i, flipped or not, the same for the same seed and epoch; for an
     unreadable image, the sentence that says so."""
 
-    def __init__(self, images: LabelledSet, size: int, seed: int, epoch: int):
+    def __init__(self, images: LabeledSet, size: int, seed: int, epoch: int):
         self.images, self.size, self.seed, self.epoch = images, size, seed, epoch
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int] | str:

@@ -44,7 +44,7 @@ from skipless.eval.classification import (
     DataSettings,
     Pooling,
     accuracy,
-    open_labelled,
+    open_labeled,
     pooled_features,
     vectors,
     warn_of_pool,
@@ -73,7 +73,7 @@ class Settings:
     ckpt: str
     """Backbone: the folder of a run; a .pt, .pth or .safetensors of ours, DINO, DINOv2 or timm; or timm:NAME."""
     data: DataSettings
-    """Labelled images: for the scales, and for k-NN."""
+    """Labeled images: for the scales, and for k-NN."""
     segmentation: Literal["voc12", "coco-stuff-27", "coco-stuff-171", "ade20k", "scenes"] | None = None
     """A data set of eval/segmentation.py, to measure the drop in mIoU too; by default it is not measured."""
     segmentation_root: str | None = None
@@ -261,7 +261,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     backbone = load_backbone(settings.ckpt, settings.weights).to(device)
     warn_of_pool(backbone, settings.pool)
     workers = loader_workers(settings.workers, device)
-    train, val = open_labelled(settings.data)
+    train, val = open_labeled(settings.data)
     if settings.k > len(train):
         raise ValueError(f"k is {settings.k}, and {train.name} {train.split} has {len(train):,} images: give fewer")
     masks = []

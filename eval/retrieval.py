@@ -1,4 +1,4 @@
-"""In-context segmentation: patches are labelled by their nearest neighbours in a memory of labelled patches.
+"""In-context segmentation: patches are labeled by their nearest neighbours in a memory of labeled patches.
 
     python eval/retrieval.py --ckpt dino_deitsmall16_pretrain.pth --data.name voc12 --data.root VOCdevkit --out voc
 
@@ -14,7 +14,7 @@ have more patches, each gives equally many, and those of an image's rare classes
 the sum, over its classes, of the number of the image's patches that hold the class, u uniform in [0, 1), and the lowest
 scores are taken. What differs here:
 - Each training image is used once and whole; theirs fill the memory in two passes of random crops with colour jitter.
-- Void is left out: a patch has the shares of its labelled pixels, and without any it is not in the memory. There, void
+- Void is left out: a patch has the shares of its labeled pixels, and without any it is not in the memory. There, void
   counts as class 0 in the memory, which on VOC is the background. Neither scores void pixels.
 - mIoU is that of the original labels, theirs that of labels resized to the square of the images; and they match
   predicted to true classes anew, one to one, before they score.
@@ -185,7 +185,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     )  # fmt: skip
     patches, labels = choose_patches(train, in_memory.grid, per_image, settings.seed, workers)
     if len(labels) == 0:
-        raise ValueError(f"{train.name} {train.split} has no labelled patch: every mask is void")
+        raise ValueError(f"{train.name} {train.split} has no labeled patch: every mask is void")
     shown = np.linspace(0, len(val) - 1, min(PICTURES, len(val))).round().astype(int).tolist()
     scores, intervals = [], []
     for choice in choices:
@@ -265,7 +265,7 @@ def choose_patches(
 
 
 def sample_patches(shares: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """At most `count` labelled patches of an image, those with its rare classes preferred.
+    """At most `count` labeled patches of an image, those with its rare classes preferred.
 
     Source: Hummingbird (arXiv 2306.01667), as reproduced in vpariza/open-hummingbird-eval; see the top of this file.
 
@@ -273,15 +273,15 @@ def sample_patches(shares: np.ndarray, count: int, rng: np.random.Generator) -> 
         shares: float32 [P, C] of the classes in P patches; a patch without a label has none.
 
     Returns:
-        int64 [n], ascending; all labelled patches where there are no more than `count`.
+        int64 [n], ascending; all labeled patches where there are no more than `count`.
     """
     held = shares > 0
-    labelled = np.flatnonzero(held.any(1))
-    if len(labelled) <= count:
-        return labelled
+    labeled = np.flatnonzero(held.any(1))
+    if len(labeled) <= count:
+        return labeled
     patches_of_class = held.sum(0)
-    score = (held[labelled] * patches_of_class).sum(1) * rng.random(len(labelled))
-    return np.sort(labelled[np.argsort(score, kind="stable")[:count]])
+    score = (held[labeled] * patches_of_class).sum(1) * rng.random(len(labeled))
+    return np.sort(labeled[np.argsort(score, kind="stable")[:count]])
 
 
 def build_memory(features: Features, blocks: Sequence[int], patches: Sequence[np.ndarray]) -> np.ndarray:

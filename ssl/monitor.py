@@ -1,4 +1,4 @@
-"""Is it learning? k-NN accuracy and token statistics of every block, on labelled images, during training."""
+"""Is it learning? k-NN accuracy and token statistics of every block, on labeled images, during training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class MonitorSettings:
     every_epochs: int = 10
     """Epochs between two measurements; also before the first and after the last. 0 turns the monitor off."""
     path: str | None = None
-    """Labelled images to classify, as class folders. By default the folder `val` beside a data.path that is called
+    """Labeled images to classify, as class folders. By default the folder `val` beside a data.path that is called
     `train`; without it, every tenth training image."""
     size: int | None = None
     """Side of the images in pixels, after a resize of the short side to 8/7 of it; by default that of
@@ -49,7 +49,7 @@ class MonitorSettings:
             )
 
 
-class LabelledImages(Dataset):
+class LabeledImages(Dataset):
     """Centre crops of some images of a source, uint8 [S, S, 3], with their labels. Unreadable images come as None."""
 
     def __init__(self, images: ImageSource, indices: np.ndarray, labels: np.ndarray, size: int):
@@ -67,9 +67,9 @@ class LabelledImages(Dataset):
         return torch.from_numpy(center_crop(image, self.size, resize)), int(self.labels[position])
 
 
-def labelled_sets(
+def labeled_sets(
     images: ImageSource, settings: MonitorSettings, default_size: int
-) -> tuple[LabelledImages, LabelledImages, str] | None:
+) -> tuple[LabeledImages, LabeledImages, str] | None:
     """Neighbours and queries for the monitor and a sentence that says what they are; None without labels.
 
     Raises:
@@ -85,7 +85,7 @@ def labelled_sets(
                 "give class folders as data.path, or leave monitor.path out"
             )
         return None
-    queries = _labelled_val(images, settings.path)
+    queries = _labeled_val(images, settings.path)
     if queries is not None and queries.labels is not None:
         number = {name: position for position, name in enumerate(images.classes)}
         query_labels = np.array([number[name] for name in queries.classes])[queries.labels]
@@ -97,11 +97,11 @@ def labelled_sets(
         bank_rows, query_rows = np.flatnonzero(~tenth), np.flatnonzero(tenth)
         said = f"every tenth image of {images.origin}, neighbours from the other nine"
     bank_rows, query_rows = (_spread(rows, settings.max_images) for rows in (bank_rows, query_rows))
-    bank = LabelledImages(images, bank_rows, images.labels[bank_rows], size)
-    return bank, LabelledImages(queries, query_rows, query_labels[query_rows], size), said
+    bank = LabeledImages(images, bank_rows, images.labels[bank_rows], size)
+    return bank, LabeledImages(queries, query_rows, query_labels[query_rows], size), said
 
 
-def _labelled_val(images: ImageSource, path: str | None) -> ImageSource | None:
+def _labeled_val(images: ImageSource, path: str | None) -> ImageSource | None:
     """Images in class folders of the same names: in `path`, or, if there are any, in `val` beside a folder `train`."""
     beside = images.root.parent / "val"
     if not path and not (images.root.name == "train" and beside.is_dir()):
@@ -123,7 +123,7 @@ def _spread(rows: np.ndarray, most: int) -> np.ndarray:
 
 @torch.inference_mode()
 def measure_blocks(
-    backbone: VisionTransformer, bank: LabelledImages, queries: LabelledImages, k: int, pool: Pool, workers: int = 0
+    backbone: VisionTransformer, bank: LabeledImages, queries: LabeledImages, k: int, pool: Pool, workers: int = 0
 ) -> list[dict[str, float]]:
     """k-NN accuracy and token statistics after every block.
 
@@ -184,7 +184,7 @@ def knn_accuracy(
 
 
 def _describe(
-    backbone: VisionTransformer, images: LabelledImages, pool: Pool, workers: int, statistics: bool
+    backbone: VisionTransformer, images: LabeledImages, pool: Pool, workers: int, statistics: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Features [depth, N, D], labels [N] and (mean share, effective rank) [N, depth, 2] of all images."""
     device = backbone.pos_embed.device

@@ -55,7 +55,7 @@ from skipless.ssl.dino import (
 )
 from skipless.ssl.model.attention import choose_backend
 from skipless.ssl.model.statistics import cheap_conditioning
-from skipless.ssl.monitor import describe_blocks, labelled_sets, measure_blocks
+from skipless.ssl.monitor import describe_blocks, labeled_sets, measure_blocks
 from skipless.ssl.optim.optimizers import Optimizer, make_optimizer, set_rates
 from skipless.ssl.optim.schedules import Rates
 from skipless.ssl.run import sharding
@@ -94,7 +94,7 @@ def pretrain(settings: Settings) -> Path:
     settle_embedding(settings.model)
     beta_from = settle_beta(settings, images, settings.crops.global_crops_size)
     out = Path(settings.out)
-    sets = labelled_sets(images, settings.monitor, settings.crops.global_crops_size)
+    sets = labeled_sets(images, settings.monitor, settings.crops.global_crops_size)
     squares = None
     if settings.monitor.conditioning and settings.monitor.every_epochs:
         squares = normalized_squares(images, 16, settings.crops.global_crops_size).to(device)

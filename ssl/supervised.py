@@ -1,4 +1,4 @@
-"""Supervised training of a Vision Transformer, skipless or residual, on labelled images: Table 1 of arXiv 2510.00345.
+"""Supervised training of a Vision Transformer, skipless or residual, on labeled images: Table 1 of arXiv 2510.00345.
 
 One process, on a laptop's CPU or one GPU; the folder holds train/CLASS/*.jpg and val/CLASS/*.jpg:
 
@@ -39,7 +39,7 @@ from skipless.common.pixels import normalize
 from skipless.common.precision import autocast, describe, has_bf16
 from skipless.common.provenance import provenance
 from skipless.common.settings import plain
-from skipless.datasets.labels.classes import LabelledSet, SetName, open_splits
+from skipless.datasets.labels.classes import LabeledSet, SetName, open_splits
 from skipless.ssl.config import ModelSettings as BackboneSettings
 from skipless.ssl.data.augmentation import Augmentation, TrainingImages, ValidationImages, mixing
 from skipless.ssl.data.loader import StepBatches, leave_signals_to_main, loader_workers
@@ -286,7 +286,7 @@ def train(settings: Settings) -> Path:
     return out
 
 
-def check(settings: Settings, images: LabelledSet, device: torch.device) -> None:
+def check(settings: Settings, images: LabeledSet, device: torch.device) -> None:
     """Contradictions that can be found before anything is built or written."""
     if settings.validate_every_epochs < 1:
         raise ValueError(f"validate_every_epochs is {settings.validate_every_epochs}; it must be at least 1")
@@ -306,7 +306,7 @@ def build_classifier(settings: Settings, classes: int) -> Classifier:
 
 
 @torch.no_grad()
-def validate(classifier: Classifier, images: LabelledSet, size: int, workers: int = 0) -> dict[str, float]:
+def validate(classifier: Classifier, images: LabeledSet, size: int, workers: int = 0) -> dict[str, float]:
     """Accuracy and loss on central crops; images are shared out over the processes, and all get the result.
 
     Returns:
@@ -386,7 +386,7 @@ class Meter:
         self.restart_clock()
 
 
-def _resume(settings: Settings, images: LabelledSet, classifier: Classifier, optimizer: Optimizer) -> tuple[int, float]:
+def _resume(settings: Settings, images: LabeledSet, classifier: Classifier, optimizer: Optimizer) -> tuple[int, float]:
     """Load the run's last checkpoint if it is to be resumed and has one; return its steps and seconds so far."""
     root = settings.data.root
     state = state_to_resume(
@@ -404,8 +404,8 @@ def _resume(settings: Settings, images: LabelledSet, classifier: Classifier, opt
 def _introduce(
     log: RunLog,
     settings: Settings,
-    images: LabelledSet,
-    val_images: LabelledSet,
+    images: LabeledSet,
+    val_images: LabeledSet,
     classifier: Classifier,
     device: torch.device,
     bf16: bool,

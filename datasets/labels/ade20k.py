@@ -31,8 +31,8 @@ _NAMES = """
 CLASSES = tuple(" ".join(name.split()) for name in _NAMES.split(","))
 """The 150 classes in label order, each by the first of its names."""
 
-# The benchmark's colour table (color150.mat), one RGB triple a class. Road and skyscraper share theirs.
-_COLOURS = bytes.fromhex(
+# The benchmark's color table (color150.mat), one RGB triple a class. Road and skyscraper share theirs.
+_COLORS = bytes.fromhex(
     """
     787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff ebff07 96053d 787846 08ff33
     ff0652 8fff8c ccff04 ff3307 cc4603 0066c8 3de6fa ff0633 0b66ff ff0747 ff09e0 0907e6 dcdcdc ff095c 7009ff
@@ -75,7 +75,7 @@ def ade20k(root: str | Path, split: Literal["train", "val"]) -> SegmentationSet:
         tuple(images / f"{name}.jpg" for name in names),
         tuple(masks / f"{name}.png" for name in names),
         _class_names(root / "objectInfo150.txt"),
-        np.frombuffer(_COLOURS, np.uint8).reshape(-1, 3).copy(),
+        np.frombuffer(_COLORS, np.uint8).reshape(-1, 3).copy(),
         label_table(1, len(CLASSES), void=[0]),
     )
 

@@ -20,7 +20,7 @@ SetName = Literal["folder", "cifar10", "cifar100", "arrays", "huggingface"]
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledSet:
+class LabeledSet:
     """N images, each of one class. Can be pickled, so that worker processes can read."""
 
     name: str
@@ -40,7 +40,7 @@ class LabelledSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, rows: np.ndarray) -> "LabelledSet":
+    def take(self, rows: np.ndarray) -> "LabeledSet":
         """Some of the images, in the order of `rows`."""
         identity = self.identity and _sha256(self.identity, rows.tolist())
         places = [self.places[row] for row in rows.tolist()]
@@ -58,7 +58,7 @@ class _Rows:
 
 def open_splits(
     name: SetName, root: str, train_split: str, split: str | None, image: str = "image", label: str = "label"
-) -> tuple[LabelledSet, LabelledSet]:
+) -> tuple[LabeledSet, LabeledSet]:
     """The split whose labels are learned from, and the one to classify.
 
     Args:
@@ -70,7 +70,7 @@ def open_splits(
         ValueError, FileNotFoundError: data that are not there, or two splits of different classes.
     """
 
-    def of(part: str) -> LabelledSet:
+    def of(part: str) -> LabeledSet:
         if name == "folder":
             return class_folders(root, part)
         if name == "arrays":
@@ -90,7 +90,7 @@ def open_splits(
     return train, val
 
 
-def class_folders(root: str | Path, split: str) -> LabelledSet:
+def class_folders(root: str | Path, split: str) -> LabeledSet:
     """ROOT/SPLIT/CLASS/any/depth.jpg, as ImageNet is laid out; or ROOT/SPLIT.zip with the class folders in it.
 
     Raises FileNotFoundError, naming the splits that are there; ValueError for a split without class folders.
@@ -108,13 +108,13 @@ def class_folders(root: str | Path, split: str) -> LabelledSet:
         raise ValueError(f"{path} has no class folders: images must lie in {path}/CLASS/, in two classes or more")
     places = [images.root / name for name in images.names]
     if images.members is None:
-        return LabelledSet(root.resolve().name, split, images.labels, images.classes, places, images.read)
+        return LabeledSet(root.resolve().name, split, images.labels, images.classes, places, images.read)
     status = path.stat()
     identity = _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
-    return LabelledSet(root.resolve().name, split, images.labels, images.classes, places, images.read, identity)
+    return LabeledSet(root.resolve().name, split, images.labels, images.classes, places, images.read, identity)
 
 
-def cifar(root: str | Path, split: str, classes: int) -> LabelledSet:
+def cifar(root: str | Path, split: str, classes: int) -> LabeledSet:
     """CIFAR-10 or CIFAR-100 in its Python version, `cifar-10-batches-py` or `cifar-100-python` in ROOT.
 
     The files are pickles: torchvision opens them after it has compared their checksums with the authors'.
@@ -138,8 +138,8 @@ def cifar(root: str | Path, split: str, classes: int) -> LabelledSet:
     return _from_arrays(name, split, found.data, np.asarray(found.targets), tuple(found.classes), folder / name)
 
 
-def arrays(root: str | Path, split: str) -> LabelledSet:
-    """ROOT/SPLIT.npz with the arrays `images`, uint8 [N, H, W, 3] or grey [N, H, W], `labels`, integers [N], and, if
+def arrays(root: str | Path, split: str) -> LabeledSet:
+    """ROOT/SPLIT.npz with the arrays `images`, uint8 [N, H, W, 3] or gray [N, H, W], `labels`, integers [N], and, if
     wanted, `classes` with their names.
 
     Raises FileNotFoundError for a missing file, ValueError for one that holds something else.
@@ -155,12 +155,12 @@ def arrays(root: str | Path, split: str) -> LabelledSet:
     if "images" not in content or "labels" not in content:
         raise ValueError(f"{path} lacks the array {'labels' if 'images' in content else 'images'}")
     images, labels = content["images"], content["labels"]
-    grey = images.ndim == 3
-    if images.dtype != np.uint8 or not (grey or (images.ndim == 4 and images.shape[-1] == 3)) or 0 in images.shape:
+    gray = images.ndim == 3
+    if images.dtype != np.uint8 or not (gray or (images.ndim == 4 and images.shape[-1] == 3)) or 0 in images.shape:
         raise ValueError(
             f"{path}: images is {images.dtype} {list(images.shape)}, and must be uint8 [N, H, W, 3] or [N, H, W]"
         )
-    if grey:
+    if gray:
         images = np.repeat(images[..., None], 3, axis=-1)
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise ValueError(
@@ -174,7 +174,7 @@ def arrays(root: str | Path, split: str) -> LabelledSet:
     return _from_arrays(Path(root).expanduser().resolve().name, split, images, labels, names, path)
 
 
-def hugging_face(root: str, split: str, image: str = "image", label: str = "label") -> LabelledSet:
+def hugging_face(root: str, split: str, image: str = "image", label: str = "label") -> LabeledSet:
     """A data set of Hugging Face's `datasets`: a folder that `DatasetDict.save_to_disk` wrote, or a name on the hub.
 
     Args:
@@ -213,7 +213,7 @@ def hugging_face(root: str, split: str, image: str = "image", label: str = "labe
     # Undecoded: our reader knows what to do with orientation, transparency and damage.
     undecoded = found.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     identity = _sha256(root, split, found._fingerprint)
-    return LabelledSet(
+    return LabeledSet(
         name, split, labels.astype(np.int64), names, places, _HuggingFaceReader(undecoded, image, places), identity
     )
 
@@ -236,10 +236,10 @@ class _HuggingFaceReader:
 
 def _from_arrays(
     name: str, split: str, images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], path: Path
-) -> LabelledSet:
+) -> LabeledSet:
     places = [Path(f"{path}[{row}]") for row in range(len(images))]
     identity = _sha256(images.shape, hashlib.sha256(images.tobytes()).hexdigest())
-    return LabelledSet(name, split, labels.astype(np.int64), classes, places, images.__getitem__, identity)
+    return LabeledSet(name, split, labels.astype(np.int64), classes, places, images.__getitem__, identity)
 
 
 def _sha256(*parts: Any) -> str:

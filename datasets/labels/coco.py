@@ -18,7 +18,7 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from skipless.datasets.labels.boxes import BoxSet
-from skipless.datasets.labels.masks import VOID, SegmentationSet, distinct_colours, paired_names, read_names
+from skipless.datasets.labels.masks import VOID, SegmentationSet, distinct_colors, paired_names, read_names
 
 # Things by supercategory, in the order of their ids (1..91); "-" is one of the eleven ids that COCO has given up.
 _THINGS = {
@@ -78,20 +78,20 @@ FINE = tuple(name for name, _ in _members() if name != "-")
 
 
 def coco_stuff(root: str | Path, split: Literal["train", "val"], classes: Literal[27, 171]) -> SegmentationSet:
-    """COCO-Stuff on the images of 2017: train (118,287) or val (5,000); unlabelled pixels are void.
+    """COCO-Stuff on the images of 2017: train (118,287) or val (5,000); unlabeled pixels are void.
 
     With 171 classes these are `FINE`, as in mmsegmentation. With 27 they are `COARSE`, in the order that unsupervised
     segmentation has used since IIC (Ji et al., arXiv 1807.06653; also PiCIE and STEGO), so that confusion matrices can
     be laid side by side; mIoU does not depend on it. (Those works score a curated part of val, not all of it.)
 
-    The release gives the pixel maps as PNG with category id - 1, 255 where unlabelled; stuffthingmaps_trainval2017.zip
+    The release gives the pixel maps as PNG with category id - 1, 255 where unlabeled; stuffthingmaps_trainval2017.zip
     unpacks to train2017/ and val2017/. Both splits are looked for in these places, the first that exists:
         images: images/SPLIT2017/, SPLIT2017/
         maps: annotations/SPLIT2017/ (the authors' instructions), stuffthingmaps/SPLIT2017/,
             annotations/stuffthingmaps/SPLIT2017/, stuffthingmaps_trainval2017/SPLIT2017/,
             annotations/stuffthingmaps_trainval2017/SPLIT2017/
     Every image needs its map and every map its image. Files NAME_labelTrainIds.png, which mmsegmentation writes beside
-    the maps, are left out. The authors give colours to stuff only, so colours are `distinct_colours`.
+    the maps, are left out. The authors give colors to stuff only, so colors are `distinct_colors`.
 
     Raises FileNotFoundError for a missing folder, image or map, ValueError for another split or number of classes.
     """
@@ -119,7 +119,7 @@ def coco_stuff(root: str | Path, split: Literal["train", "val"], classes: Litera
         tuple(images / f"{name}.jpg" for name in names),
         tuple(masks / f"{name}.png" for name in names),
         class_names,
-        distinct_colours(classes),
+        distinct_colors(classes),
         labels,
     )
 

@@ -36,10 +36,10 @@ class SegmentationSet:
     images: tuple[Path, ...]
     """[N] image files."""
     masks: tuple[Path, ...]
-    """[N] label files: 8-bit grey or palette PNG."""
+    """[N] label files: 8-bit gray or palette PNG."""
     classes: tuple[str, ...]
     """[C] class names in label order."""
-    colours: np.ndarray
+    colors: np.ndarray
     """uint8 [C, 3] RGB, to show labels with."""
     labels: np.ndarray
     """int16 [256], the label of each value in a file: 0..C-1, VOID where it is ignored, -1 where it must not occur."""
@@ -119,9 +119,9 @@ def read_stored(path: str | Path) -> np.ndarray:
 
 
 def read_values(path: str | Path) -> np.ndarray:
-    """The values stored in an 8-bit grey or a palette PNG, uint8 [H, W]: indices, not the palette's colours.
+    """The values stored in an 8-bit gray or a palette PNG, uint8 [H, W]: indices, not the palette's colors.
 
-    Raises UnreadableImage for a missing, damaged or truncated file and for other kinds of image. Grey PNG of 1, 2 or 4
+    Raises UnreadableImage for a missing, damaged or truncated file and for other kinds of image. Gray PNG of 1, 2 or 4
     bits are among them: their writers disagree on whether the values or the shades (value 1 of 2 bits is shade 85) are
     meant.
     """
@@ -133,11 +133,11 @@ def read_values(path: str | Path) -> np.ndarray:
         raise UnreadableImage(path, "the file is empty")
     if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) < 26:
         raise UnreadableImage(path, "masks must be PNG files, and the content is not that of one")
-    bits, kind = data[24], data[25]  # PNG specification, 11.2.1: bit depth and colour type
+    bits, kind = data[24], data[25]  # PNG specification, 11.2.1: bit depth and color type
     if kind != 3 and (kind, bits) != (0, 8):
-        colour = {0: "grey", 2: "RGB", 4: "grey and alpha", 6: "RGBA"}.get(kind, f"colour type {kind}")
+        color = {0: "gray", 2: "RGB", 4: "gray and alpha", 6: "RGBA"}.get(kind, f"color type {kind}")
         raise UnreadableImage(
-            path, f"masks must be 8-bit grey or palette PNG files, and this one is {bits}-bit {colour}"
+            path, f"masks must be 8-bit gray or palette PNG files, and this one is {bits}-bit {color}"
         )
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as opened:
@@ -203,10 +203,10 @@ def paired_names(images: Path, masks: Path) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def distinct_colours(count: int) -> np.ndarray:
-    """uint8 [count, 3] RGB for sets whose authors give none, `count` at most 210: no greys, and any two at least 51
+def distinct_colors(count: int) -> np.ndarray:
+    """uint8 [count, 3] RGB for sets whose authors give none, `count` at most 210: no grays, and any two at least 51
     apart in some channel; the first 27 are farther from each other."""
-    # A lattice of 6 x 6 x 6 colours, every 49th in turn; multiples of 43 = 36 + 6 + 1 are the greys.
+    # A lattice of 6 x 6 x 6 colors, every 49th in turn; multiples of 43 = 36 + 6 + 1 are the grays.
     index = np.arange(216) * 49 % 216
     index = index[index % 43 > 0][:count]
     return (51 * np.stack([index // 36, index // 6 % 6, index % 6], axis=1)).astype(np.uint8)

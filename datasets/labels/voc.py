@@ -47,7 +47,7 @@ CLASSES = (
 
 
 def voc_palette() -> np.ndarray:
-    """VOC's colour map (devkit, VOClabelcolormap.m), uint8 [256, 3]: the bits of the index dealt out to R, G and B."""
+    """VOC's color map (devkit, VOClabelcolormap.m), uint8 [256, 3]: the bits of the index dealt out to R, G and B."""
     index = np.arange(256)[:, None]
     channel = np.arange(3)
     return np.asarray(sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)), np.uint8)
@@ -88,8 +88,8 @@ def voc_segmentation(root: str | Path, split: str) -> SegmentationSet:
         (folder / "SegmentationClass" if f"{name}.png" in by_voc else augmented) / f"{name}.png" for name in names
     )
     classes = ("background", *CLASSES)
-    labels, colours = label_table(0, len(classes), void=[VOID]), voc_palette()[: len(classes)]
-    return SegmentationSet("voc12", split, names, _images(folder, names), masks, classes, colours, labels)
+    labels, colors = label_table(0, len(classes), void=[VOID]), voc_palette()[: len(classes)]
+    return SegmentationSet("voc12", split, names, _images(folder, names), masks, classes, colors, labels)
 
 
 def scenes_segmentation(root: str | Path, split: str) -> SegmentationSet:
@@ -101,8 +101,8 @@ def scenes_segmentation(root: str | Path, split: str) -> SegmentationSet:
     classes = ("background", *_scene_classes(folder))
     names = _names(folder / "ImageSets" / "Segmentation", split)
     masks = tuple(folder / "SegmentationClass" / f"{name}.png" for name in names)
-    labels, colours = label_table(0, len(classes)), voc_palette()[: len(classes)]
-    return SegmentationSet("scenes", split, names, _images(folder, names), masks, classes, colours, labels)
+    labels, colors = label_table(0, len(classes)), voc_palette()[: len(classes)]
+    return SegmentationSet("scenes", split, names, _images(folder, names), masks, classes, colors, labels)
 
 
 def voc_boxes(root: str | Path, split: str, year: Literal[2007, 2012]) -> BoxSet:

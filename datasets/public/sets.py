@@ -2,7 +2,7 @@
 that the readers of this project open.
 
 Each data set is a few parts, each with the archives it is made of, a function that builds it, and one that counts what
-is there. Layouts are those of `voc.py`, `coco.py`, `ade20k.py` and `labelled.py`.
+is there. Layouts are those of `voc.py`, `coco.py`, `ade20k.py` and `classes.py`.
 """
 
 import re
@@ -47,7 +47,7 @@ class Part:
 @dataclass(frozen=True)
 class DataSet:
     terms: str
-    """Page with licence or terms."""
+    """Page with license or terms."""
     parts: tuple[Part, ...]
     """In the order in which they are built."""
     read: Callable[[Path], object]

@@ -123,7 +123,7 @@ def _lattice(x: Float) -> Float:
 
 
 def _texture(label: int, rng: np.random.Generator, x: Float, y: Float, period: float) -> Float:
-    """Pattern of class `label`, float32 [h, w] in -1..1; x and y are centred on the object, `period` is in radii."""
+    """Pattern of class `label`, float32 [h, w] in -1..1; x and y are centerd on the object, `period` is in radii."""
     phase_x, phase_y = rng.random(2, np.float32)
     sx, sy = x + phase_x, y + phase_y
     match CLASSES[label - 1]:
@@ -167,14 +167,14 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def _tints(rng: np.random.Generator, shape: tuple[int, ...]) -> Float:
-    """Colour without luma, changing smoothly from place to place: float32 [h, w, 3], to be added to a luma in 0..1."""
+    """Color without luma, changing smoothly from place to place: float32 [h, w, 3], to be added to a luma in 0..1."""
     grid = rng.uniform(-1, 1, (3, 3, 3)).astype(np.float32) * np.float32(rng.uniform(0.04, 0.12))
     grid -= (grid @ _LUMA)[..., None]
     return np.asarray(cv2.resize(grid, (shape[1], shape[0]), interpolation=cv2.INTER_CUBIC), np.float32)
 
 
 def _class_tint(rng: np.random.Generator, label: int) -> Float:
-    """Colour without luma that things of a class tend to have, as in the world: float32 [3]. Neighbours overlap."""
+    """Color without luma that things of a class tend to have, as in the world: float32 [3]. Neighbors overlap."""
     hue = 2 * np.pi * label / len(CLASSES) + rng.normal(0, 0.8)
     direction = np.cos(hue + np.array([0, -2, 2], np.float32) * np.pi / 3)
     tint = rng.uniform(0.06, 0.16) * direction
@@ -191,10 +191,10 @@ def _background(rng: np.random.Generator, size: int) -> Float:
     cell = rng.uniform(0.012, 0.05) * size
     cos, sin = np.cos(angle), np.sin(angle)
     to_grain = np.array([[cos, sin], [-sin / stretch, cos / stretch]]) / cell
-    centre = to_grain @ np.array([size / 2, size / 2])
+    center = to_grain @ np.array([size / 2, size / 2])
     grain = cv2.warpAffine(
         rng.random((128, 128), np.float32) - 0.5,
-        np.column_stack([to_grain, 64 - centre]),
+        np.column_stack([to_grain, 64 - center]),
         shape,
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_WRAP,
@@ -204,23 +204,23 @@ def _background(rng: np.random.Generator, size: int) -> Float:
 
     picture = np.ascontiguousarray(np.clip(canvas * 255, 0, 255).astype(np.uint8))
     for _ in range(rng.integers(4, 14)):
-        colour = (rng.uniform(80, 176) + rng.uniform(-24, 24, 3)).tolist()
-        centre = rng.uniform(0, size, 2)
+        color = (rng.uniform(80, 176) + rng.uniform(-24, 24, 3)).tolist()
+        center = rng.uniform(0, size, 2)
         kind = rng.integers(3)
         if kind == 0:
-            bends = centre + np.cumsum(rng.normal(0, 0.12 * size, (rng.integers(2, 6), 2)), axis=0)
+            bends = center + np.cumsum(rng.normal(0, 0.12 * size, (rng.integers(2, 6), 2)), axis=0)
             thickness = max(1, round(rng.uniform(0.006, 0.03) * size))
-            cv2.polylines(picture, [bends.astype(np.int32)], False, colour, thickness, cv2.LINE_AA)
+            cv2.polylines(picture, [bends.astype(np.int32)], False, color, thickness, cv2.LINE_AA)
         elif kind == 1:
-            corners = centre + rng.normal(0, rng.uniform(0.03, 0.12) * size, (rng.integers(3, 6), 2))
-            cv2.fillPoly(picture, [corners.astype(np.int32)], colour, cv2.LINE_AA)
+            corners = center + rng.normal(0, rng.uniform(0.03, 0.12) * size, (rng.integers(3, 6), 2))
+            cv2.fillPoly(picture, [corners.astype(np.int32)], color, cv2.LINE_AA)
         else:
             axes = np.maximum(1, rng.uniform(0.02, 0.2, 2) * size).astype(int).tolist()
             start, turn = rng.uniform(0, 360, 2)
             thickness = max(1, round(rng.uniform(0.006, 0.03) * size))
-            middle = (int(centre[0]), int(centre[1]))
+            middle = (int(center[0]), int(center[1]))
             end = start + rng.uniform(60, 300)
-            cv2.ellipse(picture, middle, axes, turn, start, end, colour, thickness, cv2.LINE_AA)
+            cv2.ellipse(picture, middle, axes, turn, start, end, color, thickness, cv2.LINE_AA)
     return picture.astype(np.float32) / 255
 
 
@@ -247,7 +247,7 @@ def _bounding_box(mask: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:
 def _place(rng: np.random.Generator, size: int, label: int, main: bool) -> _Placed:
     radius = size / 2 * (rng.uniform(0.6, 0.95) if main else rng.uniform(0.2, 0.42))
     margin = 0.3 if main else 0.08
-    centre_x, centre_y = rng.uniform(margin * size, (1 - margin) * size, 2)
+    center_x, center_y = rng.uniform(margin * size, (1 - margin) * size, 2)
     angle, shear, aspect = rng.uniform(-0.3, 0.3), rng.uniform(-0.15, 0.15), np.exp(rng.uniform(-0.2, 0.2))
     cos, sin = np.cos(angle), np.sin(angle)
     to_pixels = radius * np.array([[cos, -sin], [sin, cos]]) @ np.array([[aspect, shear], [0, 1 / aspect]])
@@ -255,9 +255,9 @@ def _place(rng: np.random.Generator, size: int, label: int, main: bool) -> _Plac
 
     # The window holds the whole object, also what lies outside the image: its area and box are needed too.
     reach = int(np.ceil(1.5 * radius)) + 2
-    x0, y0 = int(centre_x) - reach, int(centre_y) - reach
-    x = np.arange(x0, x0 + 2 * reach + 1, dtype=np.float32) + np.float32(0.5 - centre_x)
-    y = np.arange(y0, y0 + 2 * reach + 1, dtype=np.float32)[:, None] + np.float32(0.5 - centre_y)
+    x0, y0 = int(center_x) - reach, int(center_y) - reach
+    x = np.arange(x0, x0 + 2 * reach + 1, dtype=np.float32) + np.float32(0.5 - center_x)
+    y = np.arange(y0, y0 + 2 * reach + 1, dtype=np.float32)[:, None] + np.float32(0.5 - center_y)
     u, v = to_object[0, 0] * x + to_object[0, 1] * y, to_object[1, 0] * x + to_object[1, 1] * y
     distance = _distance(label, u, v)
     whole = distance <= 0
@@ -323,21 +323,21 @@ def _paint(rng: np.random.Generator, canvas: Float, placed: _Placed) -> None:
 
     period = _PERIODS[placed.label - 1] * rng.uniform(0.85, 1.15)
     pattern = _texture(placed.label, rng, placed.u / np.float32(period), placed.v / np.float32(period), period)
-    # Both colours of the pattern change across the object, so that the colour of one part does not tell another's.
+    # Both colors of the pattern change across the object, so that the color of one part does not tell another's.
     mix = 0.5 + 0.5 * pattern
     contrast = rng.uniform(0.45, 0.65)
     luma = rng.uniform(0.45, 0.55) - contrast / 2 + contrast * (mix if rng.random() < 0.5 else 1 - mix)
     first, second = _tints(rng, luma.shape), _tints(rng, luma.shape)
-    colour = luma[..., None] + first + (second - first) * mix[..., None] + _class_tint(rng, placed.label)
+    color = luma[..., None] + first + (second - first) * mix[..., None] + _class_tint(rng, placed.label)
 
     lit = rng.uniform(-0.12, 0.12, 2).astype(np.float32)
     shade = 1 + lit[0] * placed.u + lit[1] * placed.v
     rim = rng.uniform(0, 0.35) * np.clip(1 + placed.distance / 0.12, 0, 1)
-    colour *= (shade * (1 - rim)).astype(np.float32)[..., None]
+    color *= (shade * (1 - rim)).astype(np.float32)[..., None]
 
     coverage = np.clip(0.5 - placed.distance * np.float32(placed.radius), 0, 1)[..., None]
     region = canvas[placed.window]
-    region += coverage * (colour - region)
+    region += coverage * (color - region)
 
 
 def render_scene(rng: np.random.Generator, size: int = 128, label: int | None = None) -> Scene:

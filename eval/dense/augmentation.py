@@ -54,7 +54,7 @@ def scale_and_crop(
     """mmsegmentation's training augmentation.
 
     Resize to within `scale` (long, short side) times a factor drawn from `ratio`; crop, up to ten times anew while one
-    class holds `max_class_share` of the labelled pixels or more; flip; distort colours; pad.
+    class holds `max_class_share` of the labeled pixels or more; flip; distort colours; pad.
 
     Returns:
         uint8 [crop, crop, 3], uint8 [crop, crop] with VOID where there is no image, and bool [crop, crop], where there

@@ -3,7 +3,7 @@
 1. Images, resized to squares of a fixed size, go through the frozen backbone once; features are kept on disk.
 2. For every choice of blocks and every learning rate a linear classifier of patches is trained, all in one pass over
    the features: standardised by their mean and standard deviation over the training set, AdamW, cosine schedule. The
-   loss is the mean cross-entropy of all labelled pixels, a pixel having the logits of its patch: as these are equal
+   loss is the mean cross-entropy of all labeled pixels, a pixel having the logits of its patch: as these are equal
    within a patch, what the loss needs of the labels is the share of each class in it.
 3. A tenth of the training images, evenly spread, is held out, and chooses the learning rate.
 4. Logits are resized bilinearly to the original label, and every pixel counts.
@@ -165,13 +165,13 @@ def label_shares(mask: np.ndarray, h: int, w: int, classes: int) -> np.ndarray:
         mask: uint8 [H, W]; values from `classes` on are ignored. A pixel belongs to the patch its centre lies in.
 
     Returns:
-        float32 [h, w, classes]; the shares of a patch add up to the share of its pixels that are labelled.
+        float32 [h, w, classes]; the shares of a patch add up to the share of its pixels that are labeled.
     """
     rows = (2 * np.arange(mask.shape[0]) + 1) * h // (2 * mask.shape[0])
     columns = (2 * np.arange(mask.shape[1]) + 1) * w // (2 * mask.shape[1])
     patch = rows[:, None] * w + columns
-    labelled = mask < classes
-    counts = np.bincount(patch[labelled] * classes + mask[labelled], minlength=h * w * classes)
+    labeled = mask < classes
+    counts = np.bincount(patch[labeled] * classes + mask[labeled], minlength=h * w * classes)
     # A mask smaller than the grid leaves some patches without a pixel.
     pixels = np.maximum(np.bincount(patch.ravel(), minlength=h * w), 1)
     return (counts.reshape(h, w, classes) / pixels.reshape(h, w, 1)).astype(np.float32)

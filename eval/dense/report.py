@@ -62,7 +62,7 @@ def report(result: dict[str, Any], how: str, theirs: str = "recipe") -> str:
 def draw(images: SegmentationSet, predictions: dict[int, np.ndarray], path: Path) -> None:
     """A sheet of images, truths and predictions in the data set's colours; void is white."""
     colours = np.full((256, 3), 255, np.uint8)
-    colours[: len(images.classes)] = images.colours
+    colours[: len(images.classes)] = images.colors
     columns = min(4, len(predictions))
     rows = -(-len(predictions) // columns)
     figure, axes = plt.subplots(3 * rows, columns, figsize=(3 * columns, 6.6 * rows), squeeze=False)

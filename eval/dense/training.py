@@ -55,7 +55,7 @@ class AugmentationSettings:
     ratio: tuple[float, float] = (0.5, 2.0)
     """scale_crop: range of the factor."""
     max_class_share: float = 0.75
-    """scale_crop: crops in which one class has this share of the labelled pixels or more are drawn again, up to ten
+    """scale_crop: crops in which one class has this share of the labeled pixels or more are drawn again, up to ten
     times; 1 takes any crop."""
     photometric: bool = True
     """scale_crop: mmsegmentation's photometric distortion."""
@@ -222,12 +222,12 @@ def train_heads(
             size = (settings.inference.grid,) * 2 if settings.inference.kind == "square" else tuple(masks.shape[1:])
             target = _nearest(masks, size)
             # Over all processes, which hold differently many: the mean is that of the whole batch.
-            labelled = all_reduce_mean((target != VOID).sum().float()).clamp(min=1)
+            labeled = all_reduce_mean((target != VOID).sum().float()).clamp(min=1)
             features = _features(backbone, images, heads.choices)
             loss = torch.zeros((), device=device)
             for logits in model(features):
                 losses = F.cross_entropy(resize_logits(logits, size), target, ignore_index=VOID, reduction="sum")
-                loss = loss + losses / labelled
+                loss = loss + losses / labeled
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""What a classifier sees of labelled images: random crops, RandAugment, erasing, mixing; central ones to validate."""
+"""What a classifier sees of labeled images: random crops, RandAugment, erasing, mixing; central ones to validate."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from skipless.common.pixels import MEAN, STD, center_crop, crop_box, resample
 from skipless.datasets.images import UnreadableImage
-from skipless.datasets.labels.classes import LabelledSet
+from skipless.datasets.labels.classes import LabeledSet
 
 
 @dataclass
@@ -65,7 +65,7 @@ class TrainingImages(Dataset[tuple[Tensor, int]]):
     bits, and varies the strength a little.
     """
 
-    def __init__(self, images: LabelledSet, augmentation: Augmentation, seed: int):
+    def __init__(self, images: LabeledSet, augmentation: Augmentation, seed: int):
         self.images, self.augmentation, self.seed = images, augmentation, seed
         changes: list[Callable[[Tensor], Tensor]] = []
         if augmentation.randaugment:
@@ -102,7 +102,7 @@ class TrainingImages(Dataset[tuple[Tensor, int]]):
 class ValidationImages(Dataset[tuple[Tensor, int]]):
     """Central crops, uint8 [S, S, 3], after a resize of the short side to 8/7 of S (256 for 224), and their classes."""
 
-    def __init__(self, images: LabelledSet, size: int):
+    def __init__(self, images: LabeledSet, size: int):
         self.images, self.size = images, size
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class ValidationImages(Dataset[tuple[Tensor, int]]):
         return torch.from_numpy(view), int(self.images.labels[index])
 
 
-def _read(images: LabelledSet, index: int) -> np.ndarray:
+def _read(images: LabeledSet, index: int) -> np.ndarray:
     try:
         return images.read(index)
     except UnreadableImage as error:

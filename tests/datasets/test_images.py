@@ -56,7 +56,7 @@ def save(path: Path, color: tuple[int, int, int] = (10, 20, 30), side: int = 6) 
 # Pixels ---------------------------------------------------------------------------------------------------------------
 
 RGB = picture()
-GREY16 = (np.arange(HEIGHT * WIDTH, dtype=np.uint32).reshape(HEIGHT, WIDTH) * 65535 // (HEIGHT * WIDTH - 1)).astype(
+GRAY16 = (np.arange(HEIGHT * WIDTH, dtype=np.uint32).reshape(HEIGHT, WIDTH) * 65535 // (HEIGHT * WIDTH - 1)).astype(
     np.uint16
 )
 ALPHA = np.full((HEIGHT, WIDTH, 1), 255, np.uint8)
@@ -71,16 +71,16 @@ PALETTE_RGB = np.asarray(PALETTE.convert("RGB"))
 FORMATS = {
     "JPEG": (encode(RGB, "JPEG", quality=95), RGB, 8),
     "JPEG progressive": (encode(RGB, "JPEG", quality=95, progressive=True), RGB, 8),
-    "JPEG grey": (encode(Image.fromarray(RGB).convert("L"), "JPEG", quality=95), luma(RGB), 4),
+    "JPEG gray": (encode(Image.fromarray(RGB).convert("L"), "JPEG", quality=95), luma(RGB), 4),
     "JPEG CMYK": (encode(Image.fromarray(RGB).convert("CMYK"), "JPEG", quality=95), RGB, 8),
     "JPEG stored as RGB": (encode(RGB, "JPEG", quality=95, keep_rgb=True), RGB, 8),
     "PNG": (encode(RGB, "PNG"), RGB, 0),
-    "PNG grey": (encode(Image.fromarray(RGB).convert("L"), "PNG"), luma(RGB), 1),
+    "PNG gray": (encode(Image.fromarray(RGB).convert("L"), "PNG"), luma(RGB), 1),
     "PNG 1 bit": (encode(Image.fromarray(RGB[..., 0] > 99), "PNG"), np.dstack([(RGB[..., 0] > 99) * 255] * 3), 0),
-    "PNG grey 16 bit": (encode(GREY16, "PNG"), np.dstack([GREY16 / 257] * 3), 1),
-    "PNG RGB 16 bit": (cv2.imencode(".png", np.dstack([GREY16] * 3))[1].tobytes(), np.dstack([GREY16 / 257] * 3), 1),
+    "PNG gray 16 bit": (encode(GRAY16, "PNG"), np.dstack([GRAY16 / 257] * 3), 1),
+    "PNG RGB 16 bit": (cv2.imencode(".png", np.dstack([GRAY16] * 3))[1].tobytes(), np.dstack([GRAY16 / 257] * 3), 1),
     "PNG RGBA": (encode(np.dstack([RGB, ALPHA]), "PNG"), OVER_WHITE, 1),
-    "PNG grey and alpha": (
+    "PNG gray and alpha": (
         encode(Image.fromarray(np.dstack([RGB, ALPHA])).convert("LA"), "PNG"),
         luma(RGB) * (ALPHA / 255) + 255 * (1 - ALPHA / 255),
         1.5,
@@ -186,7 +186,7 @@ def test_other_formats_ignore_min_side() -> None:
 # Damage ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["JPEG", "JPEG progressive", "JPEG grey", "JPEG CMYK", "PNG", "WebP", "WebP lossless"])
+@pytest.mark.parametrize("name", ["JPEG", "JPEG progressive", "JPEG gray", "JPEG CMYK", "PNG", "WebP", "WebP lossless"])
 def test_no_half_pictures_from_truncated_files(name: str) -> None:
     data, expected, tolerance = FORMATS[name]
     complete = 0
@@ -413,7 +413,7 @@ def test_an_archive_written_on_windows_has_the_same_names(tmp_path: Path) -> Non
     assert images.classes == ("a", "b")
 
 
-def test_a_damaged_member_is_unreadable_and_its_neighbours_are_not(tmp_path: Path) -> None:
+def test_a_damaged_member_is_unreadable_and_its_neighbors_are_not(tmp_path: Path) -> None:
     path = tmp_path / "images.zip"
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         with zipfile.ZipFile(path, "w", method) as archive:
@@ -434,7 +434,7 @@ def test_a_damaged_member_is_unreadable_and_its_neighbours_are_not(tmp_path: Pat
 
 
 def hugging_face(count: int, labels: list[int] | None, **extra: list[Any]) -> Any:
-    """A data set whose image i is flat, of the colour (i, 2 i, 3 i), in the class folder of its label."""
+    """A data set whose image i is flat, of the color (i, 2 i, 3 i), in the class folder of its label."""
     hf = pytest.importorskip("datasets")
     columns: dict[str, Any] = {"photo": [Image.new("RGB", (5, 4), (i, 2 * i, 3 * i)) for i in range(count)], **extra}
     features = {name: hf.Value("string") for name in extra} | {"photo": hf.Image()}

@@ -318,7 +318,7 @@ def test_voc12_and_trainaug(tmp_path: Path) -> None:
         "s1": 3, "s2": 4, "t1": 9, "t2": 9,
     }  # fmt: skip
     with Image.open(root / "VOC2012/SegmentationClassAug/s1.png") as mask:
-        assert mask.convert("RGB").getpixel((0, 0)) == (128, 128, 0)  # VOC's colour of class 3, bird
+        assert mask.convert("RGB").getpixel((0, 0)) == (128, 128, 0)  # VOC's color of class 3, bird
 
 
 def test_voc12_where_voc_is_there_already(tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_ade20k(tmp_path: Path) -> None:
 )
 def test_class_folders(tmp_path: Path, name: str, train_classes: list[str], val_files: list[str]) -> None:
     root = make(name, tmp_path) / name
-    train, val = classification.open_labelled(classification.DataSettings(root=str(root)))
+    train, val = classification.open_labeled(classification.DataSettings(root=str(root)))
     assert [train.classes[label] for label in train.labels] == train_classes
     short = [path.relative_to(root / "val").as_posix().replace("ILSVRC2012_val_", "") for path in val.places]
     assert short == [f"{file}.JPEG" for file in val_files]

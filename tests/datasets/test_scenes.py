@@ -108,35 +108,35 @@ def test_render_refuses_what_it_cannot_draw(size: int, label: int | None) -> Non
 
 def features(drawn: list[Scene], kind: str) -> np.ndarray:
     images = np.stack([scene.image for scene in drawn]).astype(np.float32) / 255
-    if kind == "layout":  # mean colour of 8 x 8 cells
+    if kind == "layout":  # mean color of 8 x 8 cells
         count, size = images.shape[:2]
         return images.reshape(count, 8, size // 8, 8, size // 8, 3).mean((2, 4)).reshape(count, -1)
-    if kind == "colour":  # joint histogram, 4 bins a channel
+    if kind == "color":  # joint histogram, 4 bins a channel
         bins = (images * 3.999).astype(int) @ np.array([16, 4, 1])
         return np.sqrt(np.stack([np.bincount(image.ravel(), minlength=64) for image in bins]))
     # Gradient strength by direction, in 4 x 4 cells, as in HOG (Dalal and Triggs, 2005).
-    grey = images.mean(-1)
-    dy, dx = np.gradient(grey, axis=(1, 2))
+    gray = images.mean(-1)
+    dy, dx = np.gradient(gray, axis=(1, 2))
     strength, direction = np.hypot(dx, dy), (np.arctan2(dy, dx) % np.pi / np.pi * 8.999).astype(int)
-    count, size = grey.shape[:2]
+    count, size = gray.shape[:2]
     votes = np.where(direction[..., None] == np.arange(9), strength[..., None], 0)
     cells = votes.reshape(count, 4, size // 4, 4, size // 4, 9).sum((2, 4)).reshape(count, -1)
     return np.sqrt(cells / cells.sum(1, keepdims=True))
 
 
-def test_colour_and_layout_hint_at_the_class_and_structure_tells_it() -> None:
+def test_color_and_layout_hint_at_the_class_and_structure_tells_it() -> None:
     drawn = [render_scene(np.random.default_rng(i), 64, 1 + i % 10) for i in range(800)]
     labels = [scene.objects[0].label for scene in drawn]
     accuracy = {}
-    for kind in ("layout", "colour", "structure"):
+    for kind in ("layout", "color", "structure"):
         found = features(drawn, kind)
         found = (found - found.mean(0)) / (found.std(0) + 1e-6)
         votes = KNeighborsClassifier(20, metric="cosine", weights="distance").fit(found[:600], labels[:600])
         accuracy[kind] = votes.score(found[600:], labels[600:])
     # Chance is 0.10; its standard deviation over 200 scenes 0.02.
-    assert accuracy["colour"] < 0.40, accuracy
+    assert accuracy["color"] < 0.40, accuracy
     assert accuracy["layout"] < 0.40, accuracy
-    assert accuracy["structure"] > max(accuracy["colour"], accuracy["layout"]) + 0.1, accuracy
+    assert accuracy["structure"] > max(accuracy["color"], accuracy["layout"]) + 0.1, accuracy
 
 
 # The folder
@@ -175,7 +175,7 @@ def test_files_hold_the_scenes_of_the_seed(root: Path) -> None:
         assert np.abs(np.array(picture, np.float32) - scene.image).mean() < 8
 
 
-def test_masks_have_the_colours_of_voc(root: Path) -> None:
+def test_masks_have_the_colors_of_voc(root: Path) -> None:
     with Image.open(root / "VOCdevkit/VOC2012/SegmentationClass/train_000000.png") as picture:
         palette = np.array(picture.getpalette()).reshape(-1, 3).tolist()
     # From the legend of the VOC 2012 development kit: background, aeroplane, bicycle, boat, person, monitor, void.

@@ -74,7 +74,7 @@ def assert_same(found: ImageSource, expected: ImageSource) -> None:
 
 
 def webdataset_samples(tars: list[Path]) -> list[dict[str, bytes]]:
-    """Samples as the format's text has them, by Python's tarfile: neighbours of one key, path up to the first dot."""
+    """Samples as the format's text has them, by Python's tarfile: neighbors of one key, path up to the first dot."""
     samples: list[dict[str, bytes]] = []
     for tar in tars:
         previous = None
@@ -114,7 +114,7 @@ def test_shards_read_as_the_folder_they_were_made_of(photos: Path, tmp_path: Pat
     assert len(list((tmp_path / "1").glob("*.tar"))) == len(found)
 
 
-def test_labelled_sets_read_shards_as_they_read_class_folders(photos: Path, tmp_path: Path) -> None:
+def test_labeled_sets_read_shards_as_they_read_class_folders(photos: Path, tmp_path: Path) -> None:
     pack(photos, tmp_path / "packed")
     folder, packed = class_folders(tmp_path, "photos"), class_folders(tmp_path, "packed")
     assert (packed.labels.tolist(), packed.classes) == (folder.labels.tolist(), folder.classes)

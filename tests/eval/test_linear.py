@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from skipless.common import cli
-from skipless.datasets.labels.classes import LabelledSet, arrays
+from skipless.datasets.labels.classes import LabeledSet, arrays
 from skipless.eval import linear as module
 from skipless.eval.backbones import Backbone, load_backbone
 from skipless.eval.dense.quick import Heads
@@ -83,7 +83,7 @@ def backbone(ckpt: Path) -> Backbone:
 
 
 @pytest.fixture
-def train(data: Path) -> LabelledSet:
+def train(data: Path) -> LabeledSet:
     return arrays(data, "train").take(np.arange(20))
 
 
@@ -223,12 +223,12 @@ def test_the_rate_is_chosen_without_the_images_that_count(
 # Random crops ---------------------------------------------------------------------------------------------------------
 
 
-def ramps(count: int) -> LabelledSet:
+def ramps(count: int) -> LabeledSet:
     """Pictures of 100 x 150 whose red grows to the right and whose green grows downwards."""
     image = np.zeros((100, 150, 3), np.uint8)
     image[..., 0], image[..., 1] = np.arange(150), np.arange(100)[:, None]
     places = [Path(str(number)) for number in range(count)]
-    return LabelledSet("ramps", "train", np.arange(count) % 3, ("a", "b", "c"), places, lambda _: image, "ramps")
+    return LabeledSet("ramps", "train", np.arange(count) % 3, ("a", "b", "c"), places, lambda _: image, "ramps")
 
 
 def test_crops_depend_on_seed_epoch_and_image() -> None:
@@ -268,7 +268,7 @@ def test_crops_are_those_of_imagenet_training() -> None:
     assert 0.43 < np.mean(mirrored) < 0.57
 
 
-def test_unreadable_image_ends_training_with_its_name(backbone: Backbone, train: LabelledSet) -> None:
+def test_unreadable_image_ends_training_with_its_name(backbone: Backbone, train: LabeledSet) -> None:
     def read(index: int) -> np.ndarray:
         if index == 7:
             raise ValueError("some/place.jpg: truncated JPEG")
@@ -282,7 +282,7 @@ def test_unreadable_image_ends_training_with_its_name(backbone: Backbone, train:
 
 
 @pytest.mark.parametrize("pool", ["cls", "both"])
-def test_training_on_random_crops_is_a_plain_loop(backbone: Backbone, train: LabelledSet, pool: str) -> None:
+def test_training_on_random_crops_is_a_plain_loop(backbone: Backbone, train: LabeledSet, pool: str) -> None:
     """Two epochs in steps of 8 of 20, each in passes of 3: the gradient is that of the whole step."""
     settings = chosen("--epochs=2", "--images-per-step=8", "--batch-size=3", "--seed=4", f"--pool={pool}")
     heads = train_on_random_crops(backbone, train, [(0,), (1, 0)], [9.0, 0.5], settings, None)
@@ -326,7 +326,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> type[Crops]:
 
 @pytest.mark.parametrize("after", [10, 20, 53])
 def test_interrupted_training_goes_on_after_the_last_whole_epoch(
-    backbone: Backbone, train: LabelledSet, tmp_path: Path, counted: type[Crops], after: int
+    backbone: Backbone, train: LabeledSet, tmp_path: Path, counted: type[Crops], after: int
 ) -> None:
     """Bit for bit the heads that it would have left."""
     choices, rates, settings, saved = [(1,), (0, 1)], [0.1, 3.0], chosen(*DINO), tmp_path / "out" / "head.pt"
@@ -346,10 +346,10 @@ def test_interrupted_training_goes_on_after_the_last_whole_epoch(
     torch.testing.assert_close(weights_of(finished), whole, rtol=0, atol=0)
 
 
-def test_saved_heads_are_for_the_same_run_only(backbone: Backbone, train: LabelledSet, tmp_path: Path) -> None:
+def test_saved_heads_are_for_the_same_run_only(backbone: Backbone, train: LabeledSet, tmp_path: Path) -> None:
     saved = tmp_path / "head.pt"
 
-    def go(images: LabelledSet = train, net: Backbone = backbone, *flags: str) -> list[Heads]:
+    def go(images: LabeledSet = train, net: Backbone = backbone, *flags: str) -> list[Heads]:
         return train_on_random_crops(net, images, [(1,)], [0.1, 10], chosen(*DINO, "--epochs=1", *flags), saved)
 
     whole = weights_of(go())

@@ -139,7 +139,7 @@ def test_inverted_file_finds_what_is_close() -> None:
 # The memory's patches -------------------------------------------------------------------------------------------------
 
 
-def test_all_labelled_patches_are_kept_where_they_fit() -> None:
+def test_all_labeled_patches_are_kept_where_they_fit() -> None:
     shares = np.array([[1, 0], [0, 0], [0.5, 0.25], [0, 0]], np.float32)
     for count in (2, 3, 4):
         np.testing.assert_array_equal(sample_patches(shares, count, np.random.default_rng(0)), [0, 2])
@@ -259,7 +259,7 @@ def test_class_codes_as_features_give_a_perfect_figure() -> None:
     np.testing.assert_array_equal(shown[1], np.where(masks[5] == VOID, 0, masks[5]))
 
 
-def test_labels_of_a_patch_are_shares_of_what_is_labelled() -> None:
+def test_labels_of_a_patch_are_shares_of_what_is_labeled() -> None:
     mask = np.array([[0, 0, 1, VOID], [0, 1, VOID, VOID]], np.uint8)
     patches, labels = module.choose_patches(Masks([mask]), (1, 2), 2, 0, 0)  # type: ignore[arg-type]
     np.testing.assert_array_equal(patches[0], [0, 1])
@@ -448,7 +448,7 @@ def test_memory_of_void_alone_is_refused(
     shutil.copytree(voc, data)
     for path in (data / "VOC2012/SegmentationClass").glob("train*.png"):
         Image.fromarray(np.full((64, 80), VOID, np.uint8)).save(path)
-    assert "voc12 train has no labelled patch" in sentence(capsys, command(data, ckpt, tmp_path / "cache", *SMALL))
+    assert "voc12 train has no labeled patch" in sentence(capsys, command(data, ckpt, tmp_path / "cache", *SMALL))
 
 
 def test_other_results_are_kept(

@@ -14,7 +14,7 @@ from skipless.eval.pca import pca_colours
 from skipless.eval.summarize import summarize, table
 from skipless.ssl.model.statistics import effective_rank, mean_share, token_statistics
 from skipless.ssl.model.vit import VisionTransformer
-from skipless.ssl.monitor import MonitorSettings, describe_blocks, knn_accuracy, labelled_sets, measure_blocks
+from skipless.ssl.monitor import MonitorSettings, describe_blocks, knn_accuracy, labeled_sets, measure_blocks
 
 
 def test_knn_votes_are_weighted_as_in_dino() -> None:
@@ -80,7 +80,7 @@ def classes(tmp_path: Path) -> Path:
 
 
 def test_val_beside_train_is_classified(classes: Path) -> None:
-    found = labelled_sets(open_images(classes / "train"), MonitorSettings(), default_size=16)
+    found = labeled_sets(open_images(classes / "train"), MonitorSettings(), default_size=16)
     assert found is not None
     bank, queries, said = found
     assert (len(bank), len(queries)) == (20, 6)
@@ -93,7 +93,7 @@ def test_val_beside_train_is_classified(classes: Path) -> None:
 
 def test_without_val_every_tenth_image_is_classified(classes: Path) -> None:
     (classes / "train").rename(classes / "photos")
-    found = labelled_sets(open_images(classes / "photos"), MonitorSettings(), default_size=16)
+    found = labeled_sets(open_images(classes / "photos"), MonitorSettings(), default_size=16)
     assert found is not None
     bank, queries, _ = found
     assert (len(bank), len(queries)) == (18, 2)
@@ -102,15 +102,15 @@ def test_without_val_every_tenth_image_is_classified(classes: Path) -> None:
 
 def test_images_without_classes_are_not_monitored(classes: Path) -> None:
     images = open_images(classes / "val" / "red")
-    assert labelled_sets(images, MonitorSettings(), default_size=16) is None
+    assert labeled_sets(images, MonitorSettings(), default_size=16) is None
     with pytest.raises(ValueError, match="no class folders"):
-        labelled_sets(images, MonitorSettings(path=str(classes / "val")), default_size=16)
+        labeled_sets(images, MonitorSettings(path=str(classes / "val")), default_size=16)
 
 
 def test_other_classes_are_an_error(classes: Path) -> None:
     (classes / "val" / "red").rename(classes / "val" / "blue")
     with pytest.raises(ValueError, match="does not have the class folders"):
-        labelled_sets(open_images(classes / "train"), MonitorSettings(path=str(classes / "val")), default_size=16)
+        labeled_sets(open_images(classes / "train"), MonitorSettings(path=str(classes / "val")), default_size=16)
 
 
 def test_pca_colours_are_scikit_learns_components_with_fixed_signs() -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import datasets as hf
 from skipless.datasets.images import UnreadableImage
-from skipless.datasets.labels.classes import LabelledSet, arrays, cifar, class_folders, hugging_face
+from skipless.datasets.labels.classes import LabeledSet, arrays, cifar, class_folders, hugging_face
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -47,7 +47,7 @@ def by_class(images: np.ndarray) -> list[np.ndarray]:
     return [image for label in range(3) for image in images[label::3]]
 
 
-def assert_holds(found: LabelledSet, images: list[np.ndarray], labels: list[int]) -> None:
+def assert_holds(found: LabeledSet, images: list[np.ndarray], labels: list[int]) -> None:
     assert len(found) == len(found.places) == len(images)
     assert found.labels.dtype == np.int64
     assert found.labels.tolist() == labels
@@ -188,7 +188,7 @@ def test_altered_and_missing_cifar_is_refused(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint64])
-def test_arrays_in_colour(tmp_path: Path, dtype: type) -> None:
+def test_arrays_in_color(tmp_path: Path, dtype: type) -> None:
     images = pictures(4)
     np.savez(tmp_path / "val.npz", images=images, labels=np.array([2, 0, 2, 1], dtype))
     found = arrays(tmp_path, "val")
@@ -198,11 +198,11 @@ def test_arrays_in_colour(tmp_path: Path, dtype: type) -> None:
 
 
 def test_grey_arrays_with_named_classes(tmp_path: Path) -> None:
-    grey = pictures(2)[..., 0]
-    np.savez_compressed(tmp_path / "val.npz", images=grey, labels=[1, 0], classes=["cat", "dog", "none of these"])
+    gray = pictures(2)[..., 0]
+    np.savez_compressed(tmp_path / "val.npz", images=gray, labels=[1, 0], classes=["cat", "dog", "none of these"])
     found = arrays(tmp_path, "val")
     assert found.classes == ("cat", "dog", "none of these")
-    assert_holds(found, [np.stack([image] * 3, axis=2) for image in grey], [1, 0])
+    assert_holds(found, [np.stack([image] * 3, axis=2) for image in gray], [1, 0])
 
 
 def test_arrays_of_other_content_have_another_identity(tmp_path: Path) -> None:
@@ -398,7 +398,7 @@ def test_without_the_package_a_sentence_says_what_to_install(
 
 
 @pytest.fixture(params=["folder", "zip", "cifar", "arrays", "huggingface"])
-def labelled(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LabelledSet:
+def labeled(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LabeledSet:
     """Six images or more."""
     images = pictures(6)
     if request.param == "cifar":
@@ -418,7 +418,7 @@ def labelled(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
 
 
 class Reads(Dataset):
-    def __init__(self, images: LabelledSet):
+    def __init__(self, images: LabeledSet):
         self.images = images
 
     def __len__(self) -> int:
@@ -428,26 +428,26 @@ class Reads(Dataset):
         return self.images.read(index)
 
 
-def test_other_processes_can_read(labelled: LabelledSet) -> None:
+def test_other_processes_can_read(labeled: LabeledSet) -> None:
     """By a copy that was pickled, too, as on systems where processes are not forked; also a part of a set."""
-    expected = [labelled.read(row) for row in (5, 0, 3)]
-    copy = pickle.loads(pickle.dumps(labelled.take(np.array([5, 0, 3]))))
+    expected = [labeled.read(row) for row in (5, 0, 3)]
+    copy = pickle.loads(pickle.dumps(labeled.take(np.array([5, 0, 3]))))
     loader = DataLoader(Reads(copy), batch_size=None, num_workers=2, collate_fn=None)
     for found in ([copy.read(row) for row in range(3)], list(loader)):
         assert len(found) == 3
         for image, own in zip(found, expected, strict=True):
             np.testing.assert_array_equal(image, own)
-    assert copy.labels.tolist() == [labelled.labels[row] for row in (5, 0, 3)]
+    assert copy.labels.tolist() == [labeled.labels[row] for row in (5, 0, 3)]
 
 
-def test_a_part_of_a_set_is_another_set(labelled: LabelledSet) -> None:
-    some, others = labelled.take(np.array([4, 1])), labelled.take(np.array([1, 4]))
+def test_a_part_of_a_set_is_another_set(labeled: LabeledSet) -> None:
+    some, others = labeled.take(np.array([4, 1])), labeled.take(np.array([1, 4]))
     assert len(some) == 2
-    assert [some.places[0], some.places[1]] == [labelled.places[4], labelled.places[1]]
-    assert (some.name, some.split, some.classes) == (labelled.name, labelled.split, labelled.classes)
-    np.testing.assert_array_equal(some.take(np.array([1])).read(0), labelled.read(1))
-    identities = [labelled.identity, some.identity, others.identity, some.take(np.array([1])).identity]
-    if labelled.identity is None:
+    assert [some.places[0], some.places[1]] == [labeled.places[4], labeled.places[1]]
+    assert (some.name, some.split, some.classes) == (labeled.name, labeled.split, labeled.classes)
+    np.testing.assert_array_equal(some.take(np.array([1])).read(0), labeled.read(1))
+    identities = [labeled.identity, some.identity, others.identity, some.take(np.array([1])).identity]
+    if labeled.identity is None:
         assert identities == [None] * 4
     else:
         assert len({*identities, None}) == 5

@@ -21,7 +21,7 @@ from skipless.datasets.labels.coco import coco_stuff
 from skipless.datasets.labels.masks import (
     VOID,
     SegmentationSet,
-    distinct_colours,
+    distinct_colors,
     label_table,
     read_names,
     read_stored,
@@ -59,9 +59,9 @@ def save_list(path: Path, names: list[str]) -> None:
 def one_image(tmp_path: Path, labels: np.ndarray | None = None) -> SegmentationSet:
     """A set of one image, tmp_path/a.jpg, and one mask, tmp_path/a.png, of two classes."""
     labels = label_table(0, 2, void=[VOID]) if labels is None else labels
-    colours = distinct_colours(2)
+    colors = distinct_colors(2)
     return SegmentationSet(
-        "toy", "all", ("a",), (tmp_path / "a.jpg",), (tmp_path / "a.png",), ("x", "y"), colours, labels
+        "toy", "all", ("a",), (tmp_path / "a.jpg",), (tmp_path / "a.png",), ("x", "y"), colors, labels
     )
 
 
@@ -95,16 +95,16 @@ def test_a_transparent_palette_entry_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("picture", "kind"),
     [
-        (np.zeros((4, 6), np.uint16), "16-bit grey"),
+        (np.zeros((4, 6), np.uint16), "16-bit gray"),
         (np.zeros((4, 6, 3), np.uint8), "8-bit RGB"),
         (np.zeros((4, 6, 4), np.uint8), "8-bit RGBA"),
-        (np.zeros((4, 6), bool), "1-bit grey"),
+        (np.zeros((4, 6), bool), "1-bit gray"),
     ],
 )
 def test_other_kinds_of_png_are_refused(tmp_path: Path, picture: np.ndarray, kind: str) -> None:
     Image.fromarray(picture).save(tmp_path / "a.png")
     with pytest.raises(
-        UnreadableImage, match=rf"a\.png: masks must be 8-bit grey or palette PNG .* this one is {kind}$"
+        UnreadableImage, match=rf"a\.png: masks must be 8-bit gray or palette PNG .* this one is {kind}$"
     ):
         read_values(tmp_path / "a.png")
 
@@ -216,8 +216,8 @@ def test_missing_files_are_counted_and_the_first_is_named(tmp_path: Path) -> Non
         save_image(path)
 
     def opened() -> SegmentationSet:
-        colours = distinct_colours(2)
-        return SegmentationSet("toy", "all", names, images, masks, ("x", "y"), colours, label_table(0, 2))
+        colors = distinct_colors(2)
+        return SegmentationSet("toy", "all", names, images, masks, ("x", "y"), colors, label_table(0, 2))
 
     with pytest.raises(FileNotFoundError, match=r"masks.a\.png: no such mask \(3 of 3 mask files are missing\)"):
         opened()
@@ -263,12 +263,12 @@ def test_lists_of_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [27, 171])
-def test_colours_are_distinct_and_not_those_of_voc(count: int) -> None:
-    colours = distinct_colours(count).astype(int)
-    assert colours.shape == (count, 3)
-    apart = np.abs(colours[:, None] - colours).max(axis=2)
+def test_colors_are_distinct_and_not_those_of_voc(count: int) -> None:
+    colors = distinct_colors(count).astype(int)
+    assert colors.shape == (count, 3)
+    apart = np.abs(colors[:, None] - colors).max(axis=2)
     assert apart[~np.eye(count, dtype=bool)].min() >= 51
-    assert not {tuple(colour) for colour in colours.tolist()} & {tuple(colour) for colour in voc_palette().tolist()}
+    assert not {tuple(color) for color in colors.tolist()} & {tuple(color) for color in voc_palette().tolist()}
 
 
 # PASCAL VOC and scenes ------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_voc_from_any_of_its_folders(tmp_path: Path) -> None:
     assert train.classes[0] == "background"
     assert (train.classes[1], train.classes[15], train.classes[20]) == ("aeroplane", "person", "tvmonitor")
     # As the devkit shows them.
-    assert train.colours[[0, 1, 2, 15, 20]].tolist() == [
+    assert train.colors[[0, 1, 2, 15, 20]].tolist() == [
         [0, 0, 0],
         [128, 0, 0],
         [0, 128, 0],
@@ -357,7 +357,7 @@ def test_scenes_have_their_own_classes(tmp_path: Path) -> None:
     for place in (root, root / "VOCdevkit"):
         found = scenes_segmentation(place, "trainval")
     assert found.classes == ("background", *names)
-    assert len(found.colours) == len(found.classes)
+    assert len(found.colors) == len(found.classes)
     assert len(found) == 7
     for index in range(7):
         image, mask = found.read(index)
@@ -434,7 +434,7 @@ def test_the_27_coarse_classes(tmp_path: Path) -> None:
     assert things.index("person") == 9
     assert things.index("vehicle") == 11
     assert (stuff[0], stuff[-1], len(stuff)) == ("ceiling", "water", 15)
-    assert found.colours.shape == (27, 3)
+    assert found.colors.shape == (27, 3)
 
 
 def test_the_171_classes(tmp_path: Path) -> None:
@@ -510,17 +510,17 @@ def test_ade20k(tmp_path: Path) -> None:
         150: "flag",
     }
     assert {label: val.classes[label - 1] for label in published} == published
-    assert val.colours.shape == (150, 3)
-    assert val.colours[[0, 1, 2, 12, 149]].tolist() == [
+    assert val.colors.shape == (150, 3)
+    assert val.colors[[0, 1, 2, 12, 149]].tolist() == [
         [120] * 3,
         [180, 120, 120],
         [6, 230, 230],
         [150, 5, 61],
         [92, 0, 255],
     ]
-    # The published table has one colour twice.
-    counts = Counter(tuple(colour) for colour in val.colours.tolist())
-    assert {colour: count for colour, count in counts.items() if count > 1} == {(140, 140, 140): 2}
+    # The published table has one color twice.
+    counts = Counter(tuple(color) for color in val.colors.tolist())
+    assert {color: count for color, count in counts.items() if count > 1} == {(140, 140, 140): 2}
 
 
 def test_ade20k_values_beyond_the_classes_are_refused(tmp_path: Path) -> None:
@@ -564,15 +564,15 @@ def test_unknown_splits(tmp_path: Path, opened: Callable[[Path, str], Segmentati
 def test_real_voc_masks_are_their_palette_indices() -> None:
     root = Path(DATA or "", "VOCdevkit")
     found = voc_segmentation(root, "val")
-    # Independently: the colour that the file shows, looked up in VOC's colour map.
-    label_of = {tuple(colour): label for label, colour in enumerate(found.colours.tolist())} | {(224, 224, 192): VOID}
+    # Independently: the color that the file shows, looked up in VOC's color map.
+    label_of = {tuple(color): label for label, color in enumerate(found.colors.tolist())} | {(224, 224, 192): VOID}
     seen = set()
     for index in range(0, len(found), 12):
         image, mask = found.read(index)
         with Image.open(found.masks[index]) as stored:
             shown = np.asarray(stored.convert("RGB"))
         pairs = np.unique(np.concatenate([shown.reshape(-1, 3), mask.reshape(-1, 1)], axis=1), axis=0)
-        assert all(label_of[tuple(colour)] == label for *colour, label in pairs.tolist())
+        assert all(label_of[tuple(color)] == label for *color, label in pairs.tolist())
         assert image.shape == (*mask.shape, 3)
         seen |= set(pairs[:, 3].tolist())
     assert {0, 255} < seen <= {*range(21), 255}

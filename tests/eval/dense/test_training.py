@@ -495,8 +495,8 @@ def test_finished_evaluation_leaves_the_heads_alone(data: SegmentationSet, tmp_p
     assert outcome.predictions[2].shape == (32, 48)
 
 
-def test_training_takes_the_means_over_labelled_pixels_of_the_batch(data: SegmentationSet) -> None:
-    """One step of plain SGD from zero: bias gets lr * (share of its class among labelled pixels - 1/21), and the
+def test_training_takes_the_means_over_labeled_pixels_of_the_batch(data: SegmentationSet) -> None:
+    """One step of plain SGD from zero: bias gets lr * (share of its class among labeled pixels - 1/21), and the
     square protocol compares on its raster."""
     settings = TrainingSettings(
         HeadSettings(batch_norm=False),
