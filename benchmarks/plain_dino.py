@@ -26,7 +26,7 @@ def plain_attention(block: Block, x: Tensor) -> Tensor:
 
 def plain_tokens(backbone: VisionTransformer, images: Tensor) -> Tensor:
     """Final-normed tokens [B, 1 + N, D] of images of one size."""
-    x = backbone._embed(images)
+    x = backbone.embed(images)
     for block in backbone.blocks:
         assert isinstance(block, Block)
         branch = plain_attention(block, block.norm1(x))

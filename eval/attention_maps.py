@@ -78,25 +78,16 @@ def cls_attention(backbone: Backbone, images: Tensor, blocks: Sequence[int] = (-
     model = backbone.model
     numbers = [range(model.depth)[block] for block in blocks]
     b, grid = len(images), (images.shape[2] // model.patch, images.shape[3] // model.patch)
-    normed: dict[int, Tensor] = {}
-    hooks = [
-        model.blocks[number].norm1.register_forward_hook(  # type: ignore[union-attr]
-            lambda _module, _inputs, output, number=number: normed.update({number: output})
-        )
-        for number in set(numbers)
-    ]
-    try:
-        model([images])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = {}
-    for number, x in normed.items():
-        q, k, _ = model.blocks[number].attn.split(x)  # type: ignore[operator]
+    attention = {}
+    walk = zip(range(max(numbers) + 1), model.walk(model.embed(images)), strict=False)
+    for number, (block, before, _) in walk:
+        if number not in numbers:
+            continue
+        q, k, _ = block.attn.split(block.norm1(before).flatten(0, 1))
         q, k = (y.unflatten(0, (b, -1)).transpose(1, 2).float() for y in (q, k))  # [B, heads, tokens, d_h]
         weights = (q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5).softmax(-1)[:, :, 0]
-        found[number] = ClsAttention(weights[..., 1 + model.registers :].unflatten(-1, grid), weights[..., 0])
-    return [found[number] for number in numbers]
+        attention[number] = ClsAttention(weights[..., 1 + model.registers :].unflatten(-1, grid), weights[..., 0])
+    return [attention[number] for number in numbers]
 
 
 def draw_attention(settings: Settings) -> Path:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skipless.ssl.model.statistics import PRECISION, scaled_output, walk_blocks
+from skipless.ssl.model.statistics import PRECISION, branch_inputs, scaled_output
 from skipless.ssl.model.vit import Block, VisionTransformer
 
 # What counts as a small singular value, as a part of the largest.
@@ -56,17 +56,18 @@ def jacobian_conditioning(
     model = copy.deepcopy(model).double().eval()
     model.attention = "sdpa"  # xformers has no float64
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, list[float]] = {}
-    for block, tokens in walk_blocks(model, images.double()):
-        pooled = tokens.mlp.flatten(0, 1)
+    measures: dict[str, list[float]] = {}
+    for block, tokens, _ in model.walk(model.embed(images.double())):
+        attention_inputs, mlp_inputs = branch_inputs(block, tokens)
+        pooled = mlp_inputs.flatten(0, 1)
         drawn = pooled[torch.randperm(len(pooled), generator=generator)[:mlp_tokens].to(pooled.device)]
         for suffix, skip in (("", False), ("_skip", True)) if block.residual else (("", False),):
-            attention = [attention_singular_values(block, image, skip, steps, seed) for image in tokens.attention]
+            attention = [attention_singular_values(block, image, skip, steps, seed) for image in attention_inputs]
             for name, several in (("attention", attention), ("mlp", [mlp_singular_values(block, drawn, skip)])):
                 for key, value in _summary(several).items():
-                    found.setdefault(f"{name}{suffix}_{key}", []).append(value)
+                    measures.setdefault(f"{name}{suffix}_{key}", []).append(value)
         done()
-    return found
+    return measures
 
 
 @dataclass(frozen=True)

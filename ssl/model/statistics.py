@@ -7,13 +7,10 @@ compares models is eval/conditioning.py; what the measures mean is in docs/condi
 
 import copy
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from skipless.ssl.model.attention import choose_backend
 from skipless.ssl.model.vit import Block, LayerScale, VisionTransformer
 
 # A singular value below this part of the largest cannot be told from zero in float64.
@@ -160,33 +157,15 @@ def scaled_output(weight: Tensor, scale: torch.nn.Module) -> Tensor:
 # --- all blocks
 
 
-class BlockTokens(NamedTuple):
-    """What goes through one block, [B, N, D] each; N counts CLS, registers and patches."""
-
-    attention: Tensor  # the attention's normalised input
-    mlp: Tensor  # the MLP's normalised input
-    output: Tensor  # the block's output
-
-
-def walk_blocks(model: VisionTransformer, images: Tensor) -> Iterator[tuple[Block, BlockTokens]]:
-    """The blocks of a model with what goes through them, in order.
+def branch_inputs(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What a block's attention and its MLP get, normalized: [B, N, D] each.
 
     Args:
-        images: normalised, [B, 3, H, W], in the dtype and on the device of the model.
+        tokens: what enters the block, [B, N, D].
     """
-    backend, _ = choose_backend(images.device, model.attention)
-    x = model._embed(images)
-    b, n, _ = x.shape
-    x = x.flatten(0, 1)
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        attention_input = block.norm1(x)
-        branch = block.ls1(block.attn(attention_input, ((b, n),), backend))
-        x = x + branch if block.residual else branch
-        mlp_input = block.norm2(x)
-        branch = block.ls2(block.mlp(mlp_input))
-        x = x + branch if block.residual else branch
-        yield block, BlockTokens(*(t.unflatten(0, (b, n)) for t in (attention_input, mlp_input, x)))
+    groups = ((tokens.shape[0], tokens.shape[1]),)
+    attended = block.attend(tokens.flatten(0, 1), groups, "sdpa")
+    return block.norm1(tokens), block.norm2(attended).unflatten(0, groups[0])
 
 
 @torch.inference_mode()
@@ -203,11 +182,11 @@ def cheap_conditioning(model: VisionTransformer, images: Tensor) -> dict[str, li
         "mean_share", "effective_rank": of the patch tokens after the block, mean over the images;
         "kurtosis": of all tokens after the block, mean over the images.
     """
-    found: dict[str, list[float]] = {}
-    for block, tokens in walk_blocks(model, images):
-        logits = attention_logits(block, tokens.attention)
+    measures: dict[str, list[float]] = {}
+    for block, before, after in model.walk(model.embed(images)):
+        logits = attention_logits(block, block.norm1(before))
         maps = logits.softmax(-1)
-        patches = tokens.output[:, 1 + model.registers :]
+        patches = after[:, 1 + model.registers :]
         values = value_output_singular_values(block)
         numbers = {
             "attention_entropy": attention_entropy(maps),
@@ -219,11 +198,11 @@ def cheap_conditioning(model: VisionTransformer, images: Tensor) -> dict[str, li
             "value_output_condition": values[0] / values[-1].clamp_min(PRECISION * values[0]),
             "mean_share": mean_share(patches),
             "effective_rank": effective_rank(patches),
-            "kurtosis": excess_kurtosis(tokens.output),
+            "kurtosis": excess_kurtosis(after),
         }
         for name, value in numbers.items():
-            found.setdefault(name, []).append(value.mean().item())
-    return found
+            measures.setdefault(name, []).append(value.mean().item())
+    return measures
 
 
 def gradient_norms(model: VisionTransformer, images: Tensor, seed: int = 0) -> dict[str, list[float]]:
@@ -244,24 +223,23 @@ def gradient_norms(model: VisionTransformer, images: Tensor, seed: int = 0) -> d
     """
     model = copy.deepcopy(model).double().eval().requires_grad_(False)
     model.blocks.requires_grad_(True)
-    direction: Tensor | None = None
+    model.attention = "sdpa"  # xformers has no float64
     parameters = [list(block.parameters()) for block in model.blocks]
-    of_parameters, of_tokens = torch.zeros(2, model.depth, dtype=torch.float64).unbind()
+    parameter_gradient, token_gradient = torch.zeros(2, model.depth, dtype=torch.float64).unbind()
+    generator = torch.Generator().manual_seed(seed)
+    direction: Tensor | None = None
     for image in images.double().split(1):
-        x = model._embed(image)[0].requires_grad_()
-        inputs = []
-        for block in model.blocks:
-            inputs.append(x)
-            x = block(x, ((1, len(x)),), "sdpa")
+        steps = list(model.walk(model.embed(image).requires_grad_()))
+        inputs, output = [before for _, before, _ in steps], steps[-1][2]
         if direction is None:
-            direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype).to(x.device)
+            direction = torch.randn(output.shape, generator=generator, dtype=output.dtype).to(output.device)
             direction /= direction.norm()
-        value = (model.norm(x) * direction).sum()
+        value = (model.norm(output) * direction).sum()
         gradients = iter(torch.autograd.grad(value, [*inputs, *(p for block in parameters for p in block)]))
-        of_tokens += torch.stack([next(gradients).norm() for _ in inputs]).cpu()
+        token_gradient += torch.stack([next(gradients).norm() for _ in inputs]).cpu()
         squares = [torch.stack([next(gradients).square().sum() for _ in block]).sum() for block in parameters]
-        of_parameters += torch.stack(squares).sqrt().cpu()
+        parameter_gradient += torch.stack(squares).sqrt().cpu()
     return {
-        "parameter_gradient": (of_parameters / len(images)).tolist(),
-        "token_gradient": (of_tokens / len(images)).tolist(),
+        "parameter_gradient": (parameter_gradient / len(images)).tolist(),
+        "token_gradient": (token_gradient / len(images)).tolist(),
     }

@@ -11,7 +11,7 @@ Crops of different sizes go through every token-wise layer as one packed sequenc
 one crop ends and the next begins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -108,11 +108,16 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(self, x: Tensor, groups: Groups, backend: Literal["xformers", "sdpa"]) -> Tensor:
-        if not self.residual:
-            x = self.attn(self.norm1(x), groups, backend)
-            return self.mlp(self.norm2(x))
-        x = x + self._drop(self.ls1(self.attn(self.norm1(x), groups, backend)), groups)
-        return x + self._drop(self.ls2(self.mlp(self.norm2(x))), groups)
+        x = self.attend(x, groups, backend)
+        return self._join(x, self.ls2(self.mlp(self.norm2(x))), groups)
+
+    def attend(self, x: Tensor, groups: Groups, backend: Literal["xformers", "sdpa"]) -> Tensor:
+        """The first half of a block, [T, D] -> [T, D]: what its MLP gets, before `norm2`."""
+        return self._join(x, self.ls1(self.attn(self.norm1(x), groups, backend)), groups)
+
+    def _join(self, x: Tensor, branch: Tensor, groups: Groups) -> Tensor:
+        """The one difference between the two kinds of models."""
+        return x + self._drop(branch, groups) if self.residual else branch
 
     def _drop(self, x: Tensor, groups: Groups) -> Tensor:
         """Stochastic depth (arXiv 1603.09382): a whole crop's branch is dropped, the others are scaled up."""
@@ -222,8 +227,12 @@ class VisionTransformer(nn.Module):
         grid = F.interpolate(grid, mode="bicubic", antialias=self.position_antialias, **size)
         return grid[0].flatten(1).T.to(patches.dtype)
 
-    def _embed(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> tokens [B, 1 + R + h * w, D]: CLS, registers, patches."""
+    def embed(self, images: Tensor) -> Tensor:
+        """What the first block gets: [B, 3, H, W] -> tokens [B, 1 + R + h * w, D]: CLS, registers, patches.
+
+        Raises:
+            ValueError: a height or width that is no multiple of the patch.
+        """
         b, _, height, width = images.shape
         if height % self.patch or width % self.patch or not height or not width:
             raise ValueError(
@@ -255,7 +264,7 @@ class VisionTransformer(nn.Module):
         if isinstance(crops, Tensor):
             raise TypeError("forward takes a list of batches, one for each crop size: model([images])")
         backend, _ = choose_backend(crops[0].device, self.attention)
-        embedded = [self._embed(images) for images in crops]
+        embedded = [self.embed(images) for images in crops]
         groups = tuple((t.shape[0], t.shape[1]) for t in embedded)
         x = torch.cat([t.flatten(0, 1) for t in embedded])
         again: dict[str, Any] = {} if x.is_cuda else {"context_fn": for_checkpoint}
@@ -290,26 +299,36 @@ class VisionTransformer(nn.Module):
         for wanted in blocks:
             if not -self.depth <= wanted < self.depth:
                 raise ValueError(f"block {wanted} does not exist: this model has blocks 0 to {self.depth - 1}")
-        wanted_blocks = [b % self.depth for b in blocks]
-        backend, _ = choose_backend(images.device, self.attention)
-        x = self._embed(images)
-        groups = ((x.shape[0], x.shape[1]),)
+        numbers = [number % self.depth for number in blocks]
         grid = (images.shape[2] // self.patch, images.shape[3] // self.patch)
-        x = x.flatten(0, 1)
-        found: dict[int, BlockFeatures] = {}
-        for number, block in enumerate(self.blocks[: max(wanted_blocks, default=-1) + 1]):
-            assert isinstance(block, Block)
-            if number in wanted_blocks and kind != "tokens":
-                q, k, v = block.attn.split(block.norm1(x))
-                found[number] = self._grid({"queries": q, "keys": k, "values": v}[kind].flatten(1), groups, grid)
-            x = block(x, groups, backend)
-            if number in wanted_blocks and kind == "tokens":
-                found[number] = self._grid(self.norm(x) if norm else x, groups, grid)
-        return [found[number] for number in wanted_blocks]
+        features: dict[int, BlockFeatures] = {}
+        walk = zip(range(max(numbers, default=-1) + 1), self.walk(self.embed(images)), strict=False)
+        for number, (block, before, after) in walk:
+            if number not in numbers:
+                continue
+            if kind == "tokens":
+                tokens = self.norm(after) if norm else after
+            else:
+                q, k, v = block.attn.split(block.norm1(before).flatten(0, 1))
+                tokens = {"queries": q, "keys": k, "values": v}[kind].flatten(1).view_as(before)
+            features[number] = BlockFeatures(tokens[:, 1 + self.registers :].unflatten(1, grid), tokens[:, 0])
+        return [features[number] for number in numbers]
 
-    def _grid(self, x: Tensor, groups: Groups, grid: tuple[int, int]) -> BlockFeatures:
-        tokens = x.unflatten(0, groups[0])
-        return BlockFeatures(tokens[:, 1 + self.registers :].unflatten(1, grid), tokens[:, 0])
+    def walk(self, tokens: Tensor) -> Iterator[tuple[Block, Tensor, Tensor]]:
+        """The blocks in order, each computed when it is asked for.
+
+        Args:
+            tokens: [B, N, D], as `embed` gives them.
+
+        Yields:
+            The block, and the tokens [B, N, D] that enter and leave it.
+        """
+        backend, _ = choose_backend(tokens.device, self.attention)
+        groups = ((tokens.shape[0], tokens.shape[1]),)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            before, tokens = tokens, block(tokens.flatten(0, 1), groups, backend).unflatten(0, groups[0])
+            yield block, before, tokens
 
 
 def vit_tiny(patch: int = 16, residual: bool = True, **kwargs: Any) -> VisionTransformer:

@@ -54,7 +54,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def attention_by_hand(model: VisionTransformer, images: Tensor, number: int) -> Tensor:
     """softmax(q k^T / sqrt(d)) of one block, all tokens: [B, heads, T, T], head by head."""
-    x = model._embed(images)
+    x = model.embed(images)
     groups = ((x.shape[0], x.shape[1]),)
     for block in model.blocks[:number]:
         x = block(x.flatten(0, 1), groups, "sdpa").unflatten(0, groups[0])

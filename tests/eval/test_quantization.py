@@ -115,7 +115,7 @@ def test_errors_and_kurtosis_of_a_layer_are_those_of_numpy_and_scipy(backbone: B
     largest = largest_inputs(backbone, x)
     errors = layer_errors(backbone, x, largest)
     block = backbone.model.blocks[0]
-    tokens = backbone.model._embed(x)
+    tokens = backbone.model.embed(x)
     fed = block.norm1(tokens).detach().numpy()  # type: ignore[operator]
     expected = np.mean([scipy.stats.kurtosis(one, axis=None) for one in fed.astype(np.float64)])
     assert errors["layers"][0]["kurtosis attn.qkv"] == pytest.approx(expected, rel=1e-5)

@@ -310,7 +310,7 @@ def attention_of_block_0(backbone: VisionTransformer, images: Tensor) -> Tensor:
     """[B, heads, tokens, tokens]"""
     block = backbone.blocks[0]
     assert isinstance(block, Block)
-    tokens = backbone._embed(images)
+    tokens = backbone.embed(images)
     q, k, _ = block.attn.split(block.norm1(tokens.flatten(0, 1)))
     q, k = (x.unflatten(0, tokens.shape[:2]).transpose(1, 2) for x in (q, k))
     return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)

@@ -124,7 +124,7 @@ def test_tokens_of_whitened_patches_differ_in_more_directions() -> None:
     model = VisionTransformer(32, 1, 2, patch=4, residual=False, image_size=32)
 
     def participation() -> float:
-        tokens = model._embed(images)[:, 1:].flatten(0, 1)
+        tokens = model.embed(images)[:, 1:].flatten(0, 1)
         variances = torch.linalg.svdvals(tokens - tokens.mean(0)) ** 2
         return (variances.sum() ** 2 / variances.square().sum()).item()
 

@@ -34,6 +34,7 @@ from skipless.ssl.model.initialization import PRESETS, skipless_init_
 from skipless.ssl.model.statistics import (
     attention_entropy,
     attention_logits,
+    branch_inputs,
     cheap_conditioning,
     diagonal_gap,
     diagonal_margin,
@@ -42,7 +43,6 @@ from skipless.ssl.model.statistics import (
     gradient_norms,
     token_statistics,
     value_output_singular_values,
-    walk_blocks,
 )
 from skipless.ssl.model.vit import Block, VisionTransformer
 from skipless.ssl.run.checkpoints import export_backbone
@@ -355,14 +355,19 @@ def test_kurtosis_is_scipys() -> None:
 def test_walk_goes_the_way_of_the_model(arguments: dict[str, object]) -> None:
     model = small_model(**arguments)  # type: ignore[arg-type]
     images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
-    walked = list(walk_blocks(model, images))
-    for (block, tokens), features in zip(walked, model.features(images, range(2), norm=False), strict=True):
-        torch.testing.assert_close(tokens.output[:, 1 + model.registers :], features.patches.flatten(1, 2))
-        branch = block.ls2(block.mlp(tokens.mlp))
-        if not block.residual:
-            torch.testing.assert_close(tokens.output, branch)
-    torch.testing.assert_close(walked[1][1].attention, walked[1][0].norm1(walked[0][1].output))
-    torch.testing.assert_close(model.norm(walked[1][1].output), model([images])[0])
+    tokens = model.embed(images)
+    for block, before, after in model.walk(tokens):
+        torch.testing.assert_close(before, tokens, rtol=0, atol=0)
+        attention_inputs, mlp_inputs = branch_inputs(block, before)
+        torch.testing.assert_close(attention_inputs, block.norm1(before))
+        groups = ((2, before.shape[1]),)
+        branch = block.ls1(block.attn(attention_inputs.flatten(0, 1), groups, "sdpa")).view_as(before)
+        attended = before + branch if block.residual else branch
+        torch.testing.assert_close(mlp_inputs, block.norm2(attended))
+        branch = block.ls2(block.mlp(mlp_inputs))
+        torch.testing.assert_close(after, attended + branch if block.residual else branch)
+        tokens = after
+    torch.testing.assert_close(model.norm(tokens), model([images])[0])
 
 
 def test_cheap_measures_are_averages_over_images() -> None:
@@ -372,7 +377,7 @@ def test_cheap_measures_are_averages_over_images() -> None:
     assert all(len(values) == 2 and all(map(math.isfinite, values)) for values in found.values())
     for name, values in token_statistics(model, images).items():
         assert found[name] == pytest.approx(values)
-    outputs = [tokens.output for _, tokens in walk_blocks(model, images)]
+    outputs = [after for _, _, after in model.walk(model.embed(images))]
     kurtosis = [scipy.stats.kurtosis(x.flatten(1).numpy(), axis=1).mean() for x in outputs]
     assert found["kurtosis"] == pytest.approx(kurtosis)
     assert found["value_output_condition"] == pytest.approx([1, 1], abs=1e-5)
@@ -413,10 +418,12 @@ def test_jacobians_of_all_blocks() -> None:
     found = jacobian_conditioning(model, images, mlp_tokens=20, done=lambda: blocks.append(1))
     assert len(blocks) == 2
     assert next(model.parameters()).dtype == torch.float32
-    for number, (block, tokens) in enumerate(walk_blocks(model.double(), images.double())):
+    model, images = model.double(), images.double()
+    for number, (block, before, _) in enumerate(model.walk(model.embed(images))):
+        attention_inputs, mlp_inputs = branch_inputs(block, before)
         for name, skip in (("attention", False), ("attention_skip", True)):
             ends = []
-            for image in tokens.attention:
+            for image in attention_inputs:
                 matrix = branch_jacobian(block, image, "attention") + skip * np.eye(image.numel())
                 values = np.linalg.svd(matrix, compute_uv=False)
                 ends.append((values[0], values[-1]))
@@ -424,10 +431,10 @@ def test_jacobians_of_all_blocks() -> None:
             assert found[f"{name}_largest"][number] == pytest.approx(largest)
             assert found[f"{name}_smallest"][number] == pytest.approx(smallest, rel=1e-3)
             assert found[f"{name}_condition"][number] == pytest.approx(largest / smallest, rel=1e-3)
-        exact = np.linalg.svd(branch_jacobian(block, tokens.mlp.flatten(0, 1), "mlp"), compute_uv=False)
+        exact = np.linalg.svd(branch_jacobian(block, mlp_inputs.flatten(0, 1), "mlp"), compute_uv=False)
         assert found["mlp_smallest"][number] == pytest.approx(exact[-1], rel=1e-6)  # all 20 tokens were drawn
         assert found["mlp_largest"][number] == pytest.approx(exact[0])
-    assert not any("skip" in name for name in jacobian_conditioning(small_model(preset="small"), images, 2))
+    assert not any("skip" in name for name in jacobian_conditioning(small_model(preset="small"), images.float(), 2))
 
 
 # --- the command
@@ -457,7 +464,7 @@ def test_command_compares_trained_models(photos: Path, runs: tuple[Path, Path], 
     out = tmp_path / "out" / "found"
     words = ["--images", photos, "--ckpt", runs[0], runs[1] / "backbone.safetensors", "--out", out]
     words += ["--count", "3", "--jacobian-images", "2", "--seed", "3"]
-    script = ROOT / "ssl" / "conditioning_report.py"
+    script = ROOT / "eval" / "conditioning.py"
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(Path(f"{out}.json").read_text())
