@@ -3,7 +3,7 @@
     python eval/similarity.py --ckpt runs/photos --image photo.jpg --points 120,80 300,200 --out similarity.png
     python eval/similarity.py --ckpt runs/photos --image photo.jpg --points 120,80 --blocks 3,6,9,12 --out blocks.pdf
 
-Points are x,y in pixels of the image, from its top left corner. Rows are points, columns blocks; colours run from the
+Points are x,y in pixels of the image, from its top left corner. Rows are points, columns blocks; colors run from the
 smallest similarity in a map to 1, both written below it. The report page (eval/report.py) has the same for pointing at.
 """
 
@@ -11,17 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-
 from skipless.common import cli, distributed
 from skipless.eval.backbones import Weights, choose_blocks, load_backbone
 from skipless.eval.figures.pictures import check_out, patch_features, pick_images, save_figure
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-matplotlib.rcParams["svg.hashsalt"] = "skipless"
+from skipless.eval.figures.similarity import draw_similarity
 
 
 @dataclass
@@ -33,7 +26,7 @@ class Settings:
     image: str
     """An image file."""
     points: tuple[str, ...] = ()
-    """Points x,y in pixels of the image, as in 120,80 300,200; by default its centre."""
+    """Points x,y in pixels of the image, as in 120,80 300,200; by default its center."""
     out: str = "similarity.png"
     """The figure: .png, .pdf or .svg."""
     blocks: str = "last"
@@ -50,65 +43,27 @@ class Settings:
             raise ValueError("size must be 1 or more")
 
 
-def patch_similarity(features: np.ndarray, row: int, column: int) -> np.ndarray:
-    """Cosine similarity of one patch to all patches of its image.
-
-    Args:
-        features: [h, w, D].
-        row, column: of the patch, from 0.
-
-    Returns:
-        float64 [h, w] in [-1, 1], 1 at the patch itself; 0 where either has no features.
-
-    Raises:
-        IndexError: a patch outside of the grid.
-    """
-    if not (0 <= row < features.shape[0] and 0 <= column < features.shape[1]):
-        raise IndexError(f"patch {row}, {column} lies outside of {features.shape[0]} x {features.shape[1]} patches")
-    lengths = np.linalg.norm(features.astype(np.float64), axis=-1, keepdims=True)
-    directions = features / np.maximum(lengths, 1e-12)
-    return directions @ directions[row, column]
-
-
-def draw_similarity(settings: Settings) -> Path:
-    """Draw the figure that `settings` ask for, and return its path.
+def draw(settings: Settings) -> None:
+    """Write the figure that `settings` ask for.
 
     Raises:
         ValueError, FileNotFoundError: a checkpoint, an image or settings that cannot be used.
     """
     device = distributed.start(settings.device)
     out = check_out(settings.out)
-    if not Path(settings.image).expanduser().is_file():
+    if not Path(settings.image).is_file():
         raise FileNotFoundError(f"{settings.image}: no such image file")
     ((_, picture),) = pick_images(settings.image, 1)
     height, width = picture.shape[:2]
-    points = [_point(word, height, width) for word in settings.points or (f"{width // 2},{height // 2}",)]
+    points = [parse_point(word, height, width) for word in settings.points or (f"{width // 2},{height // 2}",)]
     backbone = load_backbone(settings.ckpt, settings.weights).to(device)
     (blocks,) = choose_blocks(settings.blocks, False, backbone)
     features = patch_features(backbone, picture, settings.size, blocks)
-    h, w, _ = features[0].shape
-    figure, axes = plt.subplots(
-        len(points), 1 + len(blocks),
-        figsize=(2.2 * (1 + len(blocks)), (2.2 * height / width + 0.3) * len(points) + 0.2),
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
-    for number, (line, (x, y)) in enumerate(zip(axes, points, strict=True)):
-        line[0].imshow(picture)
-        for axis, block, of_block in zip(line[1:], blocks, features, strict=True):
-            similar = patch_similarity(of_block, y * h // height, x * w // width)
-            axis.imshow(similar, cmap="viridis", vmax=1, extent=(0, width, height, 0))
-            axis.set_title("" if number else f"block {block + 1}", fontsize=8)
-            axis.set_xlabel(f"{similar.min():.2f} to 1", fontsize=7)
-        for axis in line:
-            axis.plot(x, y, "o", markersize=6, markerfacecolor="none", markeredgecolor="red", markeredgewidth=1.5)
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-    save_figure(figure, out)
-    plt.close(figure)
-    return out
+    save_figure(draw_similarity(picture, points, dict(zip(blocks, features, strict=True))), out)
 
 
-def _point(word: str, height: int, width: int) -> tuple[int, int]:
+def parse_point(word: str, height: int, width: int) -> tuple[int, int]:
+    """x and y of a point "x,y" in an image of that size."""
     try:
         x, y = (int(part) for part in word.split(","))
     except ValueError:
@@ -120,10 +75,6 @@ def _point(word: str, height: int, width: int) -> tuple[int, int]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-
-    def draw(settings: Settings) -> None:
-        print(f"written: {draw_similarity(settings)}")
-
     cli.run(draw, Settings, __doc__, arguments)
 
 

@@ -26,7 +26,7 @@ from skipless.common.pixels import center_crop
 from skipless.datasets.images import open_images
 from skipless.datasets.scenes import write_scenes
 from skipless.eval.backbones import Backbone, load_backbone
-from skipless.eval.pca import pca_colours
+from skipless.eval.figures.pca import pca_colors
 from skipless.eval.report import DiscoveryData, SegmentationData, Settings, make_report
 from skipless.ssl.pretrain import build_model, parse
 from skipless.ssl.run.checkpoints import export_backbone
@@ -143,7 +143,7 @@ def draw_pca(folder: Path, backbones: dict[str, Backbone], path: Path) -> None:
     rows = {"scene": [crop / 255 for crop in crops]}
     for name, backbone in backbones.items():
         (last,) = backbone.features(backbone.normalize(np.stack(crops)))
-        rows[name] = list(pca_colours(last.patches.numpy()))
+        rows[name] = list(pca_colors(last.patches.numpy()))
     figure, axes = plt.subplots(len(rows), PICTURES, figsize=(1.3 * PICTURES, 1.35 * len(rows)), squeeze=False)
     for (name, pictures), line in zip(rows.items(), axes, strict=True):
         line[0].set_ylabel(name)

@@ -1,15 +1,20 @@
-"""What figures of images share: which images, at which size the network sees them, how the file is written."""
+"""Shared by the figures: which images, at which size the network sees them, their grid, and how the file is written."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 
 from skipless.common.files import write_atomically
 from skipless.common.pixels import resample
 from skipless.datasets.images import open_images, read_image
 from skipless.eval.backbones import Backbone
+
+matplotlib.use("Agg")
+matplotlib.rcParams["svg.hashsalt"] = "skipless"  # the same names in the same figure
 
 ENDINGS = (".png", ".pdf", ".svg")
 
@@ -45,26 +50,50 @@ def patch_features(backbone: Backbone, picture: np.ndarray, size: int, blocks: S
     """
     fed = backbone.normalize(fit(picture, size, backbone.patch)[None])
     features = [f.patches[0].float().cpu().numpy() for f in backbone.features(fed, blocks)]
-    for block, of_block in zip(blocks, features, strict=True):
-        if not np.isfinite(of_block).all():
+    for block, grid in zip(blocks, features, strict=True):
+        if not np.isfinite(grid).all():
             raise ValueError(f"features of block {block + 1} of {backbone.path} are NaN or infinite")
     return features
 
 
 def check_out(out: str) -> Path:
     """The path of a figure. Raises ValueError for another ending than .png, .pdf and .svg."""
-    path = Path(out).expanduser()
-    if path.suffix.lower() not in ENDINGS:
+    if Path(out).suffix.lower() not in ENDINGS:
         raise ValueError(f"out is {out}; it must end in {', '.join(ENDINGS)}")
-    return path
+    return Path(out)
 
 
-def save_figure(figure: Any, out: Path) -> None:
-    """Write a matplotlib figure; the same figure is the same file (no date in it, and fixed names in SVG)."""
+def picture_grid(pictures: Sequence[np.ndarray], columns: int, side: float, margin: float) -> tuple[plt.Figure, Any]:
+    """A figure with the pictures [H, W, 3] in its first column, and `columns` empty ones beside it.
+
+    Args:
+        side: width of a column in inches; a row has the proportions of its picture.
+        margin: height of the titles, in inches.
+
+    Returns:
+        The figure and its axes [pictures, 1 + columns].
+    """
+    heights = [picture.shape[0] / picture.shape[1] for picture in pictures]
+    figure, axes = plt.subplots(
+        len(pictures), 1 + columns,
+        figsize=(side * (1 + columns), side * sum(heights) + margin),
+        squeeze=False, gridspec_kw={"height_ratios": heights}, layout="constrained",
+    )  # fmt: skip
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, picture in zip(axes, pictures, strict=True):
+        row[0].imshow(picture)
+    return figure, axes
+
+
+def save_figure(figure: plt.Figure, out: Path) -> None:
+    """Write a figure and close it; the same figure is the same file (no date in it, and fixed names in SVG)."""
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(out.suffix.lower())
     ending = out.suffix[1:].lower()
     write_atomically(out, lambda beside: figure.savefig(beside, dpi=200, format=ending, metadata=metadata))
+    plt.close(figure)
+    print(f"written: {out}")
 
 
 def label_row(axis: Any, text: str) -> None:

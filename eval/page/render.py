@@ -24,9 +24,9 @@ from tqdm import tqdm
 from skipless.common.files import write_text
 from skipless.datasets.images import read_image
 from skipless.eval.backbones import Backbone
+from skipless.eval.figures.pca import align, component_colors, pca_components
 from skipless.eval.figures.pictures import patch_features
 from skipless.eval.page.tables import Table, data_of
-from skipless.eval.pca import align, colours_of, pca_components
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -138,7 +138,7 @@ def looked_at(
                 "error": max(error for of_block in codes for _, error in of_block),
                 "grids": [list(f.shape[:2]) for f in by_block[0]],
                 "pca": [
-                    [_base64((255 * colours).round().astype(np.uint8)) for colours in colours_of(of_block)]
+                    [_base64((255 * colours).round().astype(np.uint8)) for colours in component_colors(of_block)]
                     for of_block in components
                 ],
                 "codes": [[_base64(code) for code, _ in of_block] for of_block in codes],

@@ -9,7 +9,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.decomposition import PCA
 
-from skipless.eval.pca import align, colours_of, foreground_masks, main, pca_components
+from skipless.eval.figures.pca import align, component_colors, foreground_masks, pca_components
+from skipless.eval.pca import main
 from skipless.ssl.model.vit import vit_tiny
 
 
@@ -76,9 +77,9 @@ def test_alignment_undoes_a_rotation_a_mirror_and_a_scale() -> None:
 def test_styles_by_hand() -> None:
     components = [np.array([[[0.0, 0, 0], [1, 10, -1]], [[2, 20, -2], [99, 99, 99]]])]
     inside = [np.array([[True, True], [True, False]])]
-    (scaled,) = colours_of(components, "dinov2", inside, percentile=0)
+    (scaled,) = component_colors(components, "dinov2", inside, percentile=0)
     np.testing.assert_allclose(scaled, [[[0, 0, 1], [0.5, 0.5, 0.5]], [[1, 1, 0], [0, 0, 0]]])
-    (soft,) = colours_of(components, "dinov3", inside)
+    (soft,) = component_colors(components, "dinov3", inside)
     high = 1 / (1 + np.exp(-2 * 1 / np.sqrt(2 / 3)))  # 0, 1 and 2 have a standard deviation of sqrt(2 / 3)
     np.testing.assert_allclose(
         soft, [[[1 - high, 1 - high, high], [0.5, 0.5, 0.5]], [[high, high, 1 - high], [0, 0, 0]]]

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics.pairwise import cosine_similarity
 
-from skipless.eval import similarity as module
 from skipless.eval.backbones import load_backbone
+from skipless.eval.figures import similarity as module
 from skipless.eval.figures.pictures import fit
-from skipless.eval.similarity import main, patch_similarity
+from skipless.eval.figures.similarity import patch_similarity
+from skipless.eval.similarity import main
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.run.checkpoints import export_backbone
 
@@ -203,5 +204,5 @@ def test_help_says_what_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("python eval/similarity.py --ckpt", "--points 120,80 300,200", "pixels of the image", "its centre"):
+    for words in ("python eval/similarity.py --ckpt", "--points 120,80 300,200", "pixels of the image", "its center"):
         assert words in text

@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from skipless.datasets.images import open_images
-from skipless.eval.pca import pca_colours
+from skipless.eval.figures.pca import pca_colors
 from skipless.eval.summarize import summarize, table
 from skipless.ssl.model.statistics import effective_rank, mean_share, token_statistics
 from skipless.ssl.model.vit import VisionTransformer
@@ -113,21 +113,21 @@ def test_other_classes_are_an_error(classes: Path) -> None:
         labeled_sets(open_images(classes / "train"), MonitorSettings(path=str(classes / "val")), default_size=16)
 
 
-def test_pca_colours_are_scikit_learns_components_with_fixed_signs() -> None:
+def test_pca_colors_are_scikit_learns_components_with_fixed_signs() -> None:
     rng = np.random.default_rng(0)
     features = rng.exponential(size=(2, 4, 5, 6)) * [5, 3, 2, 1, 1, 1]
-    colours = pca_colours(features, percentile=0)
+    colours = pca_colors(features, percentile=0)
     components = PCA(3).fit_transform(features.reshape(-1, 6))
     for channel in range(3):
         correlation = np.corrcoef(colours[..., channel].ravel(), components[:, channel])[0, 1]
         assert abs(correlation) == pytest.approx(1, abs=1e-6)
     assert colours.min() == 0
     assert colours.max() == 1
-    np.testing.assert_allclose(pca_colours(features[::-1], percentile=0)[::-1], colours, atol=1e-8)
+    np.testing.assert_allclose(pca_colors(features[::-1], percentile=0)[::-1], colours, atol=1e-8)
     turned = features @ np.linalg.qr(rng.normal(size=(6, 6)))[0]
-    np.testing.assert_allclose(pca_colours(turned, percentile=0), colours, atol=1e-6)
+    np.testing.assert_allclose(pca_colors(turned, percentile=0), colours, atol=1e-6)
     with pytest.raises(ValueError, match="must be finite"):
-        pca_colours(np.full((1, 2, 2, 3), np.nan))
+        pca_colors(np.full((1, 2, 2, 3), np.nan))
 
 
 def test_summary_tells_first_and_last_measurement(tmp_path: Path) -> None:

@@ -1,0 +1,216 @@
+"""PCA of patch features: components, foreground, alignment of two models, colors, and the figure of them."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy.linalg import orthogonal_procrustes
+from sklearn.decomposition import PCA
+
+from skipless.eval.figures.pictures import picture_grid
+
+Foreground = Literal["none", "pca", "mask"]
+Style = Literal["dinov2", "dinov3"]
+
+
+def pca_components(features: list[np.ndarray], weights: list[np.ndarray] | None = None) -> list[np.ndarray]:
+    """The three main components of patches by a PCA over all images together.
+
+    The sign of a principal component is arbitrary, and colors would flip from run to run; here each component is
+    turned so that its distribution is skewed to the right (as in CAPI, arXiv 2502.08769), or where it is symmetric, so
+    that its largest loading is positive.
+
+    Args:
+        features: for each image [h, w, D], D >= 3; finite.
+        weights: for each image bool [h, w]: patches that the PCA is fitted to; by default all.
+
+    Returns:
+        For each image float64 [h, w, 3]: scores, largest variance first.
+
+    Raises:
+        ValueError: features that are not finite, fewer than three channels, or fewer than three patches to fit to.
+    """
+    for f in features:
+        if f.shape[-1] < 3 or not np.isfinite(f).all():
+            raise ValueError(f"features of shape {f.shape} must be finite and [h, w, D] with D >= 3")
+    flat = [f.reshape(-1, f.shape[-1]).astype(np.float64) for f in features]
+    chosen = flat if weights is None else [x[w.ravel()] for x, w in zip(flat, weights, strict=True)]
+    fitted = np.concatenate(chosen)
+    if len(fitted) < 3:
+        raise ValueError(f"a PCA of three components needs three patches or more, and there are {len(fitted)}")
+    pca = PCA(3, svd_solver="covariance_eigh").fit(fitted)
+    scores = pca.transform(fitted)
+    skewness = (scores**3).mean(0) / np.maximum(scores.std(0), 1e-12) ** 3
+    largest = pca.components_[np.arange(3), np.abs(pca.components_).argmax(1)]
+    signs = np.where(np.where(np.abs(skewness) > 1e-6, skewness, largest) < 0, -1, 1)
+    return [(pca.transform(x) * signs).reshape(*f.shape[:2], 3) for x, f in zip(flat, features, strict=True)]
+
+
+def foreground_masks(features: list[np.ndarray]) -> list[np.ndarray]:
+    """Foreground by the first component of a PCA over all images together (DINOv2, arXiv 2304.07193, section 7.5).
+
+    The component is split at Otsu's threshold. The foreground is the side that holds the smaller share of the patches
+    at the images' borders, so it does not depend on the component's sign.
+
+    Returns:
+        For each image bool [h, w].
+    """
+    first = [c[..., 0] for c in pca_components(features)]
+    values = np.concatenate([c.ravel() for c in first])
+    low, high = values.min(), values.max()
+    levels = ((values - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8)
+    level, _ = cv2.threshold(levels[None], 0, 255, cv2.THRESH_OTSU)
+    threshold = low + (level + 0.5) / 255 * (high - low)
+    above = [c > threshold for c in first]
+    border = np.concatenate([np.concatenate([m[0], m[-1], m[1:-1, 0], m[1:-1, -1]]) for m in above])
+    return [~m for m in above] if border.mean() > np.mean(np.concatenate([m.ravel() for m in above])) else above
+
+
+def align(components: list[np.ndarray], reference: list[np.ndarray]) -> list[np.ndarray]:
+    """Components rotated (and mirrored) to match those of another model on the same images: orthogonal Procrustes.
+
+    Args:
+        components, reference: for each image [h, w, 3]; grids may differ between the two.
+
+    Returns:
+        As `components`, scaled to the reference's size.
+    """
+    pairs = zip(components, reference, strict=True)
+    resized = [cv2.resize(c, r.shape[1::-1], interpolation=cv2.INTER_AREA) for c, r in pairs]
+    moved, fixed = (np.concatenate([x.reshape(-1, 3) for x in part]) for part in (resized, reference))
+    moved, fixed = moved - moved.mean(0), fixed - fixed.mean(0)
+    rotation, _ = orthogonal_procrustes(moved, fixed)
+    scale = np.linalg.norm(fixed) / max(float(np.linalg.norm(moved)), 1e-12)
+    return [scale * (c @ rotation) for c in components]
+
+
+def component_colors(
+    components: list[np.ndarray],
+    style: Style = "dinov2",
+    masks: list[np.ndarray] | None = None,
+    percentile: float = 1.0,
+) -> list[np.ndarray]:
+    """Components as colors; black outside of the masks.
+
+    Args:
+        components: for each image [h, w, 3].
+        style: "dinov2" scales each component from a percentile to its counterpart at the top, and clips; "dinov3"
+            whitens and takes sigmoid(2 x).
+        masks: for each image bool [h, w]; scaling looks at patches inside alone.
+
+    Returns:
+        For each image float64 [h, w, 3] in [0, 1].
+    """
+    masks = masks or [np.ones(c.shape[:2], bool) for c in components]
+    inside = np.concatenate([c[m] for c, m in zip(components, masks, strict=True)])
+    if style == "dinov2":
+        low, high = np.percentile(inside, [percentile, 100 - percentile], axis=0)
+        scaled = [((c - low) / np.maximum(high - low, 1e-12)).clip(0, 1) for c in components]
+    else:
+        mean, std = inside.mean(0), np.maximum(inside.std(0), 1e-12)
+        scaled = [1 / (1 + np.exp(-2 * (c - mean) / std)) for c in components]
+    return [s * m[..., None] for s, m in zip(scaled, masks, strict=True)]
+
+
+def pca_colors(features: np.ndarray, percentile: float = 1.0) -> np.ndarray:
+    """Colors of the patches of images of one size: `pca_components` and `component_colors` in one.
+
+    Args:
+        features: [B, h, w, D], at least 3 patches and D >= 3.
+
+    Returns:
+        float64 [B, h, w, 3] in [0, 1].
+
+    Raises:
+        ValueError: see `pca_components`.
+    """
+    return np.stack(component_colors(pca_components(list(features)), percentile=percentile))
+
+
+@dataclass
+class Column:
+    """One column of the figure: all images, by one block of one backbone."""
+
+    title: str
+    components: list[np.ndarray]
+    """For each image [h, w, 3]."""
+    foreground: list[np.ndarray]
+    """For each image bool [h, w]."""
+
+
+def fit_column(
+    title: str,
+    features: list[np.ndarray],
+    foreground: Foreground = "none",
+    masks: list[np.ndarray] | None = None,
+    per_image: bool = False,
+) -> Column:
+    """The components of a column, by one PCA over all images or one for each.
+
+    Args:
+        features: for each image [h, w, D].
+        foreground: which patches it is fitted to: all; those of `foreground_masks`; those inside `masks`.
+        masks: for "mask", for each image uint8 of any size, not 0 where the foreground is.
+
+    Raises:
+        ValueError: fewer than three patches are foreground.
+    """
+    column = Column(title, [], [])
+    for group in image_groups(len(features), per_image):
+        members = [features[i] for i in group]
+        inside = [np.ones(f.shape[:2], bool) for f in members]
+        if foreground == "pca":
+            inside = foreground_masks(members)
+        elif masks is not None:
+            inside = [_mask_at(masks[i], f.shape[0], f.shape[1]) for i, f in zip(group, members, strict=True)]
+        if sum(int(m.sum()) for m in inside) < 3:
+            raise ValueError(f"{title}: fewer than three patches are foreground; use --foreground none")
+        column.components += pca_components(members, inside)
+        column.foreground += inside
+    return column
+
+
+def image_groups(count: int, per_image: bool) -> list[list[int]]:
+    """Images that share a PCA and its colors."""
+    return [[i] for i in range(count)] if per_image else [list(range(count))]
+
+
+def _mask_at(mask: np.ndarray, h: int, w: int) -> np.ndarray:
+    """A mask on a grid of patches: bool [h, w]."""
+    return cv2.resize((mask > 0).astype(np.float32), (w, h), interpolation=cv2.INTER_AREA) > 0.5
+
+
+def draw_columns(
+    pictures: list[np.ndarray],
+    columns: list[Column],
+    style: Style = "dinov2",
+    smooth: float = 0.0,
+    upsample: bool = False,
+    per_image: bool = False,
+) -> plt.Figure:
+    """The figure: images in the first column, then the colors of each of `columns`.
+
+    Args:
+        pictures: uint8 [H, W, 3] each.
+        smooth: standard deviation, in patches, of a blur of the components; 0 for none.
+        upsample: resize components to the images, bicubically.
+        per_image: scale colors image by image.
+    """
+    sizes = [picture.shape[1::-1] for picture in pictures]
+    cubic: dict[str, Any] = {"interpolation": cv2.INTER_CUBIC}
+    figure, axes = picture_grid(pictures, len(columns), side=2.0, margin=0.3)
+    for number, column in enumerate(columns, 1):
+        axes[0, number].set_title(column.title, fontsize=8)
+        components, masks = column.components, column.foreground
+        if smooth:
+            components = [cv2.GaussianBlur(c, (0, 0), smooth) for c in components]
+        if upsample:
+            components = [cv2.resize(c, size, **cubic) for c, size in zip(components, sizes, strict=True)]
+            masks = [cv2.resize(m.astype(np.float32), s, **cubic) > 0.5 for m, s in zip(masks, sizes, strict=True)]
+        for group in image_groups(len(pictures), per_image):
+            drawn = component_colors([components[i] for i in group], style, [masks[i] for i in group])
+            for i, colors in zip(group, drawn, strict=True):
+                axes[i, number].imshow(colors, interpolation="nearest", extent=(0, sizes[i][0], sizes[i][1], 0))
+    return figure
