@@ -1,10 +1,9 @@
-"""The house keeps standing: folders named like other people's modules, the package made of them, and what installs it.
+"""Folders named like other people's modules, the package made of them, its console command, and what installs it.
 
 `ssl/` and `datasets/` lie at the top of the repository under the names of a standard-library module and of a well-known
 package. That is harmless only while the rules checked here hold.
 """
 
-import ast
 import importlib
 import importlib.metadata
 import importlib.resources
@@ -17,6 +16,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import helpers
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -26,8 +26,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("datasets", "ssl", "eval", "configs")
-# A file may import from its own folder and from those to the left of it.
-IMPORT_ORDER = ("common", "datasets", "ssl", "eval")
+PARTS = ("common", "datasets", "ssl", "eval")  # those with code
 # Used where installed: every module of the package must import without them, and their names must stay free.
 OPTIONAL_MODULES = {"datasets", "faiss", "timm", "wandb", "xformers"}
 
@@ -110,46 +109,9 @@ def test_package_imports_find_the_real_folders() -> None:
 
 
 def test_every_module_imports_from_anywhere_without_the_optional_packages(tmp_path: Path) -> None:
-    names = [module_name(file) for folder in IMPORT_ORDER for file in python_files(folder)]
-    probe = f"""
-import importlib, sys
-sys.modules.update(dict.fromkeys({sorted(OPTIONAL_MODULES)}))
-for name in {names}:
-    try:
-        importlib.import_module(name)
-    except Exception as error:
-        print(name, repr(error))
-"""
-    run = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stdout) == (0, ""), run.stderr
-
-
-def imported_names(source: str) -> set[str]:
-    """The dotted names a file imports, at its top or inside a function; a relative import starts with a dot."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            start = "." * node.level + (node.module or "")
-            names |= {f"{start}.{alias.name}" for alias in node.names}
-    return names
-
-
-@pytest.mark.parametrize("folder", IMPORT_ORDER)
-def test_imports_are_absolute_and_run_one_way(folder: str) -> None:
-    allowed = IMPORT_ORDER[: IMPORT_ORDER.index(folder) + 1]
-    forbidden = {f"skipless.{other}" for other in IMPORT_ORDER if other not in allowed}
-    without_prefix = {
-        module_name(file).removeprefix("skipless.") for other in IMPORT_ORDER for file in python_files(other)
-    }
-    wrong = []
-    for file in python_files(folder):
-        for name in imported_names(file.read_text()):
-            prefixes = {name.rsplit(".", cut)[0] for cut in range(name.count(".") + 1)}
-            if name.startswith(".") or prefixes & (forbidden | without_prefix):
-                wrong.append(f"{file.relative_to(ROOT)} imports {name}")
-    assert wrong == [], f"files in {folder}/ import from {', '.join(allowed)} only, as skipless.FOLDER.FILE"
+    names = [module_name(file) for folder in PARTS for file in python_files(folder)]
+    done = helpers.run("import_everything", [",".join(names), ",".join(OPTIONAL_MODULES)], cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 def test_configs_are_reachable_as_package_data() -> None:
@@ -173,13 +135,48 @@ def test_wheel_holds_every_source_file_and_recipe(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     (wheel,) = tmp_path.glob("*.whl")
     held = zipfile.ZipFile(wheel).namelist()
-    expected = {"skipless/__init__.py", "skipless/py.typed"}
+    expected = {"skipless/__init__.py", "skipless/__main__.py", "skipless/py.typed"}
     expected |= {f"skipless/common/{file.name}" for file in python_files("common")}
     for folder in FOLDERS:
         files = [*python_files(folder), *(ROOT / folder).rglob("*.yaml"), *(ROOT / folder).rglob("*.html")]
         expected |= {f"skipless/{file.relative_to(ROOT).as_posix()}" for file in files}
     assert {name for name in held if ".dist-info/" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") for name in held)
+    (scripts,) = (name for name in held if name.endswith("entry_points.txt"))
+    assert "skipless = skipless.__main__:main" in zipfile.ZipFile(wheel).read(scripts).decode()
+
+
+# --- the console command
+
+
+def skipless(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "skipless", *words], capture_output=True, text=True, check=False)
+
+
+def test_console_command_lists_every_command_without_importing_anything_else() -> None:
+    probe = "import sys, skipless.__main__ as m; m.main([]); print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    *table, loaded = done.stdout.splitlines()
+    assert {name.partition(".")[0] for name in loaded.split()} & {"torch", "numpy", "cv2", "jsonargparse"} == set()
+    listed = {line.split()[0]: line for line in table if line.startswith("  ")}
+    tops = [file for folder in ("datasets", "ssl", "eval") for file in (ROOT / folder).glob("*.py")]
+    files = {file.stem.replace("_", "-") for file in tops if "\ndef main(" in file.read_text()}
+    assert set(listed) == files
+    for line in listed.values():
+        assert re.search(r"  \S[^.]*\.$", line), line
+
+
+def test_console_command_runs_a_command_under_its_own_name() -> None:
+    done = helpers.run("skipless.__main__", ["scenes", "--help"])
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: skipless scenes ")
+
+
+def test_console_command_refuses_an_unknown_name() -> None:
+    done = skipless("kn", "--ckpt", "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: there is no command kn: did you mean knn? skipless --help lists them\n"
+    assert skipless("zzzzzz").stderr == "error: there is no command zzzzzz: skipless --help lists them\n"
 
 
 # --- what installs it
@@ -207,17 +204,24 @@ def test_gpu_and_cpu_extras_exclude_each_other() -> None:
     assert cpu == {"faiss-cpu"}
 
 
-def test_conda_environment_installs_the_gpu_extra_and_repeats_nothing() -> None:
+CONDA_NAMES = {"torch": "pytorch", "opencv-python-headless": "opencv"}
+
+
+def test_conda_environment_has_every_requirement_of_the_gpu_extra() -> None:
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     project = pyproject()["project"]
     assert environment["name"] == project["name"]
     assert environment["channels"] == ["conda-forge"]
     (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
-    conda = dict(entry.partition("=")[::2] for entry in environment["dependencies"] if isinstance(entry, str))
-    # pyproject.toml stays the one list: conda brings an interpreter, pip the rest.
-    assert set(conda) == {"python", "pip"}
-    assert SpecifierSet(project["requires-python"]).contains(conda["python"])
-    assert pip == ["-c constraints.txt", "-e .[gpu]"]
+    conda = {entry for entry in environment["dependencies"] if isinstance(entry, str)}
+    (python,) = (entry for entry in conda if entry.startswith("python="))
+    assert SpecifierSet(project["requires-python"]).contains(python.removeprefix("python="))
+    listed = {*(conda - {python, "pip"}), *pip} - {"-e ."}
+    expected = {str(requirement) for requirement in requirements("gpu").values()}
+    for name, conda_name in CONDA_NAMES.items():
+        expected = {line.replace(name, conda_name) if line.startswith(f"{name}>") else line for line in expected}
+    assert listed == expected
+    assert pip[-1] == "-e ."
 
 
 def test_gpu_extra_reaches_the_packages_that_the_project_promises() -> None:

@@ -50,7 +50,8 @@ def run(
 
     Exits with status 2 after an error, 130 after an interruption, 141 when nobody reads its output any more.
     """
-    prog = "/".join(Path(inspect.getsourcefile(command) or "command").parts[-2:])
+    file = "/".join(Path(inspect.getsourcefile(command) or "command").parts[-2:])
+    prog = sys.argv[0] if sys.argv[0].startswith("skipless ") else file  # the console command sets its own
     guard(lambda: command(parse(settings, arguments, prog, description, positional=positional, recipe=recipe)))
 
 
