@@ -126,6 +126,10 @@ class Backbone:
             self, model=self.model.to(device), precision=usable_precision(precision or self.precision, device)
         )
 
+    def multiple_below(self, size: int) -> int:
+        """The largest multiple of the patch that is no larger than a side in pixels; one patch at least."""
+        return max(size // self.patch, 1) * self.patch
+
     def normalize(self, images: np.ndarray | Tensor) -> Tensor:
         """uint8 [B, H, W, 3] RGB -> float32 [B, 3, H, W] on the model's device."""
         x = torch.as_tensor(images).to(self.model.pos_embed.device).permute(0, 3, 1, 2).float() / 255

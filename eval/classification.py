@@ -1,7 +1,6 @@
 """What k-NN and linear classification share: the data sets, one vector an image, the result."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from skipless.common import distributed
 from skipless.datasets.labels.classes import LabeledSet, SetName, open_splits
 from skipless.eval.backbones import Backbone
+from skipless.eval.evaluation import Context
 from skipless.eval.features import Features, extract
 from skipless.eval.metrics import bootstrap_interval
 from skipless.ssl.dino import Pool
@@ -61,21 +61,14 @@ def warn_of_pool(backbone: Backbone, pool: Pooling) -> None:
         )
 
 
-def pooled_features(
-    backbone: Backbone,
-    images: LabeledSet,
-    size: int,
-    blocks: list[int],
-    cache: Path,
-    batch_size: int,
-    workers: int,
-) -> Features:
+def pooled_features(context: Context, images: LabeledSet, size: int) -> Features:
     """CLS and mean patch of central crops: the short side is resized to 8/7 of `size` (bicubic; 256 for 224), and the
     central square cut out. A size that is no multiple of the patch becomes the one below it."""
-    size = max(size // backbone.patch, 1) * backbone.patch
+    size = context.backbone.multiple_below(size)
     return extract(
-        backbone, images.places, images.read, size, blocks, cache, "tokens", batch_size, workers,
-        f"features, {images.split}", round(size * 8 / 7), pooled=True, identity=images.identity,
+        context.backbone, images.places, images.read, size, context.blocks, context.cache, "tokens",
+        context.batch_size, context.workers, f"features, {images.split}", round(size * 8 / 7), pooled=True,
+        identity=images.identity,
     )  # fmt: skip
 
 
@@ -93,6 +86,19 @@ def vectors(features: Features, blocks: tuple[int, ...], pool: Pooling, rows: np
 def accuracy(hits: np.ndarray, seed: int) -> dict[str, Any]:
     """{"top1", "interval_95": of a bootstrap over images} from hits, bool [N]."""
     return {"top1": float(hits.mean()), "interval_95": bootstrap_interval(hits, seed)}
+
+
+def every_block(context: Context, figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures, as from `accuracy`, with the numbers of the blocks that they are of."""
+    return [{"block": choice[0] + 1, **figure} for choice, figure in zip(context.choices, figures, strict=True)]
+
+
+def block_rows(details: dict[str, Any], title: str) -> list[str]:
+    """A table of the accuracy of each block in Markdown; nothing where blocks were not measured one by one."""
+    if "every_block" not in details:
+        return []
+    rows = [f"| {entry['block']} | {100 * entry['top1']:.1f} |" for entry in details["every_block"]]
+    return [f"| block | {title} |", "|---:|---:|", *rows, ""]
 
 
 def headline(result: dict[str, Any]) -> list[str]:

@@ -42,11 +42,11 @@ from skipless.datasets.labels.coco import coco20k, coco_boxes
 from skipless.datasets.labels.counts import BOX_COUNTS, describe_split
 from skipless.datasets.labels.voc import scenes_boxes, voc_boxes
 from skipless.eval.backbones import Backbone, FeatureKind, Weights, choose_block, load_backbone, pad_to_patch, untrained
+from skipless.eval.evaluation import keep_other_result, result_of
 from skipless.eval.features import data_sha256
 from skipless.eval.objects.localization import Localization, lost, maskcut, tokencut
 from skipless.eval.objects.report import draw, report
 from skipless.eval.objects.scores import detections, graph_report, score
-from skipless.eval.results import keep_other_result, result_of
 from skipless.ssl.data.loader import leave_signals_to_main, loader_workers
 
 PICTURES = 12

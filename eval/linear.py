@@ -20,9 +20,8 @@ were held out, never on those that the figure is about. An interrupted run is co
 
 import hashlib
 import math
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,15 +33,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from skipless.common import cli, distributed
-from skipless.common.files import write_atomically, write_result
+from skipless.common.files import write_atomically
 from skipless.common.pixels import crop_box, resample
 from skipless.common.settings import plain
 from skipless.datasets.labels.classes import LabeledSet
-from skipless.eval.backbones import Backbone, Precision, Weights, choose_blocks, load_backbone, untrained
+from skipless.eval.backbones import Backbone
 from skipless.eval.classification import (
     DataSettings,
     Pooling,
     accuracy,
+    block_rows,
+    every_block,
     headline,
     open_labeled,
     pooled_features,
@@ -50,8 +51,8 @@ from skipless.eval.classification import (
     warn_of_pool,
 )
 from skipless.eval.dense.quick import Heads
-from skipless.eval.features import data_sha256, default_cache
-from skipless.eval.results import INCIDENTAL, LATER, keep_other_result, result_of
+from skipless.eval.evaluation import INCIDENTAL, LATER, FeatureSettings, announce, finish, name_blocks, prepare
+from skipless.eval.features import data_sha256
 from skipless.ssl.data.loader import leave_signals_to_main, loader_workers
 from skipless.ssl.optim.schedules import cosine
 
@@ -59,14 +60,12 @@ HELD_OUT = 10000  # training images, at most
 
 
 @dataclass
-class Settings:
+class Settings(FeatureSettings):
     """Linear classification."""
 
-    ckpt: str
-    """Backbone: the folder of a run; a .pt, .pth or .safetensors of ours, DINO, DINOv2 or timm; or timm:NAME."""
     data: DataSettings
     protocol: Literal["cached", "dino"] = "cached"
-    """cached trains on features of central crops, standardised, computed once. dino trains on random crops and flips,
+    """cached trains on features of central crops, standardized, computed once. dino trains on random crops and flips,
     as published: a forward pass over the training set in every epoch."""
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     """For 256 images a step, scaled with their number, as in 0.001 0.01. One head is trained with each; the held-out
@@ -77,40 +76,23 @@ class Settings:
     """Images whose gradients make a step, over all processes."""
     pool: Pooling = "cls"
     """The vector of an image: its CLS token, the mean of its patch tokens, or both side by side."""
-    blocks: str = "last4"
-    """Blocks whose vectors are concatenated: last, last4, or numbers from 1, as in 9,12."""
-    every_block: bool = False
-    """Heads on each block by itself, and its accuracy."""
     size: int = 224
     """Side in pixels of the crops."""
-    weights: Weights = "teacher"
-    """Which half of a training checkpoint that holds a teacher and a student."""
-    untrained: bool = False
-    """Measure the checkpoint's architecture with random weights: the floor its figure stands on."""
+    _: KW_ONLY
     out: str | None = None
     """Folder for linear.json and linear.md, and for dino head.pt, from which an interrupted run goes on; by default
     nothing is written."""
-    cache: str | None = None
-    """Folder for features; by default ~/.cache/skipless/features. Safe to delete."""
-    seed: int = 0
-    """Of the order of images, their crops and the bootstrap (and of random weights)."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    precision: Precision = "fp32"
-    """In which the network computes features: fp32, or bf16 where the device is fast in it. bf16 saves time on a GPU;
-    a model without skips feels the rounding. The figure's id then ends in /bf16."""
+    blocks: str = "last4"
+    """Blocks whose vectors are concatenated: last, last4, or numbers from 1, as in 9,12."""
     batch_size: int = 64
     """Images in one forward pass of the backbone. Changes speed and memory alone."""
-    workers: int | None = None
-    """Processes that read images; by default all cores shared out with a GPU, and none on a CPU, which needs them
-    itself."""
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.images_per_step, self.size, self.batch_size) < 1:
-            raise ValueError("epochs, images-per-step, size and batch-size must be 1 or more")
-        rates_fit = self.learning_rates and all(0 < rate < math.inf for rate in self.learning_rates)
-        if not rates_fit or (self.workers or 0) < 0 or self.seed < 0:
-            raise ValueError("learning-rates must be above 0, and workers and seed not negative")
+        super().__post_init__()
+        if min(self.epochs, self.images_per_step, self.size) < 1:
+            raise ValueError("epochs, images-per-step and size must be 1 or more")
+        if not self.learning_rates or not all(0 < rate < math.inf for rate in self.learning_rates):
+            raise ValueError("learning-rates must be above 0")
 
 
 def evaluate(settings: Settings) -> dict[str, Any]:
@@ -119,81 +101,57 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used.
     """
-    device = distributed.start(settings.device)
-    began = time.perf_counter()
-    backbone = load_backbone(settings.ckpt, settings.weights)
-    if settings.untrained:
-        backbone = untrained(backbone, settings.seed)
-    backbone = backbone.to(device, settings.precision)
+    context = prepare(settings, "linear")
+    backbone, choices = context.backbone, context.choices
     warn_of_pool(backbone, settings.pool)
-    workers = loader_workers(settings.workers, device)
-    by_default = settings.every_block and settings.blocks == "last4"
-    choices = choose_blocks("last" if by_default else settings.blocks, settings.every_block, backbone)
     train, val = open_labeled(settings.data)
     if len(train) < 2:
         raise ValueError(f"{train.name} {train.split} has one image; two or more are needed, one of them held out")
     protocol = protocol_id(settings, val.name, choices[-1])
-    recorded = plain(settings) | {"precision": backbone.precision}
-    out = Path(settings.out) if settings.out else None
-    if out:
-        keep_other_result(out / "linear.json", recorded)
-    first = distributed.rank() == 0
-    if first:
-        on = f"on {device}, {backbone.described_precision}"
-        print(f"{protocol}: {backbone.architecture} ({backbone.path}) {on}", flush=True)
-        if device.type == "cpu" and settings.protocol == "dino":
-            print("each epoch is a pass of the network over all images; --protocol cached takes minutes", flush=True)
-
+    slow = context.device.type == "cpu" and settings.protocol == "dino"
+    announce(
+        context,
+        protocol,
+        *["each epoch is a pass of the network over all images; --protocol cached takes minutes"] * slow,
+    )
     kept, held_out = hold_out(len(train))
-    blocks = sorted({block for choice in choices for block in choice})
     classes = len(train.classes)
     rates = [rate * settings.images_per_step / 256 for rate in settings.learning_rates]
 
-    def crops_of(images: LabeledSet) -> list[Tensor]:
+    def vectors_of(images: LabeledSet) -> list[Tensor]:
         """Vectors of the central crops, for each choice of blocks."""
-        cache = Path(settings.cache).expanduser() if settings.cache else default_cache()
-        found = pooled_features(backbone, images, settings.size, blocks, cache, settings.batch_size, workers)
-        return [vectors(found, choice, settings.pool) for choice in choices]
+        features = pooled_features(context, images, settings.size)
+        return [vectors(features, choice, settings.pool) for choice in choices]
 
-    x_val = crops_of(val)  # before hours of training, so that what is wrong with it shows
+    x_val = vectors_of(val)  # before hours of training, so that what is wrong with it shows
     if settings.protocol == "cached":
-        x_train = crops_of(train)
+        x_train = vectors_of(train)
         x_held_out = [x[held_out] for x in x_train]
-        heads = train_on_crops([x[kept] for x in x_train], train.labels[kept], classes, rates, settings, device)
+        heads = train_on_crops([x[kept] for x in x_train], train.labels[kept], classes, rates, settings, context.device)
     else:
-        x_held_out = crops_of(train.take(held_out))
-        saved = out / "head.pt" if out else None
+        x_held_out = vectors_of(train.take(held_out))
+        saved = context.out / "head.pt" if context.out else None
         heads = train_on_random_crops(backbone, train.take(kept), choices, rates, settings, saved)
 
     y_held_out = train.labels[held_out]
     chosen = [choose_rate(head, x, y_held_out) for head, x in zip(heads, x_held_out, strict=True)]
-    hits = [predict(head, x)[:, best] == val.labels for head, x, (best, _) in zip(heads, x_val, chosen, strict=True)]
-    best, of_rates = chosen[-1]
+    figures = [
+        accuracy(predict(head, x)[:, best] == val.labels, settings.seed)
+        for head, x, (best, _) in zip(heads, x_val, chosen, strict=True)
+    ]
+    best, held_out_top1 = chosen[-1]
     details: dict[str, Any] = {
         "train_images": len(train),
         "classes": len(val.classes),
         "blocks": [block + 1 for block in choices[-1]],
-        **accuracy(hits[-1], settings.seed),
+        **figures[-1],
         "held_out_images": len(held_out),
         "learning_rate": settings.learning_rates[best],
-        "held_out_top1": of_rates,
+        "held_out_top1": held_out_top1,
     }
     if settings.every_block:
-        details["every_block"] = [
-            {"block": choice[0] + 1, **accuracy(h, settings.seed)} for choice, h in zip(choices, hits, strict=True)
-        ]
-    result = result_of(
-        "linear", protocol, val.name, val.split, len(val), "top-1", details["top1"], details, backbone, recorded,
-        settings.seed, time.perf_counter() - began, device,
-    )  # fmt: skip
-    if first:
-        text = report(result)
-        if out:
-            write_result(out / "linear", result, text)
-        print("\n" + text, end="")
-        if out:
-            print(f"\nwritten: {out / 'linear.json'}, linear.md")
-    return result
+        details["every_block"] = every_block(context, figures)
+    return finish(context, protocol, val, "top-1", details["top1"], details, report)
 
 
 def hold_out(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -284,7 +242,7 @@ def train_on_random_crops(
         raise ValueError(f"{saved} is not the same for all processes: they must see the same --out")
     blocks = sorted({block for choice in choices for block in choice})
     per_epoch = math.ceil(len(train) / settings.images_per_step)
-    size = max(settings.size // backbone.patch, 1) * backbone.patch
+    size = backbone.multiple_below(settings.size)
     rank, processes = distributed.rank(), distributed.world_size()
     with tqdm(
         total=settings.epochs * per_epoch, initial=begin * per_epoch, desc="linear heads", unit="step", disable=rank > 0
@@ -431,7 +389,7 @@ def protocol_id(settings: Settings, name: str, blocks: tuple[int, ...]) -> str:
     if settings.pool != "cls":
         parts.append(settings.pool)
     if settings.every_block or settings.blocks != "last4":
-        parts.append("blocks-" + "-".join(str(block + 1) for block in blocks))
+        parts.append(name_blocks(blocks))
     if settings.size != 224:
         parts.append(f"{settings.size}px")
     theirs = Settings(ckpt="", data=settings.data)
@@ -445,10 +403,7 @@ def report(result: dict[str, Any]) -> str:
     """The result in Markdown."""
     details = result["details"]
     lines = headline(result)
-    if "every_block" in details:
-        lines += ["| block | top-1 |", "|---:|---:|"]
-        lines += [f"| {entry['block']} | {100 * entry['top1']:.1f} |" for entry in details["every_block"]]
-        lines.append("")
+    lines += block_rows(details, "top-1")
     lines += [
         f"{details['held_out_images']:,} of the training images were held out and chose the learning rate "
         f"{details['learning_rate']:g}:",

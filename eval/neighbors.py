@@ -42,6 +42,29 @@ def nearest(
     return index.search(queries, k)
 
 
+def knn_predict(
+    similarities: np.ndarray, neighbor_labels: np.ndarray, classes: int, temperature: float = 0.07
+) -> np.ndarray:
+    """Classes by DINO's weighted vote.
+
+    Args:
+        similarities: float [M, k], cosines in [-1, 1].
+        neighbor_labels: integers [M, k] in 0..classes - 1.
+
+    Returns:
+        int64 [M]. Ties go to the lower class.
+
+    Example:
+        >>> knn_predict(np.array([[0.9, 0.86, 0.85]]), np.array([[1, 0, 0]]), classes=2)
+        array([0])
+    """
+    # Weights relative to the nearest: the same vote, and exp cannot overflow.
+    weights = np.exp((similarities - similarities.max(1, keepdims=True)) / temperature)
+    votes = np.zeros((len(similarities), classes))
+    np.add.at(votes, (np.arange(len(similarities))[:, None], neighbor_labels), weights)
+    return votes.argmax(1)
+
+
 def unit(x: np.ndarray) -> np.ndarray:
     """Vectors [N, D] at length 1, float32 and contiguous; those of length zero stay."""
     x = np.ascontiguousarray(x, np.float32)

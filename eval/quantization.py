@@ -24,22 +24,20 @@ embedding, norms, softmax and the products in attention stay in floating point, 
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from skipless.common import cli, distributed
-from skipless.common.files import write_result
-from skipless.common.settings import plain
-from skipless.eval.backbones import Backbone, Weights, load_backbone
+from skipless.common import cli
+from skipless.datasets.labels.classes import LabeledSet
+from skipless.datasets.labels.masks import SegmentationSet
+from skipless.eval.backbones import Backbone
 from skipless.eval.classification import (
     DataSettings,
     Pooling,
@@ -49,14 +47,11 @@ from skipless.eval.classification import (
     vectors,
     warn_of_pool,
 )
-from skipless.eval.dense.quick import QuickSettings, quick
-from skipless.eval.features import default_cache
-from skipless.eval.knn import knn_predict
+from skipless.eval.dense.quick import Outcome, QuickSettings, quick
+from skipless.eval.evaluation import Context, EvaluationSettings, announce, finish, prepare
 from skipless.eval.metrics import drop_interval, miou_drop_interval, miou_interval, segmentation_scores
-from skipless.eval.neighbors import nearest, require_faiss
-from skipless.eval.results import keep_other_result, result_of
+from skipless.eval.neighbors import knn_predict, nearest, require_faiss
 from skipless.eval.segmentation import DATA
-from skipless.ssl.data.loader import loader_workers
 from skipless.ssl.data.squares import central_squares
 from skipless.ssl.model.statistics import excess_kurtosis
 
@@ -67,11 +62,9 @@ CALIBRATION_IMAGES = 64
 
 
 @dataclass
-class Settings:
+class Settings(EvaluationSettings):
     """Simulated quantization."""
 
-    ckpt: str
-    """Backbone: the folder of a run; a .pt, .pth or .safetensors of ours, DINO, DINOv2 or timm; or timm:NAME."""
     data: DataSettings
     """Labeled images: for the scales, and for k-NN."""
     segmentation: Literal["voc12", "coco-stuff-27", "coco-stuff-171", "ade20k", "scenes"] | None = None
@@ -86,25 +79,16 @@ class Settings:
     """The vector of an image: its CLS token, the mean of its patch tokens, or both side by side."""
     size: int = 224
     """Side in pixels of the central crops."""
-    weights: Weights = "teacher"
-    """Which half of a training checkpoint that holds a teacher and a student."""
-    out: str | None = None
-    """Folder for quantization.json and quantization.md; by default nothing is written."""
-    cache: str | None = None
-    """Folder for features; by default ~/.cache/skipless/features. Safe to delete."""
-    seed: int = 0
-    """Of the bootstrap and of segmentation heads."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    _: KW_ONLY
     batch_size: int = 64
     """Images in one forward pass of the backbone. Changes speed and memory alone."""
-    workers: int | None = None
-    """Processes that read images; by default all cores shared out with a GPU, and none on a CPU, which needs them
-    itself."""
+    cache: str | None = None
+    """Folder for features; by default ~/.cache/skipless/features. Safe to delete."""
 
     def __post_init__(self) -> None:
-        if min(self.k, self.size, self.batch_size) < 1 or (self.workers or 0) < 0 or self.seed < 0:
-            raise ValueError("k, size and batch-size must be 1 or more; workers and seed cannot be negative")
+        super().__post_init__()
+        if min(self.k, self.size) < 1:
+            raise ValueError("k and size must be 1 or more")
         if (self.segmentation is None) != (self.segmentation_root is None):
             raise ValueError("segmentation and segmentation-root belong together: the data set and its folder")
 
@@ -242,94 +226,84 @@ def _tokens(backbone: Backbone, images: Tensor) -> list[Tensor]:
     return [torch.cat([f.cls[:, None], f.patches.flatten(1, 2)], dim=1) for f in found]
 
 
-class Segmented(NamedTuple):
-    """One evaluation by segmentation: mIoU, and `image_counts` of every image."""
-
-    miou: float
-    counts: np.ndarray
-
-
 def evaluate(settings: Settings) -> dict[str, Any]:
     """Measure as `settings` say, write what `settings.out` asks for, and return the result.
 
     Raises:
         ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used, or no faiss.
     """
-    device = distributed.start(settings.device)
-    began = time.perf_counter()
     require_faiss()
-    backbone = load_backbone(settings.ckpt, settings.weights).to(device)
+    context = prepare(settings, "quantization")
+    backbone = context.backbone
     warn_of_pool(backbone, settings.pool)
-    workers = loader_workers(settings.workers, device)
     train, val = open_labeled(settings.data)
     if settings.k > len(train):
         raise ValueError(f"k is {settings.k}, and {train.name} {train.split} has {len(train):,} images: give fewer")
     masks = []
     if settings.segmentation is not None and settings.segmentation_root is not None:
         masks = [DATA[settings.segmentation](settings.segmentation_root, split) for split in ("train", "val")]
-    recorded = plain(settings)
-    out = Path(settings.out) if settings.out else None
-    if out:
-        keep_other_result(out / "quantization.json", recorded)
-    cache = Path(settings.cache).expanduser() if settings.cache else default_cache()
+    protocol = f"{val.name}-quantization/{settings.k}-nn-{settings.pool}"
+    protocol += f"/{settings.size}px" if settings.size != 224 else ""
+    announce(context, protocol)
 
-    size = max(settings.size // backbone.patch, 1) * backbone.patch
+    size = backbone.multiple_below(settings.size)
     largest = largest_inputs(backbone, backbone.normalize(central_squares(train, CALIBRATION_IMAGES, size)))
     details: dict[str, Any] = layer_errors(backbone, backbone.normalize(central_squares(val, 16, size)), largest)
-    arithmetics = {"float": backbone}
-    arithmetics |= {name: quantize(backbone, w, a, largest) for name, (w, a) in SCHEMES.items()}
-
+    contexts = {"float": context}
+    for name, (w, a) in SCHEMES.items():
+        contexts[name] = replace(context, backbone=quantize(backbone, w, a, largest))
     hits: dict[str, np.ndarray] = {}
-    found_by: dict[str, Segmented] = {}
-    for name, quantized in tqdm(arithmetics.items(), desc="arithmetics", disable=distributed.rank() > 0):
-        bank, queries = (
-            pooled_features(quantized, images, settings.size, [-1], cache, settings.batch_size, workers)
-            for images in (train, val)
-        )
-        last = (backbone.depth - 1,)
-        similarities, rows = nearest(
-            vectors(bank, last, settings.pool).numpy(),
-            vectors(queries, last, settings.pool).numpy(),
-            settings.k,
-            device,
-        )
-        hits[name] = knn_predict(similarities, train.labels[rows], len(train.classes)) == val.labels
+    segmented: dict[str, Outcome] = {}
+    for name, quantized in tqdm(contexts.items(), desc="arithmetics", disable=not context.first):
+        hits[name] = knn_hits(quantized, train, val, settings)
         if masks:
-            outcome = quick(
-                quantized, masks[0], masks[1], [last], settings.quick, cache, settings.seed, 16, workers, []
-            )
-            found_by[name] = Segmented(segmentation_scores(outcome.confusions[0]).miou, outcome.counts[0].cpu().numpy())
-    details["knn"] = {
-        name: accuracy(hit, settings.seed)
-        | {"drop": float(hits["float"].mean() - hit.mean())}
-        | {"drop_interval_95": drop_interval(hits["float"], hit, settings.seed)}
-        for name, hit in hits.items()
-    }
-    details["segmentation"] = {
-        name: {"miou": found.miou, "interval_95": miou_interval(found.counts, settings.seed)}
-        | {"drop": found_by["float"].miou - found.miou}
-        | {"drop_interval_95": miou_drop_interval(found_by["float"].counts, found.counts, settings.seed)}
-        for name, found in found_by.items()
-    }
+            segmented[name] = segment(quantized, masks[0], masks[1], settings)
+    details |= {"knn": knn_drops(hits, settings.seed), "segmentation": miou_drops(segmented, settings.seed)}
     details = finite(details)
     details |= {"train_images": len(train), "classes": len(val.classes), "schemes": list(SCHEMES)}
     if masks:
         details["segmentation_images"] = [len(images) for images in masks]
-    protocol = f"{val.name}-quantization/{settings.k}-nn-{settings.pool}"
-    protocol += f"/{settings.size}px" if settings.size != 224 else ""
-    result = result_of(
-        "quantization", protocol, val.name, val.split, len(val),
-        "top-1 w8a8", details["knn"]["w8a8"]["top1"], details, backbone, recorded, settings.seed,
-        time.perf_counter() - began, device,
+    return finish(context, protocol, val, "top-1 w8a8", details["knn"]["w8a8"]["top1"], details, report)
+
+
+def knn_hits(context: Context, train: LabeledSet, val: LabeledSet, settings: Settings) -> np.ndarray:
+    """Which images the last block's nearest neighbors classify rightly, bool [N]."""
+    bank, queries = (
+        vectors(pooled_features(context, images, settings.size), context.choices[-1], settings.pool).numpy()
+        for images in (train, val)
+    )
+    similarities, rows = nearest(bank, queries, settings.k, context.device)
+    return knn_predict(similarities, train.labels[rows], len(train.classes)) == val.labels
+
+
+def segment(context: Context, train: SegmentationSet, val: SegmentationSet, settings: Settings) -> Outcome:
+    """Linear segmentation by the protocol `quick`."""
+    return quick(
+        context.backbone, train, val, context.choices, settings.quick, context.cache, settings.seed, 16,
+        context.workers, [],
     )  # fmt: skip
-    if distributed.rank() == 0:
-        text = report(result)
-        if out:
-            write_result(out / "quantization", result, text)
-        print("\n" + text, end="")
-        if out:
-            print(f"\nwritten: {out / 'quantization.json'}, quantization.md")
-    return result
+
+
+def knn_drops(hits: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, Any]]:
+    """Accuracy by arithmetic, and its drop below that of "float"."""
+    return {
+        name: accuracy(hit, seed)
+        | {"drop": float(hits["float"].mean() - hit.mean())}
+        | {"drop_interval_95": drop_interval(hits["float"], hit, seed)}
+        for name, hit in hits.items()
+    }
+
+
+def miou_drops(outcomes: dict[str, Outcome], seed: int) -> dict[str, dict[str, Any]]:
+    """mIoU by arithmetic, and its drop below that of "float"."""
+    mious = {name: segmentation_scores(outcome.confusions[0]).miou for name, outcome in outcomes.items()}
+    counts = {name: outcome.counts[0].cpu().numpy() for name, outcome in outcomes.items()}
+    return {
+        name: {"miou": miou, "interval_95": miou_interval(counts[name], seed)}
+        | {"drop": mious["float"] - miou}
+        | {"drop_interval_95": miou_drop_interval(counts["float"], counts[name], seed)}
+        for name, miou in mious.items()
+    }
 
 
 def finite(value: Any) -> Any:

@@ -40,10 +40,10 @@ from skipless.eval.backbones import (
 )
 from skipless.eval.classification import Pooling
 from skipless.eval.dense.quick import QuickSettings
+from skipless.eval.evaluation import INCIDENTAL, LATER
 from skipless.eval.figures.pictures import pick_images
 from skipless.eval.page.render import write_page
 from skipless.eval.page.tables import latex_table, markdown_table, table_of
-from skipless.eval.results import INCIDENTAL, LATER
 
 TASKS = ("knn", "linear", "segmentation", "retrieval", "clustering", "lost", "tokencut")
 

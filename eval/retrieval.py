@@ -50,10 +50,10 @@ from skipless.datasets.labels.masks import SegmentationSet
 from skipless.eval.backbones import Precision, Weights, choose_blocks, load_backbone, untrained
 from skipless.eval.dense.quick import image_of_pair, label_shares, predict
 from skipless.eval.dense.report import PICTURES, draw, report
+from skipless.eval.evaluation import keep_other_result, result_of
 from skipless.eval.features import Features, default_cache, extract
 from skipless.eval.metrics import confusion_matrix, image_counts, miou_interval, segmentation_scores
 from skipless.eval.neighbors import require_faiss, unit
-from skipless.eval.results import keep_other_result, result_of
 from skipless.eval.segmentation import DATA, DataSettings
 from skipless.ssl.data.loader import leave_signals_to_main, loader_workers
 

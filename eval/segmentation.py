@@ -40,9 +40,9 @@ from skipless.eval.backbones import Precision, Weights, choose_blocks, load_back
 from skipless.eval.dense.quick import QuickSettings, quick
 from skipless.eval.dense.report import PICTURES, draw, report
 from skipless.eval.dense.training import TrainingSettings, train_and_evaluate
+from skipless.eval.evaluation import keep_other_result, result_of
 from skipless.eval.features import default_cache
 from skipless.eval.metrics import miou_interval, segmentation_scores
-from skipless.eval.results import keep_other_result, result_of
 from skipless.ssl.data.loader import loader_workers
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs" / "segmentation"

@@ -23,9 +23,10 @@ from skipless.common.precision import has_bf16
 from skipless.datasets.images import read_image
 from skipless.datasets.labels.classes import class_folders
 from skipless.eval.backbones import Backbone, choose_blocks, load_backbone
-from skipless.eval.classification import pooled_features, vectors
-from skipless.eval.knn import Settings, evaluate, knn_predict, main, protocol_id
-from skipless.eval.neighbors import nearest
+from skipless.eval.classification import DataSettings, pooled_features, vectors
+from skipless.eval.evaluation import prepare
+from skipless.eval.knn import Settings, evaluate, main, protocol_id
+from skipless.eval.neighbors import knn_predict, nearest
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.run.checkpoints import export_backbone
 
@@ -169,7 +170,8 @@ def reference(backbone: Backbone, images: list[np.ndarray], size: int, resize: i
 def test_vectors_are_class_tokens_means_or_both(data: Path, ckpt: Path, cache: Path) -> None:
     """224 pixels of 256, in proportion: 35 is made 32, whose 8/7 is 37."""
     backbone, images = load_backbone(ckpt), class_folders(data, "val")
-    features = pooled_features(backbone, images, 35, [0, 1], cache, 4, 0)
+    settings = Settings(str(ckpt), DataSettings(str(data)), blocks="2,1", cache=str(cache), device="cpu", batch_size=4)
+    features = pooled_features(prepare(settings, "knn"), images, 35)
     cls, mean = reference(backbone, [read_image(path) for path in images.places], 32, 37).values()
     for pool, expected in (("cls", cls), ("mean", mean)):
         found = vectors(features, (1, 0), pool)  # type: ignore[arg-type]
@@ -346,12 +348,12 @@ def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--data.name=imagenet"], ["data.name", "imagenet"]),
         (["--ckpt=/nowhere/vit.pth"], ["/nowhere/vit.pth", "no such checkpoint"]),
         (["--k=[25]"], ["k is 25, and", "train has 24 images", "--k 20"]),
-        (["--k=[]"], ["k, size and batch-size must be 1 or more"]),
-        (["--k=[5,0]"], ["k, size and batch-size must be 1 or more"]),
-        (["--size=0"], ["k, size and batch-size must be 1 or more"]),
+        (["--k=[]"], ["k and size must be 1 or more"]),
+        (["--k=[5,0]"], ["k and size must be 1 or more"]),
+        (["--size=0"], ["k and size must be 1 or more"]),
         (["--temperature=0"], ["temperature above 0"]),
         (["--temperature=.nan"], ["temperature above 0"]),
-        (["--workers=-1"], ["workers and seed cannot be negative"]),
+        (["--workers=-1"], ["workers and seed 0 or more"]),
         (["--blocks=3"], ["block 3 does not exist", "1 to 2"]),
         (["--blocks=1", "--every-block"], ["every-block", "leave out blocks"]),
         (["--pool=max"], ["pool", "max"]),

@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import run_group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,6 +23,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from skipless.common import cli
 from skipless.datasets.labels.classes import LabeledSet, arrays
+from skipless.eval import knn
 from skipless.eval import linear as module
 from skipless.eval.backbones import Backbone, load_backbone
 from skipless.eval.dense.quick import Heads
@@ -376,33 +377,13 @@ def test_saved_heads_are_for_the_same_run_only(backbone: Backbone, train: Labele
 
 # Several processes ----------------------------------------------------------------------------------------------------
 
-SCRIPT = """
-import os
-import sys
-from skipless.eval import knn, linear
-from skipless.common import distributed
 
-words = iter(" ".join(sys.argv[1:]).split(" / "))
-for module in (linear, linear, knn):
-    module.evaluate(cli.parse(module.Settings, next(words).split()))
-distributed.stop()
-os._exit(0)  # on a busy machine, gloo's threads can abort an interpreter that is ending
-"""
-
-
-def test_two_processes_are_as_good_as_one(
-    data: Path, ckpt: Path, cache: Path, tmp_path: Path, run_two: Callable[[Sequence[object]], list[tuple[str, str]]]
-) -> None:
+def test_two_processes_are_as_good_as_one(data: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
     """The same heads, also where the last step has an image for one of them alone; k-NN classification, too."""
-    (tmp_path / "script.py").write_text(SCRIPT)
     runs = {"dino": [*DINO, "--batch-size=4"], "cached": QUICK, "knn": ["--data.name=arrays", "--k=[5,3]"]}
-    words: list[str] = []
     for name, flags in runs.items():
-        words += [*command(data, ckpt, tmp_path / "cache", *flags, "--out", tmp_path / name), "/"]
-    run_two([sys.executable, str(tmp_path / "script.py"), *words[:-1]])
-
-    from skipless.eval import knn
-
+        words = command(data, ckpt, tmp_path / "cache", *flags, "--out", tmp_path / name)
+        run_group("skipless.eval.knn" if name == "knn" else "skipless.eval.linear", words)
     for name, flags in runs.items():
         flags = command(data, ckpt, cache, *flags, "--out", tmp_path / f"one_{name}")
         one = knn.evaluate(cli.parse(knn.Settings, flags)) if name == "knn" else evaluate(cli.parse(Settings, flags))
@@ -544,13 +525,13 @@ def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--data.train_split=trian"], ["trian: no such split", "holds train, val"]),
         (["--ckpt=/nowhere/vit.pth"], ["/nowhere/vit.pth", "no such checkpoint"]),
         (["--protocol=dinov2"], ["protocol", "dinov2"]),
-        (["--epochs=0"], ["epochs, images-per-step, size and batch-size must be 1 or more"]),
-        (["--images-per-step=0"], ["epochs, images-per-step, size and batch-size must be 1 or more"]),
+        (["--epochs=0"], ["epochs, images-per-step and size must be 1 or more"]),
+        (["--images-per-step=0"], ["epochs, images-per-step and size must be 1 or more"]),
         (["--learning-rates=[]"], ["learning-rates must be above 0"]),
         (["--learning-rates=[0.1,0]"], ["learning-rates must be above 0"]),
         (["--learning-rates=[0.1,.nan]"], ["learning-rates must be above 0"]),
         (["--learning-rates=[.inf]"], ["learning-rates must be above 0"]),
-        (["--workers=-1"], ["workers and seed not negative"]),
+        (["--workers=-1"], ["workers and seed 0 or more"]),
         (["--blocks=3"], ["block 3 does not exist", "1 to 2"]),
         (["--blocks=1", "--every-block"], ["every-block", "leave out blocks"]),
         (["--device=tpu"], ["device is 'tpu'"]),
