@@ -6,12 +6,13 @@ writes imagenette_cpu.json (for machines) and imagenette_cpu.md (for people): wh
 block before and after training, on which hardware, in how much time.
 """
 
-import argparse
 import json
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skipless.common import cli
 from skipless.common.files import write_result
 from skipless.datasets.storage.names import dataset_name
 
@@ -92,21 +93,28 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Command line: see the docstring of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="Folders of finished runs.")
-    parser.add_argument("--out", type=Path, help="Where to write the result, without its ending; by default nowhere.")
-    arguments = parser.parse_args()
-    try:
-        results = summarize(arguments.runs)
-        text = table(results)
-        if arguments.out:
-            write_result(arguments.out, results, text)
-        print(text, end="")
-    except (ValueError, OSError) as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(2)
+@dataclass
+class Settings:
+    """One table from the logs of runs."""
+
+    runs: tuple[str, ...]
+    """Folders of finished runs."""
+    out: str | None = None
+    """Where to write the result, without its ending; by default nowhere."""
+
+
+def write_summary(settings: Settings) -> None:
+    """Print the table, and write it and the results where `settings.out` says."""
+    results = summarize([Path(run) for run in settings.runs])
+    text = table(results)
+    if settings.out:
+        write_result(Path(settings.out), results, text)
+    print(text, end="")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    cli.run(write_summary, Settings, __doc__, arguments, positional=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 To see what the network sees:
 
-    python eval/crop_sheet.py --show photo.jpg --out sheet.png --crops.global_crops_size 224 --seed 0
+    python eval/crop_sheet.py --image photo.jpg --out sheet.png --crops.global_crops_size 224 --seed 0
 
 What is random is drawn first (`draw_views`) and done after (`apply_view`, here, or a whole batch at once in
 ssl/data/device_crops.py).

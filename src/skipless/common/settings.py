@@ -6,6 +6,7 @@ from typing import Any
 
 # Settings by other names than today's, which old runs, recipes and command lines use.
 OLD_NAMES = {
+    "show": "image",
     "crops.global_size": "crops.global_crops_size",
     "crops.global_scale": "crops.global_crops_scale",
     "crops.local_size": "crops.local_crops_size",

@@ -3,8 +3,6 @@
 import hashlib
 import math
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import permutations
@@ -25,7 +23,6 @@ from torchvision.transforms.v2 import functional
 
 from skipless.common.pixels import center_crop, crop_box, normalize, resample
 from skipless.datasets.images import ImageSource, open_images
-from skipless.eval.crop_sheet import main
 from skipless.ssl.data import crops as module
 from skipless.ssl.data.crops import CropDataset, Crops, View, apply_view, collate, color_jitter, draw_views, multicrop
 
@@ -514,64 +511,6 @@ def test_loading_leaves_the_other_cores_alone(source: ImageSource) -> None:
 def test_a_negative_seed_is_refused(source: ImageSource) -> None:
     with pytest.raises(ValueError, match="seed is -1: it must be 0 or more"):
         CropDataset(source, SMALL, -1)
-
-
-# The command ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "local", [["--crops.local_crops_number=5"], ["--crops.local_crops_number=0"], ["--crops.local_crops_size=40"]]
-)
-def test_the_command_writes_a_sheet(tmp_path: Path, local: list[str]) -> None:
-    Image.new("RGB", (60, 40), (250, 10, 10)).save(tmp_path / "a.png")
-    probabilities = ["--crops.jitter_probability=0", "--crops.gray_probability=0", "--crops.solarize_probability=0"]
-    sizes = ["--crops.global_crops_size=32", "--crops.local_crops_size=12"]
-    main([f"--image={tmp_path}/a.png", f"--out={tmp_path}/sheet.png", "--seed=3", *sizes, *probabilities, *local])
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        colors = {color for _, color in sheet.getcolors()}
-    assert colors == {(250, 10, 10), (255, 255, 255)}  # red, not blue
-    assert sorted(os.listdir(tmp_path)) == ["a.png", "sheet.png"]
-
-
-def test_the_file_is_a_command(tmp_path: Path) -> None:
-    Image.new("RGB", (60, 40), (250, 10, 10)).save(tmp_path / "a.png")
-    script = Path(__file__).parent.parent.parent.parent / "eval" / "crop_sheet.py"
-    command = [sys.executable, str(script), "--show", "a.png"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("crops.png: ")
-    assert sorted(os.listdir(tmp_path)) == ["a.png", "crops.png"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--image=nowhere.png", "--out=sheet.png"], "nowhere.png: No such file or directory"),
-        (["--image=a.png", "--out=sheet.tiff"], "must end in .png or .jpg"),
-        (["--image=a.png", "--out=nowhere/sheet.png"], "there is no folder nowhere"),
-        (["--image=a.png", "--out=sheet.png", "--seed=-1"], "--seed is -1"),
-        (
-            ["--image=a.png", "--out=sheet.png", "--crops.global_crops_scale=[0.5,0.1]"],
-            "crops.global_crops_scale is (0.5, 0.1)",
-        ),
-        (["--image=a.png", "--out=sheet.png", "--crops.local_crops_number=x"], "crops.local_crops_number"),
-        (["--out=sheet.png"], "image"),
-    ],
-)
-def test_mistakes_end_in_one_sentence(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    sentence: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (9, 9)).save("a.png")
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
-    assert sentence in capsys.readouterr().err
-    assert os.listdir(tmp_path) == ["a.png"]
 
 
 # Real photographs -----------------------------------------------------------------------------------------------------

@@ -1,10 +1,6 @@
-"""Measures of conditioning against automatic differentiation, NumPy, SciPy and calculations by hand; the command."""
+"""Measures of conditioning against automatic differentiation, NumPy, SciPy and calculations by hand."""
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +9,10 @@ import scipy.stats
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from torch import Tensor
 
-from skipless.eval import conditioning as conditioning_report
 from skipless.eval import spectra as jacobians
 from skipless.eval.spectra import (
-    TOLERANCE,
     AttentionJacobian,
     attention_singular_values,
     estimate_singular_values,
@@ -45,9 +38,7 @@ from skipless.ssl.model.statistics import (
     value_output_singular_values,
 )
 from skipless.ssl.model.vit import Block, VisionTransformer
-from skipless.ssl.run.checkpoints import export_backbone
 
-ROOT = Path(__file__).resolve().parent.parent.parent.parent
 D, HEADS, TOKENS = 24, 3, 10
 
 
@@ -70,7 +61,7 @@ def small_model(
     return model.eval().double().requires_grad_(False)
 
 
-def normalised_tokens(count: int = TOKENS, spread: float = 1.0) -> Tensor:
+def normalized_tokens(count: int = TOKENS, spread: float = 1.0) -> Tensor:
     """Tokens as a LayerNorm leaves them; with a small spread they are alike."""
     generator = torch.Generator().manual_seed(1)
     common, own = (torch.randn(n, D, generator=generator, dtype=torch.float64) for n in (1, count))
@@ -115,7 +106,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_attention_jacobian_is_that_of_the_model(name: str) -> None:
     arguments, spread = MODELS[name]
-    block, tokens = first_block(small_model(**arguments)), normalised_tokens(spread=spread)  # type: ignore[arg-type]
+    block, tokens = first_block(small_model(**arguments)), normalized_tokens(spread=spread)  # type: ignore[arg-type]
     expected = branch_jacobian(block, tokens, "attention")
     jacobian = AttentionJacobian(block, tokens)
     np.testing.assert_allclose(jacobian.whole(), expected, atol=1e-12)
@@ -135,7 +126,7 @@ def test_estimated_singular_values_are_the_exact_ones(
     """For condition numbers of 1.1 to 10^7: with as many steps as there are singular values, or with the inverse."""
     estimate(monkeypatch, factorised)
     arguments, spread = MODELS[name]
-    block, tokens = first_block(small_model(**arguments)), normalised_tokens(spread=spread)  # type: ignore[arg-type]
+    block, tokens = first_block(small_model(**arguments)), normalized_tokens(spread=spread)  # type: ignore[arg-type]
     matrix = branch_jacobian(block, tokens, "attention") + skip * np.eye(tokens.numel())
     exact = np.linalg.svd(matrix, compute_uv=False)
     found = attention_singular_values(block, tokens, skip, steps)
@@ -151,7 +142,7 @@ def test_estimated_singular_values_are_the_exact_ones(
 def test_a_few_steps_are_enough_where_attention_is_diagonal(diagonal: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """50 and 25 steps for 240 singular values, at condition numbers of 5,000 to 60,000: the preconditioner's doing."""
     estimate(monkeypatch)
-    block, tokens = first_block(small_model(preset="small", diagonal=diagonal)), normalised_tokens(spread=100)
+    block, tokens = first_block(small_model(preset="small", diagonal=diagonal)), normalized_tokens(spread=100)
     exact = np.linalg.svd(branch_jacobian(block, tokens, "attention"), compute_uv=False)
     found = attention_singular_values(block, tokens, steps=50)
     assert not found.bound
@@ -161,7 +152,7 @@ def test_a_few_steps_are_enough_where_attention_is_diagonal(diagonal: float, mon
 
 def test_what_too_few_steps_leave_unknown_is_called_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     estimate(monkeypatch)
-    block, tokens = first_block(small_model(residual=True)), normalised_tokens()
+    block, tokens = first_block(small_model(residual=True)), normalized_tokens()
     exact = np.linalg.svd(branch_jacobian(block, tokens, "attention"), compute_uv=False)
     found = attention_singular_values(block, tokens, steps=12)
     assert found.bound
@@ -174,7 +165,7 @@ def test_what_too_few_steps_leave_unknown_is_called_a_bound(monkeypatch: pytest.
 
 
 def test_small_jacobians_are_computed_whole() -> None:
-    block, tokens = first_block(small_model(preset="small")), normalised_tokens()
+    block, tokens = first_block(small_model(preset="small")), normalized_tokens()
     exact = np.linalg.svd(branch_jacobian(block, tokens, "attention"), compute_uv=False)
     found = attention_singular_values(block, tokens, steps=1)
     assert (found.smallest, found.largest) == pytest.approx((exact[-1], exact[0]), rel=1e-9)
@@ -261,7 +252,7 @@ def test_singular_jacobians_are_told_from_others(
     monkeypatch.setattr(jacobians, "DECOMPOSED", decomposed)
     monkeypatch.setattr(jacobians, "FACTORISED", factorised)
     block = first_block(small_model(preset="small"))
-    tokens = normalised_tokens(1).expand(TOKENS, D)
+    tokens = normalized_tokens(1).expand(TOKENS, D)
     found = attention_singular_values(block, tokens)
     assert found.bound
     assert found.condition == pytest.approx(1e14, rel=0.9)
@@ -273,7 +264,7 @@ def test_nothing_comes_out_of_a_branch_of_zeros(monkeypatch: pytest.MonkeyPatch)
     model = small_model(residual=True, layer_scale=0.0)
     for whole in (10**6, 0):
         monkeypatch.setattr(jacobians, "DECOMPOSED", whole)
-        found = attention_singular_values(first_block(model), normalised_tokens())
+        found = attention_singular_values(first_block(model), normalized_tokens())
         assert (found.largest, found.smallest, found.bound) == (0, 0, True)
         assert math.isfinite(found.condition)
 
@@ -281,7 +272,7 @@ def test_nothing_comes_out_of_a_branch_of_zeros(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_mlp_singular_values_are_the_exact_ones(name: str, skip: bool) -> None:
-    block, tokens = first_block(small_model(**MODELS[name][0])), normalised_tokens()  # type: ignore[arg-type]
+    block, tokens = first_block(small_model(**MODELS[name][0])), normalized_tokens()  # type: ignore[arg-type]
     matrix = branch_jacobian(block, tokens, "mlp") + skip * np.eye(tokens.numel())
     exact = np.linalg.svd(matrix, compute_uv=False)
     found = mlp_singular_values(block, tokens, skip)
@@ -330,7 +321,7 @@ def test_attention_of_queries_and_keys_made_by_hand() -> None:
 
 def test_attention_logits_are_those_of_the_model() -> None:
     """softmax(logits) V W_O is the attention's output."""
-    block, tokens = first_block(small_model(preset="small")), normalised_tokens()
+    block, tokens = first_block(small_model(preset="small")), normalized_tokens()
     maps = attention_logits(block, tokens[None]).softmax(-1)[0]
     _, _, v = block.attn.split(tokens)
     output = block.attn.proj((maps @ v.transpose(0, 1)).transpose(0, 1).flatten(1))
@@ -435,136 +426,3 @@ def test_jacobians_of_all_blocks() -> None:
         assert found["mlp_smallest"][number] == pytest.approx(exact[-1], rel=1e-6)  # all 20 tokens were drawn
         assert found["mlp_largest"][number] == pytest.approx(exact[0])
     assert not any("skip" in name for name in jacobian_conditioning(small_model(preset="small"), images.float(), 2))
-
-
-# --- the command
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    (tmp_path / "photos").mkdir()
-    for number in range(5):
-        rough = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-        Image.fromarray(rough).resize((50, 40), Image.Resampling.BICUBIC).save(tmp_path / "photos" / f"{number}.png")
-    return tmp_path / "photos"
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> tuple[Path, Path]:
-    """Two exported backbones in folders of the same name."""
-    folders = tmp_path / "a" / "run", tmp_path / "b" / "run"
-    for folder, arguments in zip(folders, ({"residual": True}, {"preset": "small"}), strict=True):
-        folder.mkdir(parents=True)
-        export_backbone(folder, small_model(**arguments), {"step": 1})  # type: ignore[arg-type]
-    return folders
-
-
-def test_command_compares_trained_models(photos: Path, runs: tuple[Path, Path], tmp_path: Path) -> None:
-    out = tmp_path / "out" / "found"
-    words = ["--images", photos, "--ckpt", runs[0], runs[1] / "backbone.safetensors", "--out", out]
-    words += ["--count", "3", "--jacobian-images", "2", "--seed", "3"]
-    script = ROOT / "eval" / "conditioning.py"
-    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(Path(f"{out}.json").read_text())
-    assert [model["name"] for model in result["details"]] == ["a/run", "b/run"]
-    assert (result["images"], result["jacobian_images"], result["dataset"], result["seed"]) == (3, 2, "photos", 3)
-    assert {"hardware", "versions", "commit", "seconds"} <= set(result)
-    residual, skipless = (model["statistics"] for model in result["details"])
-    wanted = set(conditioning_report.MEASURES)
-    assert wanted <= set(skipless)
-    assert "attention_skip_condition" in residual
-    assert "attention_skip_condition" not in skipless
-    assert all(len(values) == 2 for values in [*residual.values(), *skipless.values()])
-    assert skipless["value_output_condition"] == pytest.approx([1, 1], abs=1e-4)
-    page = Path(f"{out}.md").read_text()
-    assert page == done.stdout
-    assert "| a/run: with its skip (K + I) | " in page
-    assert str(tmp_path) not in page + Path(f"{out}.json").read_text()
-    with Image.open(f"{out}.png") as figure:
-        assert min(figure.size) > 1000
-
-
-def test_command_compares_initializations(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The mirrored initialization keeps tokens apart where the default one, without skips, does not."""
-    words = ["--images", str(photos), "--size", "tiny", "--pixels", "32", "--cheap", "--count", "2"]
-    figure = tmp_path / "figure.svg"
-    monkeypatch.setattr(sys, "argv", ["conditioning_report", *words, "--figure", str(figure)])
-    conditioning_report.main()
-    assert "### Mean share of patch tokens" in capsys.readouterr().out
-    assert figure.read_text().startswith("<?xml")
-    images = conditioning_report.normalized_squares(conditioning_report.open_images(photos), 40, 32)
-    found = {
-        name: conditioning_report.cheap_conditioning(model, images)
-        for name, model in conditioning_report.fresh_models("tiny", images, seed=0)
-    }
-    assert list(found) == list(conditioning_report.ARMS)
-    share = {name: values["mean_share"][-1] for name, values in found.items()}
-    assert share["skipless, default"] > 0.99
-    assert share["skipless, mirrored, beta 4"] < 0.9
-    assert share["skipless, small (the same, whitened)"] < share["skipless, mirrored, beta 4"]
-
-
-def test_table_marks_bounds() -> None:
-    values = {
-        "mean_share": [0.5, 0.25],
-        "attention_condition": [10.0, 2e6],
-        "attention_smallest": [1.0, 1e-6],
-        "attention_smallest_error": [0.0, 2 * TOLERANCE],
-        "attention_skip_condition": [2.0, 3.0],
-        "attention_skip_smallest_error": [0.0, 0.0],
-    }
-    lines = conditioning_report.table({"arm": values}).splitlines()
-    assert "| arm | 10 | ≥ 2e+06 |" in lines
-    assert "| arm | 1 | ≤ 1e-06 |" in lines
-    assert "| arm: with its skip (K + I) | 2 | 3 |" in lines
-    assert "| arm | 0.5 | 0.25 |" in lines
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--images", "nowhere"], "nowhere"),
-        (["--images", "PHOTOS", "--count", "0"], "--count is 0"),
-        (["--images", "PHOTOS", "--seed", "-1"], "--seed is -1"),
-        (["--images", "PHOTOS", "--pixels", "50"], "a multiple of their patch, 16"),
-        (["--images", "PHOTOS", "--figure", "figure.bmp"], "must end in .png"),
-        (["--images", "PHOTOS", "--ckpt", "nowhere"], "nowhere is no backbone of a pretraining run"),
-        (["--images", "PHOTOS", "--ckpt", "RUN", "RUN"], "names a run twice"),
-        (["--images", "PHOTOS", "--ckpt", "RUN", "--pixels", "30"], "a multiple of its patch, 4"),
-        (["--images", "PHOTOS", "--ckpt", "DAMAGED"], "cannot be loaded"),
-        (["--images", "PHOTOS", "--ckpt", "NAN"], "NaN or infinite weights"),
-        (["--images", "PHOTOS", "--ckpt", "RUN", "--size", "tiny"], "not allowed with"),
-    ],
-)
-def test_bad_input_is_one_sentence(
-    words: list[str],
-    said: str,
-    photos: Path,
-    runs: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    damaged, broken = tmp_path / "damaged", tmp_path / "nan"
-    for folder in (damaged, broken):
-        folder.mkdir()
-    export_backbone(damaged, small_model(), {})
-    (damaged / "backbone.safetensors").write_bytes(b"nothing")
-    model = small_model()
-    model.cls_token.fill_(math.nan)
-    export_backbone(broken, model, {})
-    places = {"PHOTOS": photos, "RUN": runs[0], "DAMAGED": damaged, "NAN": broken}
-    out = tmp_path / "out"
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["x", *(str(places.get(word, word)) for word in words), "--out", str(out)])
-    with pytest.raises(SystemExit) as stopped:
-        conditioning_report.main()
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err
-    assert said in message
-    assert "Traceback" not in message
-    assert not list(tmp_path.glob("out*"))
