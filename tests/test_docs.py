@@ -1,38 +1,152 @@
-"""Commands in the README and in docs/ are commands that their scripts accept."""
+"""What the documents say can be typed can be typed: every command line is accepted by the command that it names."""
 
+import ast
 import importlib
+import importlib.util
+import inspect
 import re
 import shlex
+import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+from helpers import ROOT
 
 from skipless.common import cli
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("experiments/*.yaml")])
+SCRIPTS = [
+    path
+    for room in ("ssl", "eval", "datasets", "benchmarks", "experiments", "examples")
+    for path in sorted((ROOT / room).glob("*.py"))
+]
+SCRIPT = re.compile(r"(?:ssl|eval|datasets|benchmarks|experiments|examples)/\w+\.py")
+STARTERS = ("python", "torchrun", "skipless", "make")
 
 
-def commands() -> list[tuple[str, str, tuple[str, ...]]]:
-    """(page, script, its words) for every line of a code block that runs a script of ssl/ or eval/."""
-    found = []
-    for page in PAGES:
-        for block in re.findall(r"```\w*\n(.*?)```", page.read_text(), re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line.removeprefix("srun "), comments=True)
-                script = next((word for word in words if re.fullmatch(r"(ssl|eval)/\w+\.py", word)), None)
-                if script and words[0] in ("python", "torchrun"):
-                    found.append((page.name, script, tuple(words[words.index(script) + 1 :])))
-    return found
+class Accepted(Exception):
+    """A command has read its command line, and shall not do what it says."""
+
+
+def parts(page: Path) -> tuple[str, list[tuple[str, str]]]:
+    """A page in Markdown: its prose, and (language, text) of its fenced blocks."""
+    pieces = re.split(r"^```(\w*)$", page.read_text(), flags=re.MULTILINE)  # prose, language, block, "", prose, ...
+    return "\n".join(pieces[::4]), list(zip(pieces[1::4], pieces[2::4], strict=True))
+
+
+def lines_of_commands(path: Path) -> list[str]:
+    """The lines of a file that may hold commands."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        prose, blocks = parts(path)
+        quoted = re.findall(rf"`((?:{'|'.join(STARTERS)}) [^`]+)`", prose)
+        text = "\n".join([block for language, block in blocks if not language] + [" ".join(q.split()) for q in quoted])
+    elif path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+        text = "\n".join(line for line in text.replace("\\\n", " ").splitlines() if line.startswith("    "))
+    else:
+        text = "\n".join(line.removeprefix("#") for line in text.splitlines() if line.startswith("#  "))
+    return text.replace("\\\n", " ").splitlines()
+
+
+def words_of_command(line: str) -> list[str]:
+    """The words of the command in a line, from its starter on; none where there is no command."""
+    match = re.search(rf"(?:^|[:;] |exec |srun )\s*((?:{'|'.join(STARTERS)}) [\w-].*)", line)
+    if not match:
+        return []
+    quoted = "'" in line[: match.start(1)] and "exec" in line  # inside of bash -c '...'
+    words = shlex.split(match[1].partition("'")[0] if quoted else match[1], comments=True)
+    return [word.strip("[]") for word in words if word != "..."]
+
+
+def command_lines() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(file, words) of every command line of the documents, recipes and commands."""
+    for path in [*PAGES, *RECIPES, *SCRIPTS]:
+        for line in lines_of_commands(path):
+            words = words_of_command(line)
+            if words:
+                yield str(path.relative_to(ROOT)), tuple(words)
+            else:
+                assert not SCRIPT.search(line) or "python" not in line, f"{path.name}: not read as a command: {line}"
+
+
+COMMANDS = list(dict.fromkeys(command_lines()))
+
+
+@cache
+def module_of(script: str) -> ModuleType:
+    """A command's module: of the package, or from its file."""
+    if script.startswith(("ssl/", "eval/", "datasets/")):
+        return importlib.import_module(f"skipless.{script.removesuffix('.py').replace('/', '.')}")
+    name = script.removesuffix(".py").replace("/", "_of_")
+    spec = importlib.util.spec_from_file_location(name, ROOT / script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def start(module: ModuleType, words: list[str]) -> None:
+    """What the file does as a command, up to the moment when it has read `words`."""
+    sys.argv = [str(module.__file__), *words]
+    if inspect.signature(module.main).parameters:
+        module.main(words)
+    else:
+        module.main()
+
+
+@pytest.fixture
+def only_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands read their command lines in the repository's folder, and do nothing; an error is not caught."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [])
+    parse = cli.parse
+
+    def parse_and_stop(*arguments: Any, **options: Any) -> None:
+        parse(*arguments, **options)
+        raise Accepted
+
+    monkeypatch.setattr(cli, "parse", parse_and_stop)
+    monkeypatch.setattr(cli, "guard", lambda command: command())
+    for room in ("benchmarks", "experiments", "examples"):
+        monkeypatch.syspath_prepend(ROOT / room)
 
 
 def test_there_are_commands_to_check() -> None:
-    assert len(commands()) > 20
+    assert len(COMMANDS) > 150
 
 
-@pytest.mark.parametrize(("page", "script", "words"), commands())
-def test_command_is_accepted(page: str, script: str, words: tuple[str, ...]) -> None:
-    assert (ROOT / script).exists(), f"{page} names {script}"
-    module = importlib.import_module(f"skipless.{script.removesuffix('.py').replace('/', '.')}")
-    if hasattr(module, "Settings"):
-        cli.parse(module.Settings, list(words), recipe=getattr(module, "recipe", None))
+@pytest.mark.parametrize(("page", "words"), COMMANDS)
+@pytest.mark.usefixtures("only_parsed")
+def test_command_is_accepted(page: str, words: tuple[str, ...]) -> None:
+    script = next((word for word in words if SCRIPT.fullmatch(word)), None)
+    if words[0] == "make":
+        targets = [word for word in words[1:] if "=" not in word]
+        assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in targets)
+    elif script:
+        assert (ROOT / script).exists(), f"{page} names {script}"
+        if "cli.run(" not in (ROOT / script).read_text():
+            pytest.skip("reads its command line in a way of its own")
+        with pytest.raises(Accepted):
+            start(module_of(script), list(words[words.index(script) + 1 :]))
+
+
+EXAMPLES = [(page.name, code) for page in PAGES for language, code in parts(page)[1] if language == "python"]
+
+
+@pytest.mark.parametrize(("page", "code"), EXAMPLES)
+def test_example_in_python(page: str, code: str) -> None:
+    """It compiles, and what it imports exists."""
+    for node in ast.walk(ast.parse(code, page)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module or "")
+            assert [name.name for name in node.names if not hasattr(module, name.name)] == []
+        elif isinstance(node, ast.Import):
+            for name in node.names:
+                importlib.import_module(name.name)
