@@ -8,7 +8,7 @@ One machine with 8 GPUs:
 
     torchrun --nproc-per-node 8 ssl/pretrain.py --config configs/vits16_skipless_soap.yaml --data.path imagenet/train
 
-Several machines, on each of them (README.md has the SLURM script):
+Several machines, on each of them (docs/training.md has the SLURM script):
 
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 ssl/pretrain.py ...
 
