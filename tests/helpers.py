@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import multiprocessing
 import os
 import socket
@@ -10,6 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +58,8 @@ class Running:
 def start(
     module: str, words: Sequence[object] = (), cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> Running:
-    """Start `main` of a module, as in start("skipless.ssl.pretrain", ["--out", folder]), in a process of its own."""
+    """Start `main` of a module, as in start("skipless.ssl.pretrain", ["--out", folder]), or of a script of the
+    repository, as in start("experiments/run.py"), in a process of its own."""
     folder = tempfile.TemporaryDirectory()
     arguments = (module, list(map(str, words)), folder.name, str(cwd or os.getcwd()), dict(env or {}))
     for name in ("out", "err"):
@@ -85,6 +88,21 @@ def run_group(module: str, words: Sequence[object], processes: int = 2, **where:
     return ended
 
 
+def load(script: Path) -> ModuleType:
+    """A script outside the package as a module; it finds the files beside it, as when Python runs it."""
+    spec = importlib.util.spec_from_file_location(f"{script.parent.name}_{script.stem}", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the types of their fields
+    sys.path.insert(0, str(script.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(script.parent))
+    return module
+
+
 def error_line(text: str) -> str:
     """The one line in which a command refused something, without its start `error: `."""
     lines = [line for line in text.splitlines() if line.startswith("error: ")]
@@ -105,4 +123,4 @@ def _main(module: str, words: list[str], folder: str, cwd: str, env: dict[str, s
         import torch
 
         torch.set_num_threads(1)
-    importlib.import_module(module).main(words)
+    (load(ROOT / module) if module.endswith(".py") else importlib.import_module(module)).main(words)

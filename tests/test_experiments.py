@@ -1,13 +1,14 @@
-"""The driver of experiments: what it runs, in which order, what it makes of failures, and its tables."""
+"""The driver of experiments: what it runs, in which order, what it makes of failures, its tables, and the index."""
 
 import json
-import runpy
-import subprocess
-import sys
+import os
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -15,8 +16,10 @@ from PIL import Image
 
 from skipless.common import cli
 
-ROOT = Path(__file__).parent.parent
-run_py = runpy.run_path(str(ROOT / "experiments" / "run.py"))
+ROOT = helpers.ROOT
+run_py = helpers.load(ROOT / "experiments/run.py")
+index_py = helpers.load(ROOT / "experiments/index.py")
+tables_py = helpers.load(ROOT / "experiments/tables.py")
 # A training of milliseconds: its figure is given by its flags, and the seed adds a hundredth.
 FAKE = """
 import argparse, json, pathlib, sys
@@ -54,13 +57,25 @@ def experiment(tmp_path: Path) -> Path:
     return path
 
 
-def drive(path: Path, *more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "experiments" / "run.py"), str(path), *more]
-    command += ["--runs", str(path.parent / "runs"), "--out", str(path.parent / "results")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def drive(capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
+    """Runs the driver in this process, with its runs and results beside the experiment's file."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(path: Path, *more: str) -> helpers.Done:
+        folders = ["--runs", str(path.parent / "runs"), "--out", str(path.parent / "results")]
+        status = 0
+        try:
+            run_py.main([str(path), *more, *folders])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return helpers.Done(status, *capsys.readouterr())
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
 
 
-def test_learning_rates_first_then_seeds_at_the_best_and_nothing_twice(experiment: Path) -> None:
+def test_learning_rates_first_then_seeds_at_the_best_and_nothing_twice(experiment: Path, drive: Any) -> None:
     done = drive(experiment)
     assert done.returncode == 0, done.stderr
     order = (experiment.parent / "runs" / "trial" / "order.txt").read_text().split()
@@ -85,14 +100,14 @@ def test_learning_rates_first_then_seeds_at_the_best_and_nothing_twice(experimen
     assert (experiment.parent / "results" / "trial.svg").read_text().startswith("<?xml")
 
 
-def test_list_runs_nothing(experiment: Path) -> None:
+def test_list_runs_nothing(experiment: Path, drive: Any) -> None:
     done = drive(experiment, "--list")
     assert done.stdout.splitlines()[0] == "good-lr0.1-seed0: to do"
     assert not (experiment.parent / "runs").exists()
     assert not (experiment.parent / "results").exists()
 
 
-def test_a_failed_run_counts_for_nothing_and_other_flags_are_found_out(experiment: Path) -> None:
+def test_a_failed_run_counts_for_nothing_and_other_flags_are_found_out(experiment: Path, drive: Any) -> None:
     drive(experiment)
     runs = experiment.parent / "runs" / "trial"
     # Had it not failed, the first rate would be the better one.
@@ -116,7 +131,7 @@ EMPTY = "{command: [x], arms: {a: []}, learning_rates: [0.1], seeds: [], metric:
 
 
 @pytest.mark.parametrize("content", ["command: [x]", "a: [", None, TWINS, WORDS, EMPTY])
-def test_a_file_that_is_no_experiment(tmp_path: Path, content: str | None) -> None:
+def test_a_file_that_is_no_experiment(tmp_path: Path, content: str | None, drive: Any) -> None:
     path = tmp_path / "x.yaml"
     if content is not None:
         path.write_text(content)
@@ -126,7 +141,7 @@ def test_a_file_that_is_no_experiment(tmp_path: Path, content: str | None) -> No
     assert done.stderr.count("\n") == 1
 
 
-def test_without_its_images_or_a_run_that_works_nothing_is_replaced(experiment: Path) -> None:
+def test_without_its_images_or_a_run_that_works_nothing_is_replaced(experiment: Path, drive: Any) -> None:
     content = json.loads(experiment.read_text())
     content["command"] += ["--data={data}/train"]
     experiment.write_text(json.dumps(content))
@@ -147,30 +162,19 @@ def test_without_its_images_or_a_run_that_works_nothing_is_replaced(experiment: 
     assert result.read_text() == "{}"
 
 
+FLAGS = """--model.dim=32 --model.depth=2 --model.heads=2 --model.patch=8 --crops.global_crops_size=16 --device=cpu
+    --crops.local_crops_size=8 --crops.local_crops_number=1 --dino.out_dim=32 --dino.hidden_dim=32 --epochs=3000
+    --dino.bottleneck_dim=16 --optimizer.name=adamw --batch_size=8"""
+
+
 def test_interrupted_a_real_run_leaves_a_checkpoint_and_is_taken_up_again(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     rng = np.random.default_rng(0)
-    for i in range(64):
+    for i in range(16):
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(photos / f"{i}.png")
-    flags = [
-        "model.dim=32",
-        "model.depth=2",
-        "model.heads=2",
-        "model.patch=8",
-        "crops.global_crops_size=16",
-        "device=cpu",
-    ]
-    flags += [
-        "crops.local_crops_size=8",
-        "crops.local_crops_number=1",
-        "dino.out_dim=32",
-        "dino.hidden_dim=32",
-        "epochs=3000",
-    ]
-    flags += ["dino.bottleneck_dim=16", "optimizer.name=adamw", "batch_size=8"]
     content: dict[str, Any] = {
-        "command": ["ssl/pretrain.py", "--data.path", "{data}", *(f"--{flag}" for flag in flags)],
+        "command": ["ssl/pretrain.py", "--data.path", "{data}", *FLAGS.split()],
         "arms": {"one": []},
         "learning_rates": [0.001],
         "seeds": [0],
@@ -178,21 +182,20 @@ def test_interrupted_a_real_run_leaves_a_checkpoint_and_is_taken_up_again(tmp_pa
     }
     path = tmp_path / "real.yaml"
     path.write_text(json.dumps(content))
-    command = [sys.executable, str(ROOT / "experiments" / "run.py"), str(path), "--data", str(photos)]
-    command += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]
+    words = [path, "--data", photos, "--runs", tmp_path / "runs", "--out", tmp_path / "results"]
     folder = tmp_path / "runs" / "real" / "one-lr0.001-seed0"
-    steps = []
+    log, steps = folder / "metrics.jsonl", []
     for _ in range(2):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        log = folder / "metrics.jsonl"
         before = len(log.read_text().splitlines()) if log.exists() else 0
+        running = helpers.start("experiments/run.py", words)
         until = time.monotonic() + 120
         while not log.exists() or len(log.read_text().splitlines()) < before + 2:
             assert time.monotonic() < until
             time.sleep(0.1)
-        process.terminate()
-        _, error = process.communicate(timeout=60)
-        assert (process.returncode, error) == (130, "interrupted: the same command goes on\n")
+        os.kill(running.process.pid, signal.SIGTERM)
+        done = running.wait(60)
+        assert done.returncode == 130
+        assert done.stderr.startswith("interrupted: the same command goes on")
         assert not (folder / "failed.txt").exists()
         steps.append(torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["step"])
     assert 0 < steps[0] < steps[1]
@@ -204,14 +207,14 @@ def test_published_experiments_name_flags_that_exist_and_go_together() -> None:
 
     kinds = {"ssl/pretrain.py": pretrain.Settings, "ssl/supervised.py": supervised.Settings}
     for path in sorted((ROOT / "experiments").glob("*.yaml")):
-        experiment = run_py["read_experiment"](path)
+        experiment = run_py.read_experiment(path)
         script, *words = experiment.command
         for more in experiment.arms.values():
             settings = cli.parse(kinds[script], [*(word.replace("{data}", "x") for word in [*words, *more]), "--out=x"])
             check_run(settings, 10**6, "data", Path("x"), torch.device("cpu"))
 
 
-def test_conditioning_at_the_start_and_at_the_end_is_tabulated(experiment: Path) -> None:
+def test_conditioning_at_the_start_and_at_the_end_is_tabulated(experiment: Path, drive: Any) -> None:
     conditioning = """
 lines = [l | {f"monitor/conditioning/{name}": [2.0, l["step"] + 1] for name in ("value_output_condition",
          "diagonal_share", "kurtosis", "mean_share", "effective_rank")} for l in lines]
@@ -224,3 +227,16 @@ lines = [l | {f"monitor/conditioning/{name}": [2.0, l["step"] + 1] for name in (
     # Two blocks, 2 and 1 at the start, 2 and 3 at the end: the worst, the mean, or the last of them.
     assert "| good | 2 -> 3 | 1.5 -> 2.5 | 2 -> 3 | 1 -> 3 | 1 -> 3 |" in table
     assert "| broken | 2" not in table
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "results").glob("*/*.svg")))
+def test_published_table_is_what_its_result_gives(name: str) -> None:
+    (path,) = (ROOT / "results").glob(f"*/{name}.json")
+    assert tables_py.table(json.loads(path.read_text())) == path.with_suffix(".md").read_text()
+
+
+def test_index_of_results_is_what_the_command_writes_and_names_them_all() -> None:
+    index = (ROOT / "results/README.md").read_text()
+    assert index == index_py.index(ROOT / "results"), "run `python experiments/index.py`"
+    for path in (ROOT / "results").rglob("*.json"):
+        assert f"]({path.with_suffix('.md').relative_to(ROOT / 'results')})" in index

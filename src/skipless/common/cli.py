@@ -12,6 +12,7 @@ later wins. In flag names - and _ are the same; `--flag` alone sets a true-or-fa
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import json
 import multiprocessing
@@ -70,21 +71,7 @@ def parse(
         jsonargparse.ArgumentError: an unknown flag or a value of the wrong type.
         ValueError: values that contradict each other.
     """
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
-
-    class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Keeps the lines of the description."""
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog=prog, description=description, epilog=HELP, exit_on_error=False, formatter_class=HelpFormatter
-    )
-    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it win.")
-    parser.add_class_arguments(settings, as_positional=positional)
-    for action in parser._actions:
-        if not action.option_strings:
-            action.metavar = action.dest.upper() + (" ..." if _is_list(dict(_leaves(settings))[action.dest]) else "")
-
+    parser = _parser(settings, prog, description, positional)
     words = canonical(settings, sys.argv[1:] if arguments is None else arguments, positional)
     if recipe is not None:  # which one, the words say; they are then read over it
         quiet = [word for word in words if not word.startswith("--print_config")]
@@ -166,6 +153,25 @@ def canonical(settings: type, words: Sequence[str], positional: bool = False) ->
             raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}")
         out.append(f"--{name}{equals}{value}")
     return out
+
+
+@functools.cache  # building one takes longer than reading a command line
+def _parser(settings: type, prog: str | None, description: str | None, positional: bool) -> Any:
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+    class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Keeps the lines of the description."""
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=prog, description=description, epilog=HELP, exit_on_error=False, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--config", action="config", help="YAML file of settings; flags after it win.")
+    parser.add_class_arguments(settings, as_positional=positional)
+    for action in parser._actions:
+        if not action.option_strings:
+            action.metavar = action.dest.upper() + (" ..." if _is_list(dict(_leaves(settings))[action.dest]) else "")
+    return parser
 
 
 def _leaves(settings: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
