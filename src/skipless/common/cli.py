@@ -71,7 +71,7 @@ def parse(
         jsonargparse.ArgumentError: an unknown flag or a value of the wrong type.
         ValueError: values that contradict each other.
     """
-    parser = _parser(settings, prog, description, positional)
+    parser = _parser(settings, prog, description, positional)  # type: ignore[arg-type]  # types are hashable
     words = canonical(settings, sys.argv[1:] if arguments is None else arguments, positional)
     if recipe is not None:  # which one, the words say; they are then read over it
         quiet = [word for word in words if not word.startswith("--print_config")]
