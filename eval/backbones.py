@@ -39,7 +39,7 @@ from torch import Tensor
 from skipless.common.pixels import MEAN, STD
 from skipless.common.precision import autocast, describe, has_bf16
 from skipless.ssl.model.initialization import PRESETS, skipless_init_
-from skipless.ssl.model.vit import BlockFeatures, Kind, VisionTransformer
+from skipless.ssl.model.vit import BlockFeatures, VisionTransformer
 
 Weights = Literal["teacher", "student"]
 FeatureKind = Literal["tokens", "keys", "keys_without_bias", "queries", "values"]
@@ -70,7 +70,7 @@ class Backbone:
     """Of the checkpoint's file (of the weights, for timm:NAME and untrained ones)."""
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
-    """Of RGB in [0, 1], which the network expects to be normalised by."""
+    """Of RGB in [0, 1], which the network expects to be normalized by."""
     arithmetic: str | None = None
     """How the network computes, where that is not in floating point: what its features depend on beside the weights."""
     precision: Precision = "fp32"
@@ -108,7 +108,7 @@ class Backbone:
         return f"{letter.get(self.dim, 'ViT')}/{self.patch}, {self.depth} blocks, {self.dim} wide{registers}, {kind}"
 
     def fingerprint(self) -> str:
-        """sha256 of the architecture, the weights as loaded, the normalisation and the arithmetic: what features depend
+        """sha256 of the architecture, the weights as loaded, the normalization and the arithmetic: what features depend
         on."""
         more = [self.arithmetic] if self.arithmetic else []
         more += [self.described_precision] if self.precision == "bf16" else []
@@ -143,7 +143,7 @@ class Backbone:
         """Patch grids and CLS of any blocks, in one pass, without gradients.
 
         Args:
-            images: normalised [B, 3, H, W]; height and width multiples of the patch (see `pad_to_patch`).
+            images: normalized [B, 3, H, W]; height and width multiples of the patch (see `pad_to_patch`).
             blocks: which blocks, from 0; negative ones count from the end.
             kind: "tokens", the block's output; or the "keys", "queries" or "values" of its attention, heads
                 concatenated; or "keys_without_bias": a bias added to all keys leaves attention as it is (softmax), so
@@ -156,17 +156,15 @@ class Backbone:
         Raises:
             ValueError: an unknown kind or block, or a size that is no multiple of the patch.
         """
-        known: Kind = "keys" if kind == "keys_without_bias" else kind
-        # What is left without the bias may be small beside it: too small for 8 bits.
-        bf16 = self.precision == "bf16" and kind != "keys_without_bias"
+        if kind == "keys_without_bias":
+            # In float32: what is left without the bias may be small beside it, too small for 8 bits.
+            keys = self.model.features(images, blocks, "keys", norm)
+            biases = [self.model.blocks[block % self.depth].attn.qkv.bias.chunk(3)[1] for block in blocks]  # type: ignore[union-attr, operator]
+            return [BlockFeatures(k.patches - bias, k.cls - bias) for k, bias in zip(keys, biases, strict=True)]
+        bf16 = self.precision == "bf16"
         with autocast(images.device, bf16):
-            found = self.model.features(images, blocks, known, norm)
-        if bf16:
-            found = [BlockFeatures(f.patches.float(), f.cls.float()) for f in found]
-        if kind != "keys_without_bias":
-            return found
-        biases = [self.model.blocks[block % self.depth].attn.qkv.bias.chunk(3)[1] for block in blocks]  # type: ignore[union-attr, operator]
-        return [BlockFeatures(f.patches - b, f.cls - b) for f, b in zip(found, biases, strict=True)]
+            outputs = self.model.features(images, blocks, kind, norm)
+        return [BlockFeatures(o.patches.float(), o.cls.float()) for o in outputs] if bf16 else outputs
 
 
 def usable_precision(wanted: Precision, device: torch.device) -> Precision:
@@ -174,14 +172,14 @@ def usable_precision(wanted: Precision, device: torch.device) -> Precision:
     return "bf16" if wanted == "bf16" and has_bf16(device) else "fp32"
 
 
-def pad_to_patch(images: Tensor, patch: int, centred: bool = False) -> Tensor:
-    """Zeros around normalised images [B, 3, H, W], up to the next multiple of the patch.
+def pad_to_patch(images: Tensor, patch: int, centered: bool = False) -> Tensor:
+    """Zeros around normalized images [B, 3, H, W], up to the next multiple of the patch.
 
-    At the right and at the bottom (LOST, TokenCut), or `centred` with the odd pixel at the right and the bottom
+    At the right and at the bottom (LOST, TokenCut), or `centered` with the odd pixel at the right and the bottom
     (DINOv2's segmentation).
     """
     rows, columns = -images.shape[2] % patch, -images.shape[3] % patch
-    top, left = (rows // 2, columns // 2) if centred else (0, 0)
+    top, left = (rows // 2, columns // 2) if centered else (0, 0)
     return F.pad(images, (left, columns - left, top, rows - top))
 
 
@@ -285,7 +283,7 @@ def untrained(backbone: Backbone, seed: int = 0) -> Backbone:
 
 
 def _read(path: Path, weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Tensors by name, and the architecture where the file (or its .json neighbour) says it: then it is ours."""
+    """Tensors by name, and the architecture where the file (or its .json neighbor) says it: then it is ours."""
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
@@ -297,32 +295,31 @@ def _read(path: Path, weights: Weights) -> tuple[dict[str, Tensor], dict[str, An
             return tensors, json.loads(stored)
         beside = path.with_suffix(".json")
         try:
-            about = json.loads(beside.read_text()) if beside.exists() else None
+            description = json.loads(beside.read_text()) if beside.exists() else None
         except ValueError as error:
             raise ValueError(f"{beside} is damaged ({error}); export the backbone again") from None
-        return tensors, _ours(about)
+        return tensors, _stored_architecture(description)
     try:
         # DINO's checkpoints hold their command line as a Namespace, a bag of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = (
-            f"Python objects beside tensors ({found[1]})" if found else "something else than tensors and plain values"
-        )
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        content = f"Python objects beside tensors ({code[1]})" if code else "more than tensors and plain values"
         raise ValueError(
-            f"{path} holds {what}, and loading it could run code: "
+            f"{path} holds {content}, and loading it could run code: "
             "if you trust it, open it yourself and save its state_dict as .safetensors"
         ) from None
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is damaged or no file of torch.save ({reason}); fetch or export it again") from None
-    return _choose(path, content, weights), _ours(content)
+        raise ValueError(
+            f"{path} is damaged or no file of torch.save ({_first_line(error)}); fetch or export it again"
+        ) from None
+    return _choose(path, content, weights), _stored_architecture(content)
 
 
-def _ours(about: Any) -> dict[str, Any] | None:
+def _stored_architecture(content: Any) -> dict[str, Any] | None:
     """The architecture that our files state; other projects' state none, or no more than a name."""
-    architecture = about.get("architecture") if isinstance(about, dict) else None
+    architecture = content.get("architecture") if isinstance(content, dict) else None
     return architecture if isinstance(architecture, dict) else None
 
 
@@ -370,13 +367,13 @@ def _family(tensors: dict[str, Tensor]) -> str:
 
 
 def _check_names(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """What everything below relies on."""
+    """Raises ValueError where a tensor that tells the architecture is missing or misshapen."""
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight")
     missing = [name for name in needed if name not in tensors]
     if missing:
         raise ValueError(
-            f"{path} is not a ViT under DINO's, DINOv2's or timm's names: it lacks {_some(missing)}, "
-            f"and has {_some(list(tensors))}"
+            f"{path} is not a ViT under DINO's, DINOv2's or timm's names: it lacks {_listed(missing)}, "
+            f"and has {_listed(list(tensors))}"
         )
     if any(".mlp.w12." in name for name in tensors):
         raise ValueError(f"{path} has SwiGLU MLPs (mlp.w12, as DINOv2's ViT-g), which are not supported; use a ViT-L")
@@ -403,7 +400,7 @@ def _read_architecture(
         )
     side = math.isqrt(tensors["pos_embed"].shape[1])
     offset, antialias = POSITIONS[family]
-    blocks = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))}
+    blocks = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
     return {
         "dim": dim,
         "depth": 1 + max(blocks),
@@ -432,20 +429,21 @@ def _build(path: str | Path, tensors: dict[str, Tensor], architecture: dict[str,
     expected = model.state_dict()
     complaints = []
     if missing := sorted(set(expected) - set(tensors)):
-        complaints.append(f"it lacks {_some(missing)}")
+        complaints.append(f"it lacks {_listed(missing)}")
     if unexpected := sorted(set(tensors) - set(expected)):
-        complaints.append(f"it has {_some(unexpected)}, which a plain ViT has not")
-    shapes = {name: (list(tensors[name].shape), list(expected[name].shape)) for name in set(tensors) & set(expected)}
-    if other := [
-        f"{name} is {found} and not {wanted}" for name, (found, wanted) in sorted(shapes.items()) if found != wanted
+        complaints.append(f"it has {_listed(unexpected)}, which a plain ViT has not")
+    if misshapen := [
+        f"{name} is {list(tensors[name].shape)} and not {list(expected[name].shape)}"
+        for name in sorted(set(tensors) & set(expected))
+        if tensors[name].shape != expected[name].shape
     ]:
-        complaints.append(_some(other))
+        complaints.append(_listed(misshapen))
     if complaints:
         raise ValueError(f"{path} cannot be loaded as a ViT: {'; '.join(complaints)}")
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(f"{path} has NaN or infinite weights, in {_some(broken)}")
+        raise ValueError(f"{path} has NaN or infinite weights, in {_listed(broken)}")
     return model.eval().requires_grad_(False)
 
 
@@ -457,8 +455,9 @@ def _load_timm(name: str) -> Backbone:
     try:
         reference: Any = timm.create_model(name.removeprefix("timm:"), pretrained=True, num_classes=0).eval()
     except Exception as error:  # unknown name, no network, no such weights: each library below has its own class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name}: timm cannot make this model with pretrained weights ({reason})") from None
+        raise ValueError(
+            f"{name}: timm cannot make this model with pretrained weights ({_first_line(error)})"
+        ) from None
     tensors = _rename(reference.state_dict())
     _check_names(name, tensors)
     family = _family(tensors) if "dino" in name else "timm"
@@ -468,9 +467,10 @@ def _load_timm(name: str) -> Backbone:
     size = model.architecture["image_size"]
     probe = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        theirs, ours = reference.forward_features(probe), model([probe])[0]
+        expected, features = reference.forward_features(probe), model([probe])[0]
     # Written so that NaN fails.
-    if theirs.shape != ours.shape or not (theirs - ours).abs().max() <= TIMM_TOLERANCE * theirs.std():
+    same_shape = features.shape == expected.shape
+    if not (same_shape and (features - expected).abs().max() <= TIMM_TOLERANCE * expected.std()):
         raise ValueError(f"{name} computes other features than a plain ViT with its weights; it is not supported")
     cfg = reference.pretrained_cfg
     return Backbone(model, name, family, _fingerprint(model, "timm"), tuple(cfg["mean"]), tuple(cfg["std"]))
@@ -480,8 +480,8 @@ def _normalization(path: Path) -> tuple[tuple[float, float, float], tuple[float,
     """ImageNet's, which DINO, DINOv2 and this project use, unless a config.json beside it, as timm's have, differs."""
     config = path.with_name("config.json")
     try:
-        about = json.loads(config.read_text())["pretrained_cfg"]
-        mean, std = (tuple(float(x) for x in about[key]) for key in ("mean", "std"))
+        stored = json.loads(config.read_text())["pretrained_cfg"]
+        mean, std = (tuple(float(x) for x in stored[key]) for key in ("mean", "std"))
         return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return MEAN, STD
@@ -496,9 +496,13 @@ def _trained_pool(path: Path) -> str | None:
     return pool if pool in ("cls", "mean") else None
 
 
-def _some(names: list[str], count: int = 4) -> str:
-    more = len(names) - count
-    return ", ".join(names[:count]) + (f" and {more} more" if more > 0 else "")
+def _listed(names: list[str], count: int = 4) -> str:
+    rest = len(names) - count
+    return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _file_sha256(path: Path) -> str:

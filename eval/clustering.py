@@ -10,7 +10,7 @@ the numbers after it.
 Source: Leopart (arXiv 2204.13101) and NeCo (arXiv 2408.11054), as their public code measures it (MkuuWaUjinga/leopart
 and vpariza/NeCo, overclustering):
 - Squares of 448 pixels; patch tokens of the evaluated images. They are not brought to length 1: each channel is
-  standardised over all patches, and PCA keeps 50 components, not whitened.
+  standardized over all patches, and PCA keeps 50 components, not whitened.
 - faiss's k-means, Euclidean, 100 iterations, the best of 5 starts, on 256 patches for each cluster, drawn at random by
   faiss (all patches, where there are fewer). Then every patch goes to its nearest centroid.
 - Clusters and labels are compared on 100 x 100 points an image, each with the label of the pixel and the cluster of the
@@ -18,7 +18,7 @@ and vpariza/NeCo, overclustering):
 - As many clusters as classes: one to one, such that the sum of IoU is largest (Hungarian). More clusters: each goes to
   the class that has most of its points, and those of a class are one region.
 What differs here: mIoU leaves out a class that occurs in neither truth nor prediction, which they count as 0; their
-points are the corners of the cells of the 100 x 100 grid, ours the centres; PCA is computed from all patches.
+points are the corners of the cells of the 100 x 100 grid, ours the centers; PCA is computed from all patches.
 
 The same seed gives the same bits on the same machine. Under torchrun the runs of k-means are dealt out to the
 processes. An interrupted run is continued by the same command, which finds the features in the cache.
@@ -169,7 +169,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     seeds = range(settings.seed, settings.seed + settings.seeds)
     runs = []  # [choice][seed] -> scores
     for choice in choices:
-        x = standardised_components(features, choice)
+        x = standardized_components(features, choice)
         mine = {}
         for seed in tqdm(seeds[rank() :: world_size()], desc="k-means", unit="run", disable=rank() > 0):
             of_patch = kmeans(x, clusters, seed).reshape(-1, *features.grid)
@@ -219,7 +219,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     return result
 
 
-def standardised_components(features: Features, blocks: Sequence[int]) -> np.ndarray:
+def standardized_components(features: Features, blocks: Sequence[int]) -> np.ndarray:
     """Patch features, each channel at mean 0 and standard deviation 1 over all patches, in their first principal
     components (50, or all channels where there are fewer), float32 [N * h * w, 50]."""
     rows = np.array_split(np.arange(features.images), -(-features.images // CHUNK))
@@ -250,7 +250,7 @@ def kmeans(x: np.ndarray, clusters: int, seed: int) -> np.ndarray:
 
 
 def sample_grid(grid: np.ndarray, points: int = POINTS) -> np.ndarray:
-    """[..., H, W] -> [..., points, points]: what lies at the centres of the cells of a points x points grid."""
+    """[..., H, W] -> [..., points, points]: what lies at the centers of the cells of a points x points grid."""
     rows, columns = ((2 * np.arange(points) + 1) * side // (2 * points) for side in grid.shape[-2:])
     return grid[..., rows[:, None], columns]
 

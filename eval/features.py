@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +65,23 @@ class Features:
         """CLS features of some images, float16 [len(rows), D * len(blocks)], blocks side by side."""
         return self._gather(rows, blocks, slice(0, 1))[:, 0]
 
+    @property
+    def shards(self) -> int:
+        """Number of files a block."""
+        return -(-self.images // self.shard)
+
+    def rows(self, index: int) -> range:
+        """The images in a shard."""
+        return range(index * self.shard, min((index + 1) * self.shard, self.images))
+
+    def path(self, block: int, index: int) -> Path:
+        """The file of a shard."""
+        return self.folder / f"block-{block + 1:02d}" / f"{index:05d}.npy"
+
+    def missing_blocks(self, index: int) -> list[int]:
+        """The blocks of which a shard has not been written."""
+        return [block for block in self.blocks if not self.path(block, index).exists()]
+
     def _gather(self, rows: Sequence[int] | np.ndarray, blocks: Sequence[int], tokens: slice) -> Tensor:
         count = len(range(1 + self.grid[0] * self.grid[1])[tokens])
         gathered = np.empty((len(rows), count, self.dim * len(blocks)), np.float16)
@@ -72,7 +90,7 @@ class Features:
                 raise ValueError(f"block {block} was not extracted, only {', '.join(map(str, self.blocks))}")
             place = slice(column * self.dim, (column + 1) * self.dim)
             for position, row in enumerate(rows):
-                shard = _open_shard(_shard_path(self.folder, block, int(row) // self.shard))
+                shard = _open_shard(self.path(block, int(row) // self.shard))
                 gathered[position, :, place] = shard[int(row) % self.shard, tokens]
         return torch.from_numpy(gathered)
 
@@ -129,6 +147,7 @@ def extract(
         "checkpoint": backbone.fingerprint(),
         "data": identity or data_sha256(paths),
         "size": size,
+        # Spelled as ever: folders of caches are named after this text.
         "resize": "square, bicubic, antialiased" if resize is None else f"short side {resize}, centre",
         "kind": kind,
         "images": len(paths),
@@ -138,59 +157,69 @@ def extract(
     folder = cache / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     features = Features(folder, len(paths), numbers, grid, backbone.dim, shard)
 
-    shards = [range(first, min(first + shard, len(paths))) for first in range(0, len(paths), shard)]
-    missing = {
-        index: [block for block in numbers if not _shard_path(folder, block, index).exists()]
-        for index in range(len(shards))
-    }
-    todo = [index for index in missing if missing[index]]
-    need = sum(len(missing[i]) * len(shards[i]) for i in todo) * (1 + grid[0] * grid[1]) * backbone.dim * 2
-    _make_room(cache, need)
+    missing = {index: blocks for index in range(features.shards) if (blocks := features.missing_blocks(index))}
+    to_do = sum(len(features.rows(index)) for index in missing)
+    bytes_of_image = (1 + grid[0] * grid[1]) * backbone.dim * 2
+    _make_room(cache, bytes_of_image * sum(len(features.rows(index)) * len(missing[index]) for index in missing))
     # Every process must have looked before one of them writes.
     any_process(False)
-    if todo:
+    if missing:
         for block in numbers:
             (folder / f"block-{block + 1:02d}").mkdir(parents=True, exist_ok=True)
         if rank() == 0:
             write_text(folder / "about.json", json.dumps({**about, "path": backbone.path}, indent=1) + "\n")
-        mine = todo[rank() :: world_size()]
-        # What goes through the network together is read together, by one worker: the first batch is there soon, and
-        # those that are read ahead fit into memory.
-        batches = [
-            (index, shards[index][i : i + batch_size])
-            for index in mine
-            for i in range(0, len(shards[index]), batch_size)
-        ]
-        loader = DataLoader(
-            _Squares(paths, read, size, resize),
-            batch_sampler=[list(rows) for _, rows in batches],
-            num_workers=workers,
-            collate_fn=list,
-            worker_init_fn=leave_signals_to_main,
-        )
-        done = sum(len(shards[index]) for index in missing if not missing[index])
-        total = done + sum(len(shards[index]) for index in mine)
-        with tqdm(total=total, initial=done, desc=title, unit="image", disable=rank() > 0) as progress:
-            for (index, rows), pictures in zip(batches, loader, strict=True):
-                of_shard = shards[index]
-                if rows[0] == of_shard[0]:
-                    tokens = np.empty(
-                        (len(missing[index]), len(of_shard), 1 + grid[0] * grid[1], backbone.dim), np.float16
-                    )
-                first = rows[0] - of_shard[0]
-                tokens[:, first : first + len(rows)] = _tokens(
-                    backbone, pictures, missing[index], kind, pooled, [paths[row] for row in rows]
-                )
-                if rows[-1] == of_shard[-1]:
-                    for block, array in zip(missing[index], tokens, strict=True):
-                        path = _shard_path(folder, block, index)
-                        write_atomically(path, lambda beside, array=array: _save(beside, array))  # type: ignore[misc]
-                progress.update(len(rows))
+        mine = {index: missing[index] for index in list(missing)[rank() :: world_size()]}
+        images = _Squares(paths, read, size, resize)
+        with tqdm(
+            total=len(paths) - to_do + sum(len(features.rows(index)) for index in mine),
+            initial=len(paths) - to_do, desc=title, unit="image", disable=rank() > 0,
+        ) as progress:  # fmt: skip
+            _fill_shards(features, mine, backbone, images, kind, pooled, batch_size, workers, progress)
     any_process(False)  # wait for the others
-    for index in todo:
-        if not all(_shard_path(folder, block, index).exists() for block in missing[index]):
+    for index in missing:
+        if features.missing_blocks(index):
             raise ValueError(f"{folder} lacks what another process wrote: all must see the same cache folder")
     return features
+
+
+def _fill_shards(
+    features: Features,
+    missing: dict[int, list[int]],
+    backbone: Backbone,
+    images: "_Squares",
+    kind: FeatureKind,
+    pooled: bool,
+    batch_size: int,
+    workers: int,
+    progress: Any,
+) -> None:
+    """Compute and write shards, given the blocks that each of them lacks."""
+    # What goes through the network together is read together, by one worker: the first batch is there soon, and those
+    # that are read ahead fit into memory.
+    batches = [
+        (index, features.rows(index)[i : i + batch_size])
+        for index in missing
+        for i in range(0, len(features.rows(index)), batch_size)
+    ]
+    loader = DataLoader(
+        images,
+        batch_sampler=[list(rows) for _, rows in batches],
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=leave_signals_to_main,
+    )
+    for (index, rows), pictures in zip(batches, loader, strict=True):
+        shard, blocks = features.rows(index), missing[index]
+        first = rows[0] - shard[0]
+        if first == 0:
+            shape = (len(blocks), len(shard), 1 + features.grid[0] * features.grid[1], features.dim)
+            tokens = np.empty(shape, np.float16)
+        places = [images.paths[row] for row in rows]
+        tokens[:, first : first + len(rows)] = _tokens(backbone, pictures, blocks, kind, pooled, places)
+        if rows[-1] == shard[-1]:
+            for block, array in zip(blocks, tokens, strict=True):
+                write_atomically(features.path(block, index), lambda beside, array=array: _save(beside, array))  # type: ignore[misc]
+        progress.update(len(rows))
 
 
 def default_cache() -> Path:
@@ -227,19 +256,19 @@ def _tokens(
     for picture in pictures:
         if isinstance(picture, str):
             raise ValueError(picture)
-    found = backbone.features(backbone.normalize(np.stack(pictures)), blocks, kind)
-    patches = [f.patches.flatten(1, 2) for f in found]
+    outputs = backbone.features(backbone.normalize(np.stack(pictures)), blocks, kind)
+    patches = [output.patches.flatten(1, 2) for output in outputs]
     if pooled:
         patches = [x.mean(1, keepdim=True) for x in patches]
-    exact = [torch.cat([f.cls[:, None], x], dim=1) for f, x in zip(found, patches, strict=True)]
+    exact = [torch.cat([output.cls[:, None], x], dim=1) for output, x in zip(outputs, patches, strict=True)]
     half = torch.stack([x.half() for x in exact])
     finite = half.isfinite().all()
     tokens = half.cpu().numpy()  # where the host waits for the device, once for all blocks
     if not finite:
         block, picture = (~half.isfinite()).flatten(2).any(2).nonzero()[0].tolist()
-        what = "are beyond half precision" if exact[block].isfinite().all() else "are NaN or infinite"
+        fault = "are beyond half precision" if exact[block].isfinite().all() else "are NaN or infinite"
         raise ValueError(
-            f"{paths[picture]}: features of block {blocks[block] + 1} of {backbone.path} {what}; "
+            f"{paths[picture]}: features of block {blocks[block] + 1} of {backbone.path} {fault}; "
             "check the checkpoint, or take another block"
         )
     return tokens
@@ -248,10 +277,6 @@ def _tokens(
 def _save(path: Path, array: np.ndarray) -> None:
     with open(path, "wb") as file:  # given a name, np.save would add an ending
         np.save(file, array)
-
-
-def _shard_path(folder: Path, block: int, index: int) -> Path:
-    return folder / f"block-{block + 1:02d}" / f"{index:05d}.npy"
 
 
 # Each open shard holds a file descriptor, of which a process often may have no more than 1,024, on macOS 256.

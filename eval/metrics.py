@@ -1,4 +1,4 @@
-"""What predictions are worth: mIoU of label maps, CorLoc of boxes."""
+"""Metrics of predictions: mIoU of label maps, CorLoc of boxes, bootstrap intervals."""
 
 from typing import NamedTuple
 
@@ -90,15 +90,15 @@ def _drawn_miou(counts: np.ndarray, seed: int, resamples: int) -> np.ndarray:
     n, _, classes = counts.shape
     rng = np.random.default_rng(seed)
     flat = counts.reshape(n, -1).astype(np.float64)
-    found = []
+    miou = []
     for first in range(0, resamples, 100):
         drawn = rng.multinomial(n, np.full(n, 1 / n), min(100, resamples - first)) @ flat
         right, true, predicted = drawn.reshape(-1, 3, classes).transpose(1, 0, 2)
         union = true + predicted - right
         # A class that a draw lacks has no IoU there, as in `segmentation_scores`.
         iou = np.divide(right, union, out=np.zeros_like(right), where=union > 0)
-        found.append(iou.sum(1) / np.maximum((union > 0).sum(1), 1))
-    return np.concatenate(found)
+        miou.append(iou.sum(1) / np.maximum((union > 0).sum(1), 1))
+    return np.concatenate(miou)
 
 
 def box_iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -121,8 +121,8 @@ def corloc(boxes: np.ndarray, truth: list[np.ndarray]) -> np.ndarray:
     Returns:
         bool [images with a true box]. Their mean is CorLoc.
     """
-    pairs = [(box, of_image) for box, of_image in zip(boxes, truth, strict=True) if len(of_image)]
-    return np.array([box_iou(box, of_image).max() >= 0.5 for box, of_image in pairs], bool)
+    pairs = [(box, true_boxes) for box, true_boxes in zip(boxes, truth, strict=True) if len(true_boxes)]
+    return np.array([box_iou(box, true_boxes).max() >= 0.5 for box, true_boxes in pairs], bool)
 
 
 def bootstrap_interval(hits: np.ndarray, seed: int = 0, resamples: int = 10000) -> tuple[float, float]:

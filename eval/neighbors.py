@@ -1,4 +1,4 @@
-"""Nearest neighbours by cosine similarity: faiss, on a GPU where it has one."""
+"""Nearest neighbors by cosine similarity: faiss, on a GPU where it has one."""
 
 from typing import Any
 

@@ -42,6 +42,8 @@ from skipless.eval.classification import Pooling
 from skipless.eval.dense.quick import QuickSettings
 from skipless.eval.evaluation import INCIDENTAL, LATER
 from skipless.eval.figures.pictures import pick_images
+from skipless.eval.objects.data import DataSettings as BoxData
+from skipless.eval.objects.data import open_data
 from skipless.eval.page.render import write_page
 from skipless.eval.page.tables import latex_table, markdown_table, table_of
 
@@ -278,7 +280,7 @@ def planned(settings: Settings, candidate: Candidate, folder: Path) -> list[tupl
         theirs = clustering.Settings(data=clustered, size=s.size, **common("clustering"), **on_features)
         plan.append(("clustering", theirs, clustering.evaluate))
     if d.root:
-        boxes = discovery.DataSettings(d.name, d.root, d.split)
+        boxes = BoxData(d.name, d.root, d.split)
         for method in ("lost", "tokencut"):
             theirs = discovery.Settings(
                 data=boxes, method=method, features=d.features, every_block=True, **common(method)
@@ -342,7 +344,7 @@ def pictured(settings: Settings) -> list[tuple[str, np.ndarray]]:
     if s.root:
         files = segmentation.DATA[s.name](s.root, s.split).images
     elif d.root:
-        files = discovery.open_data(discovery.DataSettings(d.name, d.root, d.split))[0].images
+        files = open_data(BoxData(d.name, d.root, d.split))[0].images
     elif c.root and c.name == "folder":
         return pick_images(Path(c.root) / (c.split or "val"), settings.count)
     else:

@@ -1,9 +1,9 @@
-"""In-context segmentation: patches are labeled by their nearest neighbours in a memory of labeled patches.
+"""In-context segmentation: patches are labeled by their nearest neighbors in a memory of labeled patches.
 
     python eval/retrieval.py --ckpt dino_deitsmall16_pretrain.pth --data.name voc12 --data.root VOCdevkit --out voc
 
 Nothing is trained. The memory holds patch features of the training images, each with the share of every class in its
-patch. A patch of an evaluated image attends to its 30 nearest neighbours by cosine, weighted by a softmax of
+patch. A patch of an evaluated image attends to its 30 nearest neighbors by cosine, weighted by a softmax of
 similarity / 0.02, and gets the weighted mean of their shares. The map of shares is resized bilinearly to the original
 label, and every pixel counts. A full memory is for a GPU; on a CPU, --size 224 --index ivf gives a figure for comparing
 checkpoints with each other.
@@ -13,12 +13,12 @@ vpariza/open-hummingbird-eval measures it: a memory of 10.24 M patches, of VOC's
 have more patches, each gives equally many, and those of an image's rare classes are preferred: a patch scores u times
 the sum, over its classes, of the number of the image's patches that hold the class, u uniform in [0, 1), and the lowest
 scores are taken. What differs here:
-- Each training image is used once and whole; theirs fill the memory in two passes of random crops with colour jitter.
+- Each training image is used once and whole; theirs fill the memory in two passes of random crops with color jitter.
 - Void is left out: a patch has the shares of its labeled pixels, and without any it is not in the memory. There, void
   counts as class 0 in the memory, which on VOC is the background. Neither scores void pixels.
 - mIoU is that of the original labels, theirs that of labels resized to the square of the images; and they match
   predicted to true classes anew, one to one, before they score.
-- Images are normalised with the backbone's own constants; theirs have 0.255 where ImageNet's blue has 0.225. They are
+- Images are normalized with the backbone's own constants; theirs have 0.255 where ImageNet's blue has 0.225. They are
   resized bicubically, not bilinearly.
 - Their search is ScaNN's, which is approximate, or exact, depending on the release; ours is named in the result.
 
@@ -85,7 +85,7 @@ class Settings:
     memory_size: int = 10_240_000
     """Patches in the memory, at most."""
     k: int = 30
-    """Neighbours that a patch attends to; all of a memory that holds fewer."""
+    """Neighbors that a patch attends to; all of a memory that holds fewer."""
     temperature: float = 0.02
     """Of the softmax over similarities."""
     index: Literal["auto", "exact", "ivf"] = "auto"
@@ -327,10 +327,10 @@ def make_search(memory: np.ndarray, k: int, exact: bool, gpu: torch.device | Non
 
 
 def in_context_labels(similarities: np.ndarray, rows: np.ndarray, labels: np.ndarray, temperature: float) -> np.ndarray:
-    """The mean of the neighbours' labels, weighted by the softmax of similarity / temperature.
+    """The mean of the neighbors' labels, weighted by the softmax of similarity / temperature.
 
     Args:
-        similarities: float [P, k], cosines; rows: int64 [P, k], the neighbours in the memory.
+        similarities: float [P, k], cosines; rows: int64 [P, k], the neighbors in the memory.
         labels: float [M, C].
 
     Returns:
@@ -439,7 +439,7 @@ def how(details: dict[str, Any]) -> str:
     """What was done, for the report."""
     return (
         f"memory of {details['memory_patches']:,} patches of {details['train_images']:,} images "
-        f"({details['train_split']}), {details['neighbours']} neighbours, search {details['search']}"
+        f"({details['train_split']}), {details['neighbours']} neighbors, search {details['search']}"
     )
 
 

@@ -359,7 +359,7 @@ def _length(settings: OptimizerSettings, images: int) -> int:
 def _features(backbone: Backbone, images: Tensor, choices: Sequence[tuple[int, ...]]) -> dict[int, Tensor]:
     """[B, D, h, w] by block. What the patch does not divide is padded all around, as DINOv2 does."""
     blocks = sorted({block for choice in choices for block in choice})
-    found = backbone.features(pad_to_patch(images, backbone.patch, centred=True), blocks)
+    found = backbone.features(pad_to_patch(images, backbone.patch, centered=True), blocks)
     return {block: f.patches.permute(0, 3, 1, 2) for block, f in zip(blocks, found, strict=True)}
 
 

@@ -1,8 +1,8 @@
 """LOST, TokenCut and MaskCut: patch features in, masks and boxes out.
 
     features = model.features(images, kind="keys")[0].patches  # [B, h, w, D]
-    found = tokencut(features)[0]
-    found.mask, box_in_pixels(found.box, patch=16, height=375, width=500)
+    localization = tokencut(features)[0]
+    localization.mask, box_in_pixels(localization.box, patch=16, height=375, width=500)
 
 Each takes features of images of one size, on any device, and never reads a file. Everything that decides is float64:
 similarities, eigenvectors, sums. An edge, a mask or a box then does not depend on the device, on the number of threads
@@ -16,7 +16,7 @@ Where the algorithms leave the outcome open, it is the following, always:
 - The sign of an eigenvector is chosen so that its entry of largest magnitude is positive. Entries that differ by less
   than 1e-9 of that magnitude count as equal: patches with the same edges have the same entry up to rounding, and
   rounding depends on the solver. An entry equal to the mean is background.
-- A graph in which every pair has the same weight (a single-colour image, all features zero, a grid of one patch) has no
+- A graph in which every pair has the same weight (a single-color image, all features zero, a grid of one patch) has no
   second eigenvector, and a patch without features is no seed for LOST. The object is then the whole image, and the
   result says `degenerate`.
 - Where the second eigenvalue is a multiple one (`eigengap` about 0: three blobs of the same size, say), any vector of
@@ -103,7 +103,7 @@ def lost(features: Tensor, k: int = 100) -> list[Localization]:
     patches around the seed whose dot product with this sum is positive.
 
     Args:
-        features: [B, h, w, D], any floating dtype; the paper takes the keys of the last block. Not normalised.
+        features: [B, h, w, D], any floating dtype; the paper takes the keys of the last block. Not normalized.
         k: number of patches of lowest degree that may extend the seed, at least 1; 100 in the paper.
 
     Returns:
@@ -114,7 +114,7 @@ def lost(features: Tensor, k: int = 100) -> list[Localization]:
     """
     if k < 1:
         raise ValueError(f"k is {k}: choose 1 or more patches of lowest degree.")
-    found = []
+    objects = []
     for grids in _groups(features):
         b, h, w, _ = grids.shape
         keys = grids.flatten(1, 2)
@@ -129,15 +129,15 @@ def lost(features: Tensor, k: int = 100) -> list[Localization]:
             foreground = (keys[i] @ keys[i, chosen].sum(0) > 0).cpu().numpy().reshape(h, w)
             empty = not bool(itself[i, seed])
             mask = np.ones((h, w), bool) if empty else _component(foreground, seed)
-            found.append(
+            objects.append(
                 Localization(mask, _box(mask), seed, degrees[i].reshape(h, w), _share(degrees[i]), degenerate=empty)
             )
-    return found
+    return objects
 
 
 @torch.no_grad()
 def tokencut(features: Tensor, tau: float = 0.2) -> list[Localization]:
-    """TokenCut (arXiv 2202.11539, section 3): a normalised cut of the graph of similar patches.
+    """TokenCut (arXiv 2202.11539, section 3): a normalized cut of the graph of similar patches.
 
     Patches whose cosine exceeds `tau` are tied with weight 1, all others with 1e-5. The second smallest eigenvector of
     (D - W) x = lambda D x is split at its mean. The seed is the patch of largest magnitude, its side the foreground,
@@ -154,21 +154,21 @@ def tokencut(features: Tensor, tau: float = 0.2) -> list[Localization]:
         ValueError: features of another shape or not finite, or `tau` outside of [-1, 1].
     """
     _check_tau(tau)
-    found = []
+    objects = []
     for grids in _groups(features):
         shape = grids.shape[1:3]
         for cut in _cut(grids.flatten(1, 2), tau):
             if cut.degenerate:
-                found.append(_whole(cut, shape))
+                objects.append(_whole(cut, shape))
                 continue
             mask = _component(cut.foreground.reshape(shape), cut.seed)
-            found.append(_localization(mask, cut.seed, cut.vector, cut))
-    return found
+            objects.append(_localization(mask, cut.seed, cut.vector, cut))
+    return objects
 
 
 @torch.no_grad()
 def maskcut(features: Tensor, n: int = 3, tau: float = 0.15) -> list[list[Localization]]:
-    """MaskCut (CutLER, arXiv 2301.11320, section 3.2): several objects by repeated normalised cuts.
+    """MaskCut (CutLER, arXiv 2301.11320, section 3.2): several objects by repeated normalized cuts.
 
     A round is a cut as in `tokencut`, with one more rule: a foreground that holds three or four corners of the image is
     swapped for the other side, the sign of the eigenvector with it, and the seed is then its largest entry. The patches
@@ -196,7 +196,7 @@ def maskcut(features: Tensor, n: int = 3, tau: float = 0.15) -> list[list[Locali
     if n < 1:
         raise ValueError(f"n is {n}: choose 1 or more rounds.")
     _check_tau(tau)
-    found = []
+    objects = []
     for grids in _groups(features):
         shape = grids.shape[1:3]
         keys = grids.flatten(1, 2).clone()
@@ -211,8 +211,7 @@ def maskcut(features: Tensor, n: int = 3, tau: float = 0.15) -> list[list[Locali
             changed = []
             for i, cut in enumerate(cuts):
                 if cut.degenerate:
-                    if step == 0:
-                        results[i].append(_whole(cut, shape))
+                    results[i] += [_whole(cut, shape)] if step == 0 else []
                     previous[i] = False
                     continue
                 foreground, vector, seed = cut.foreground.reshape(shape), cut.vector, cut.seed
@@ -230,8 +229,8 @@ def maskcut(features: Tensor, n: int = 3, tau: float = 0.15) -> list[list[Locali
                 covered[i] |= mask
                 keys[i, torch.from_numpy(mask.ravel()).to(keys.device)] = 0
                 changed.append(i)
-        found += results
-    return found
+        objects += results
+    return objects
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,7 +248,7 @@ class _Cut:
 
 
 def _cut(keys: Tensor, tau: float) -> list[_Cut]:
-    """Normalised cuts of the graphs of keys, float64 [B, N, D]."""
+    """Normalized cuts of the graphs of keys, float64 [B, N, D]."""
     n = keys.shape[1]
     similar = _similar(F.normalize(keys, dim=-1), tau)
     rows = similar.sum(-1)
@@ -273,7 +272,7 @@ def second_eigenvectors(similar: Tensor) -> list[tuple[np.ndarray, float, float,
 
     Block Lanczos on N = D^-1/2 W D^-1/2, whose second largest eigenvalue is 1 - lambda. The largest, 1, belongs to
     D^1/2 1, which stays the first vector of the basis. Blocks of two cost hardly more than single vectors, as A is read
-    once for both, and tell a double eigenvalue from a simple one. Every block is orthogonalised against all others,
+    once for both, and tell a double eigenvalue from a simple one. Every block is orthogonalized against all others,
     twice. An image whose residual stays above 1e-10 is solved by LAPACK, and so are graphs of up to 200 patches.
 
     Args:

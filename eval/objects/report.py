@@ -1,4 +1,4 @@
-"""Object discovery for people: the table in Markdown and the sheet of pictures."""
+"""The report of object discovery: the table in Markdown and the sheet of pictures."""
 
 from pathlib import Path
 from typing import Any
@@ -65,11 +65,11 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines[:-1]) + "\n"
 
 
-def draw(images: BoxSet, found: list[dict[str, Any]], block: int, shown: list[int], method: str, path: Path) -> None:
+def draw(images: BoxSet, entries: list[dict[str, Any]], block: int, shown: list[int], method: str, path: Path) -> None:
     """A sheet: image with true boxes (green) and found ones, the map the algorithm decides by, and the masks."""
-    entries = {entry["index"]: entry for entry in found}
-    drawn = [index for index in shown if index in entries] or [found[0]["index"]]
-    colours = [plt.get_cmap("Set1")(number)[:3] for number in (0, 1, 4, 3, 6)]  # none of them green
+    by_index = {entry["index"]: entry for entry in entries}
+    drawn = [index for index in shown if index in by_index] or [entries[0]["index"]]
+    colors = [plt.get_cmap("Set1")(number)[:3] for number in (0, 1, 4, 3, 6)]  # none of them green
     columns = min(4, len(drawn))
     rows = -(-len(drawn) // columns)
     figure, axes = plt.subplots(3 * rows, columns, figsize=(3 * columns, 7.2 * rows), squeeze=False)
@@ -82,7 +82,7 @@ def draw(images: BoxSet, found: list[dict[str, Any]], block: int, shown: list[in
         "masks" if method == "maskcut" else "mask",
     )
     for place, index in enumerate(drawn):
-        image, entry = images.read_image(index), entries[index]
+        image, entry = images.read_image(index), by_index[index]
         height, width = image.shape[:2]
         row, column = 3 * (place // columns), place % columns
         axes[row, column].imshow(image)
@@ -90,11 +90,12 @@ def draw(images: BoxSet, found: list[dict[str, Any]], block: int, shown: list[in
             axes[row + 1, column].imshow(np.array(entry["map"]), extent=(0, width, height, 0), cmap="viridis")
         overlay = (0.35 * image).astype(np.uint8)
         boxes: list[tuple[Any, Any]] = [(box, "lime") for box in images.boxes[index]]
-        for number, one in enumerate(entry["blocks"][block]["objects"]):
-            mask = coco_mask.decode({"size": one["rle"]["size"], "counts": one["rle"]["counts"].encode()}).astype(bool)
-            colour = colours[number % len(colours)]
-            overlay[mask] = 0.6 * image[mask] + 0.4 * 255 * np.array(colour)
-            boxes.append((one["box"], colour))
+        for number, item in enumerate(entry["blocks"][block]["objects"]):
+            rle = item["rle"]
+            mask = coco_mask.decode({"size": rle["size"], "counts": rle["counts"].encode()}).astype(bool)
+            color = colors[number % len(colors)]
+            overlay[mask] = 0.6 * image[mask] + 0.4 * 255 * np.array(color)
+            boxes.append((item["box"], color))
         axes[row + 2, column].imshow(overlay)
         for (x0, y0, x1, y1), edge in boxes:
             frame = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=1.5)

@@ -1,6 +1,6 @@
-"""What the objects found in a data set are worth: CorLoc, COCO's AP, and how far their graphs can be trusted.
+"""Scores of the objects found in a data set: CorLoc, COCO's AP, and how far their graphs can be trusted.
 
-`found` is what `skipless.eval.discovery.find_all` returns, without unreadable images.
+`entries` are what `skipless.eval.objects.search.find_objects` returns, without unreadable images.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ COMPLETE = 0.99  # share of similar pairs from which a graph counts as nearly co
 
 
 def score(
-    images: BoxSet, annotations: Path | None, found: list[dict[str, Any]], method: str, seed: int, block: int
+    images: BoxSet, annotations: Path | None, entries: list[dict[str, Any]], method: str, seed: int, block: int
 ) -> dict[str, Any]:
     """{"metric", "value", "details"} of one of the blocks; value is None where no image has a box."""
     if not any(len(boxes) for boxes in images.boxes):
         return {"metric": None, "value": None, "details": {}}
     if method == "maskcut":
-        return coco_ap(images, annotations, detections(images, found, block))
-    boxes = np.array([entry["blocks"][block]["objects"][0]["box"] for entry in found], float)
+        return coco_ap(images, annotations, detections(images, entries, block))
+    boxes = np.array([entry["blocks"][block]["objects"][0]["box"] for entry in entries], float)
     hits = corloc(boxes, list(images.boxes))
     interval = bootstrap_interval(hits, seed)
-    whole = np.array([[0, 0, entry["size"][1], entry["size"][0]] for entry in found], float)
+    whole = np.array([[0, 0, entry["size"][1], entry["size"][0]] for entry in entries], float)
     return {
         "metric": "CorLoc",
         "value": float(hits.mean()),
@@ -42,7 +42,7 @@ def score(
     }
 
 
-def detections(images: BoxSet, found: list[dict[str, Any]], block: int) -> list[dict[str, Any]]:
+def detections(images: BoxSet, entries: list[dict[str, Any]], block: int) -> list[dict[str, Any]]:
     """COCO's result format, with one category, 1. Objects of earlier rounds have the higher score."""
     return [
         {
@@ -50,12 +50,12 @@ def detections(images: BoxSet, found: list[dict[str, Any]], block: int) -> list[
             "category_id": 1,
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "score": 1.0 / (1 + rank),
-            "segmentation": one["rle"],
+            "segmentation": item["rle"],
             "file_name": images.names[entry["index"]] + images.images[entry["index"]].suffix,
         }
-        for entry in found
-        for rank, one in enumerate(entry["blocks"][block]["objects"])
-        for x0, y0, x1, y1 in [one["box"]]
+        for entry in entries
+        for rank, item in enumerate(entry["blocks"][block]["objects"])
+        for x0, y0, x1, y1 in [item["box"]]
     ]
 
 
@@ -73,9 +73,8 @@ def coco_ap(images: BoxSet, annotations: Path | None, results: list[dict[str, An
             truth.createIndex()
         for kind in kinds:
             # With a segmentation, pycocotools would take areas from it, and boxes too.
-            given = [
-                {k: v for k, v in r.items() if k != ("segmentation" if kind == "bbox" else "bbox")} for r in results
-            ]
+            unused = "segmentation" if kind == "bbox" else "bbox"
+            given = [{key: value for key, value in r.items() if key != unused} for r in results]
             try:
                 evaluation = COCOeval(truth, truth.loadRes(given), kind)
                 evaluation.params.useCats = 0
@@ -88,32 +87,28 @@ def coco_ap(images: BoxSet, annotations: Path | None, results: list[dict[str, An
             evaluation.accumulate()
             evaluation.summarize()
             name = "box" if kind == "bbox" else "mask"
-            details |= {
-                f"{name}_ap": float(evaluation.stats[0]),
-                f"{name}_ap50": float(evaluation.stats[1]),
-                f"{name}_ap75": float(evaluation.stats[2]),
-                f"{name}_ar100": float(evaluation.stats[8]),
-            }
+            places = {"ap": 0, "ap50": 1, "ap75": 2, "ar100": 8}
+            details |= {f"{name}_{score}": float(evaluation.stats[place]) for score, place in places.items()}
     main = "box" if annotations is None else "mask"
     return {"metric": f"{main} AP, class-agnostic", "value": details[f"{main}_ap"], "details": details}
 
 
 def _as_coco(images: BoxSet) -> dict[str, Any]:
-    entries: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image, boxes in zip(images.ids, images.boxes, strict=True):
         for x0, y0, x1, y1 in boxes.tolist():
             box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
-            entries.append({"id": len(entries) + 1, "image_id": image, "category_id": 1, "iscrowd": 0, **box})
+            annotations.append({"id": len(annotations) + 1, "image_id": image, "category_id": 1, "iscrowd": 0, **box})
     return {
         "images": [{"id": image} for image in images.ids],
-        "annotations": entries,
+        "annotations": annotations,
         "categories": [{"id": 1, "name": "object"}],
     }
 
 
-def graph_report(found: list[dict[str, Any]], block: int) -> dict[str, Any]:
+def graph_report(entries: list[dict[str, Any]], block: int) -> dict[str, Any]:
     """What to know of the graphs before trusting the figure."""
-    graphs = [entry["blocks"][block] for entry in found]
+    graphs = [entry["blocks"][block] for entry in entries]
     return {
         "mean_edge_share": float(np.mean([graph["edges"] for graph in graphs])),
         "nearly_complete_graphs": sum(graph["edges"] > COMPLETE for graph in graphs),

@@ -1,7 +1,7 @@
 """The page of a report: one HTML file with everything in it.
 
-Figures come as a table and as curves over the blocks. What can be looked at is computed from the patch features of some
-images: PCA colours of every block, and codes from which the page computes the similarity of any patch to all others.
+Figures come as a table and as curves over the blocks. The viewer is computed from the patch features of a few images:
+PCA colors of every block, and codes from which the page computes the similarity of any patch to all others.
 A code is a patch's direction in the main subspace of its image's features, in 8-bit numbers; how many dimensions there
 are follows from the room in the page, and how closely they give the true cosines is measured and written on it.
 """
@@ -33,13 +33,13 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 TEMPLATE = Path(__file__).resolve().parent / "template.html"
-# Tol's bright scheme: told apart by the colour-blind, on white and on black.
-COLOURS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377")
+# Tol's bright scheme: told apart by the color-blind, on white and on black.
+COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377")
 MARKERS = "os^Dv"
 CODES = 6_500_000  # bytes of all codes together: a page of 16 images stays far below 15 MB
 MAX_BLOCKS = 12  # shown of each checkpoint, evenly spread
 MAX_PATCHES = 800  # an image
-INK = "#010203"  # stands for the page's text colour in plots
+INK = "#010203"  # stands for the page's text color in plots
 
 
 def write_page(
@@ -62,16 +62,16 @@ def write_page(
         size: their short side in pixels, see eval/report.py.
         settings: of the run, to be shown.
     """
-    look = looked_at(backbones, pictures, size)
+    look = viewer_content(backbones, pictures, size)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(results)}
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(results)}
     page = template.render(
         table=table,
-        colours=colours,
+        colors=colors,
         architectures={name: backbone.architecture for name, backbone in backbones.items()},
         plots=[
-            {"title": title, "svg": Markup(curves(series, metric, colours))}
+            {"title": title, "svg": Markup(curves(series, metric, colors))}
             for title, metric, series in by_block(results)
         ],
         look=Markup(json.dumps(look).replace("<", "\\u003c")),
@@ -92,8 +92,8 @@ def write_page(
                     "settings": json.dumps(result["settings"]),
                 },
             }
-            for name, of_checkpoint in results.items()
-            for result in of_checkpoint
+            for name, measured in results.items()
+            for result in measured
         ],
         settings=json.dumps(settings),
     )
@@ -101,10 +101,10 @@ def write_page(
     write_text(path, page)
 
 
-def looked_at(
+def viewer_content(
     backbones: dict[str, Backbone], pictures: Sequence[tuple[str, np.ndarray]], size: int | None
 ) -> dict[str, Any]:
-    """What the page's viewer shows, ready for JSON.
+    """The content of the page's viewer, ready for JSON.
 
     Returns:
         {"images": [{"name", "width", "height", "source": JPEG as a data URL}],
@@ -120,39 +120,39 @@ def looked_at(
                 short_side = size or _short_side(backbone, picture)
                 features[name].append(patch_features(backbone, picture, short_side, shown[name]))
                 progress.update()
-    vectors = sum(f[0].shape[0] * f[0].shape[1] * len(f) for of_images in features.values() for f in of_images)
+    vectors = sum(f[0].shape[0] * f[0].shape[1] * len(f) for grids in features.values() for f in grids)
     dims = max(4, CODES // vectors)
     checkpoints = []
     reference: list[list[np.ndarray]] = []  # components of the first checkpoint, [block][image]
     for name in backbones:
-        by_block = [[of_image[i] for of_image in features[name]] for i in range(len(shown[name]))]
-        components = aligned_components(by_block, reference)
+        grids = [[blocks[i] for blocks in features[name]] for i in range(len(shown[name]))]  # [block][image]
+        components = aligned_components(grids, reference)
         reference = reference or components
-        codes = [[similarity_codes(f, dims) for f in of_block] for of_block in by_block]
+        codes = [[similarity_codes(grid, dims) for grid in images] for images in grids]
         checkpoints.append(
             {
                 "name": name,
                 "blocks": [block + 1 for block in shown[name]],
                 "depth": backbones[name].depth,
                 "dims": codes[0][0][0].shape[-1],
-                "error": max(error for of_block in codes for _, error in of_block),
-                "grids": [list(f.shape[:2]) for f in by_block[0]],
+                "error": max(error for images in codes for _, error in images),
+                "grids": [list(grid.shape[:2]) for grid in grids[0]],
                 "pca": [
-                    [_base64((255 * colours).round().astype(np.uint8)) for colours in component_colors(of_block)]
-                    for of_block in components
+                    [_base64((255 * colors).round().astype(np.uint8)) for colors in component_colors(images)]
+                    for images in components
                 ],
-                "codes": [[_base64(code) for code, _ in of_block] for of_block in codes],
+                "codes": [[_base64(code) for code, _ in images] for images in codes],
             }
         )
-    images = [
+    shown_images = [
         {"name": name, "width": p.shape[1], "height": p.shape[0], "source": _picture_url(p, 320, 80)}
         for name, p in pictures
     ]
-    return {"images": images, "checkpoints": checkpoints}
+    return {"images": shown_images, "checkpoints": checkpoints}
 
 
 def aligned_components(features: list[list[np.ndarray]], reference: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
-    """PCA components of each block, jointly over the images, turned so that colours stay what they are from block to
+    """PCA components of each block, jointly over the images, turned so that colors stay what they are from block to
     block and, with those of another checkpoint as `reference`, from checkpoint to checkpoint.
 
     Args:
@@ -162,7 +162,7 @@ def aligned_components(features: list[list[np.ndarray]], reference: list[list[np
     Returns:
         [block][image] -> [h, w, 3].
     """
-    components = [pca_components(of_block) for of_block in features]
+    components = [pca_components(images) for images in features]
     last = len(components) - 1
     for block in range(last, -1, -1):
         if reference:
@@ -190,18 +190,18 @@ def similarity_codes(features: np.ndarray, dims: int) -> tuple[np.ndarray, float
     _, directions = np.linalg.eigh(x.T @ x)
     codes = x @ directions[:, ::-1][:, :dims]
     codes /= np.maximum(np.linalg.norm(codes, axis=1, keepdims=True), 1e-12)
-    quantised = (127 * codes).round().astype(np.int8)
-    y = quantised / 127.0
-    return quantised, float(np.sqrt(np.mean((y @ y.T - x @ x.T) ** 2)))
+    quantized = (127 * codes).round().astype(np.int8)
+    y = quantized / 127.0
+    return quantized, float(np.sqrt(np.mean((y @ y.T - x @ x.T) ** 2)))
 
 
 def by_block(
     results: dict[str, list[dict[str, Any]]],
 ) -> list[tuple[str, str, dict[str, list[dict[str, Any]]]]]:
     """(title, metric, entries by checkpoint) of every protocol and data set that was measured in each block."""
-    found: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
-    for name, of_checkpoint in results.items():
-        for result in of_checkpoint:
+    series: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for name, measured in results.items():
+        for result in measured:
             entries = [
                 {
                     "block": entry["block"],
@@ -212,31 +212,31 @@ def by_block(
             ]
             if entries and all(entry["value"] is not None for entry in entries):
                 title = f"{result['protocol']}: {data_of(result)}"
-                found.setdefault((title, result["metric"]), {})[name] = entries
-    return [(title, metric, series) for (title, metric), series in found.items()]
+                series.setdefault((title, result["metric"]), {})[name] = entries
+    return [(title, metric, by_checkpoint) for (title, metric), by_checkpoint in series.items()]
 
 
-def curves(series: dict[str, list[dict[str, Any]]], metric: str, colours: dict[str, str]) -> str:
-    """An SVG of a metric over the blocks, a line for each checkpoint, in the page's text colour and font."""
+def curves(series: dict[str, list[dict[str, Any]]], metric: str, colors: dict[str, str]) -> str:
+    """An SVG of a metric over the blocks, a line for each checkpoint, in the page's text color and font."""
     style: Any = {
         "svg.fonttype": "none", "svg.hashsalt": "skipless", "font.family": "sans-serif", "font.size": 9,
         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
         "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "none", "axes.facecolor": "none",
     }  # fmt: skip
     with matplotlib.rc_context(style):
-        names = list(colours)
+        names = list(colors)
         figure, axis = plt.subplots(figsize=(4.6, 3.0), layout="constrained")
         for name, entries in series.items():
             x = [entry["block"] for entry in entries]
             marker = MARKERS[names.index(name) % len(MARKERS)]
             axis.plot(
-                x, [100 * e["value"] for e in entries], color=colours[name], marker=marker, markersize=4,
+                x, [100 * e["value"] for e in entries], color=colors[name], marker=marker, markersize=4,
                 linewidth=1.5, label=name.replace("$", r"\$"),
             )  # fmt: skip
             if all(entry["interval"] for entry in entries):
                 low, high = zip(*(entry["interval"] for entry in entries), strict=True)
                 axis.fill_between(
-                    x, [100 * v for v in low], [100 * v for v in high], color=colours[name], alpha=0.15, linewidth=0
+                    x, [100 * v for v in low], [100 * v for v in high], color=colors[name], alpha=0.15, linewidth=0
                 )
         axis.set(xlabel="block", ylabel=f"{metric}, %")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -254,8 +254,8 @@ def sheets(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
     return [
         {"name": name, "protocol": result["protocol"], "source": _picture_url(read_image(result["pictures"]), 1000, 60)}
         for task in ("segmentation", "discovery")
-        for name, of_checkpoint in results.items()
-        for result in of_checkpoint
+        for name, measured in results.items()
+        for result in measured
         if result["task"] == task and Path(result["pictures"]).exists()
     ]
 

@@ -48,8 +48,8 @@ class Table:
 def table_of(results: dict[str, list[dict[str, Any]]]) -> Table:
     """Results by checkpoint, as the evaluations write them, as a table."""
     rows: dict[tuple[Any, ...], dict[str, Cell]] = {}
-    for name, of_checkpoint in results.items():
-        for result in of_checkpoint:
+    for name, measured in results.items():
+        for result in measured:
             if result["value"] is None:
                 continue
             order = ORDER.index(result["task"]) if result["task"] in ORDER else len(ORDER)

@@ -627,15 +627,15 @@ def test_unknown_kind_block_and_size(loaded: Callable[[str], Any]) -> None:
 # Padding and identity -------------------------------------------------------------------------------------------------
 
 
-def test_padding_at_the_right_and_bottom_or_centred() -> None:
+def test_padding_at_the_right_and_bottom_or_centered() -> None:
     image = torch.ones(1, 1, 3, 5)
-    corner, centred = torch.zeros(4, 8), torch.zeros(4, 8)
+    corner, centered = torch.zeros(4, 8), torch.zeros(4, 8)
     corner[:3, :5] = 1
-    centred[:3, 1:6] = 1  # rows 0 + 1, columns 1 + 2: the odd pixel goes right and down
+    centered[:3, 1:6] = 1  # rows 0 + 1, columns 1 + 2: the odd pixel goes right and down
     assert torch.equal(pad_to_patch(image, 4)[0, 0], corner)
-    assert torch.equal(pad_to_patch(image, 4, centred=True)[0, 0], centred)
-    assert torch.equal(pad_to_patch(torch.ones(2, 3, 8, 4), 4, centred=True), torch.ones(2, 3, 8, 4))
-    two = pad_to_patch(torch.ones(1, 1, 6, 4), 4, centred=True)[0, 0]
+    assert torch.equal(pad_to_patch(image, 4, centered=True)[0, 0], centered)
+    assert torch.equal(pad_to_patch(torch.ones(2, 3, 8, 4), 4, centered=True), torch.ones(2, 3, 8, 4))
+    two = pad_to_patch(torch.ones(1, 1, 6, 4), 4, centered=True)[0, 0]
     assert two.sum(1).tolist() == [0, 4, 4, 4, 4, 4, 4, 0]
 
 

@@ -30,7 +30,7 @@ from skipless.eval.clustering import (
     match_clusters,
     merge_clusters,
     sample_grid,
-    standardised_components,
+    standardized_components,
 )
 from skipless.ssl.model.vit import VisionTransformer
 
@@ -165,10 +165,10 @@ def test_components_are_scikit_learns() -> None:
     stored = Stored(x)
     flat = stored.x.numpy().reshape(-1, 60).astype(float)
     expected = PCA(50, svd_solver="full").fit_transform(StandardScaler().fit_transform(flat))
-    found = standardised_components(stored, (0,))  # type: ignore[arg-type]
+    found = standardized_components(stored, (0,))  # type: ignore[arg-type]
     assert found.dtype == np.float32
     np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=2e-4)
-    few = standardised_components(Stored(x[..., :4]), (0,))  # type: ignore[arg-type]
+    few = standardized_components(Stored(x[..., :4]), (0,))  # type: ignore[arg-type]
     assert few.shape == (600, 4)
 
 

@@ -1,6 +1,7 @@
 """Object discovery as a user runs it, CorLoc and AP by hand, resuming, and whatever odd images there are."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from skipless.eval import discovery
 from skipless.eval.backbones import Backbone, load_backbone
 from skipless.eval.discovery import Settings, discover, main
 from skipless.eval.metrics import bootstrap_interval, box_iou, corloc
+from skipless.eval.objects import search
 from skipless.eval.objects.localization import Localization, box_in_pixels, lost, tokencut
 from skipless.eval.objects.scores import coco_ap, detections
 from skipless.ssl.model.vit import VisionTransformer
@@ -403,7 +405,7 @@ def test_masks_of_resized_images_come_back_to_their_pixels(
         assert features.shape == (1, 2, 2, 192)
         return [[Localization(mask, (0, 0, 1, 1), 0, np.zeros((2, 2)), 0.5, False) for mask in patches]]
 
-    monkeypatch.setattr(discovery, "maskcut", by_hand)
+    monkeypatch.setattr(search, "maskcut", by_hand)
     out = tmp_path / "out"
     measure(tmp_path / "in", ckpt, "--method=maskcut", "--size=16", "--out", out, name="folder")
     found = found_in(out)
@@ -416,7 +418,7 @@ def test_masks_of_resized_images_come_back_to_their_pixels(
         assert features.shape == (1, 60, 60, 192)
         return [[Localization(np.ones((60, 60), bool), (0, 0, 60, 60), 0, np.zeros((60, 60)), 0.5, False)]]
 
-    monkeypatch.setattr(discovery, "maskcut", whole)
+    monkeypatch.setattr(search, "maskcut", whole)
     result = measure(tmp_path / "in", ckpt, "--method=maskcut", "--out", tmp_path / "square", name="folder")
     assert (result["protocol"], result["details"]["image_size"]) == ("folder-maskcut", 480)
     assert found_in(tmp_path / "square")[0]["bbox"] == [0, 0, 10, 3]
@@ -847,7 +849,7 @@ def test_annotations_without_masks_have_no_ap(
 def test_an_image_whose_graph_does_not_fit_into_memory_is_named(
     voc: Path, ckpt: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(discovery.os, "sysconf", lambda _: 4)  # 16 bytes in all
+    monkeypatch.setattr(os, "sysconf", lambda _: 4)  # 16 bytes in all
     line = sentence(capsys, command(voc, ckpt))
     assert "patches, whose graph takes" in line
     assert "use --size" in line

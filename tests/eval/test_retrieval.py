@@ -201,7 +201,7 @@ def test_command_leaves_a_result_a_table_and_pictures(voc: Path, ckpt: Path, cac
 
     table = (out / "retrieval.md").read_text()
     assert table.startswith(f"**voc12-retrieval/hummingbird (changed)** {100 * result['value']:.1f} mIoU")
-    assert "memory of 384 patches of 6 images (train), 30 neighbours, search exact, on the CPU; seed 0" in table
+    assert "memory of 384 patches of 6 images (train), 30 neighbors, search exact, on the CPU; seed 0" in table
     assert "size 64 (published: 512); data.train_split train (published: trainaug)." in table
     assert f"| 2 | {100 * result['value']:.1f} |" in table
     assert f"| bicycle | {100 * details['iou']['bicycle']:.1f} |" in table

@@ -1,0 +1,248 @@
+"""Search for objects in all images of a data set: batches of one size, masks in pixels, interrupted runs continued."""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from skipless.common import distributed
+from skipless.common.pixels import resample
+from skipless.common.provenance import host_memory
+from skipless.datasets.labels.boxes import BoxSet
+from skipless.eval.backbones import Backbone, FeatureKind, pad_to_patch
+from skipless.eval.features import data_sha256
+from skipless.eval.objects.localization import Localization, lost, maskcut, tokencut
+from skipless.ssl.data.loader import leave_signals_to_main
+
+Method = Literal["lost", "tokencut", "maskcut"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How objects are looked for."""
+
+    method: Method
+    features: FeatureKind
+    """What patches are compared by."""
+    blocks: list[int]
+    """Blocks, from 0, whose features are searched; the last is the one that is shown."""
+    size: int | None
+    """Side in pixels of the squares that images are resized to; None for the original size."""
+    tau: float | None
+    """Threshold of tokencut and maskcut; None for the published one."""
+    batch_size: int
+    workers: int
+
+
+def find_objects(
+    backbone: Backbone, images: BoxSet, search: Search, shown: list[int], out: Path | None
+) -> list[dict[str, Any]]:
+    """Objects of every image, from an interrupted run's files in `out` as far as they are there.
+
+    Returns:
+        For each image {"index", "size": [H, W], "blocks": for each block {"objects": [{"box", "rle"}, ...], "edges",
+        "degenerate", "fallback"}, "map": of the last block, for the images in `shown`}, or {"index", "unreadable": why}
+        for one of a folder that cannot be read; on every process.
+    """
+    identity = {
+        "checkpoint": backbone.fingerprint(),
+        "data": [data_sha256(images.images), images.upright],
+        "settings": [search.method, search.features, search.blocks, search.size, search.tau],
+    }
+    known: dict[int, dict[str, Any]] = {}
+    for path in sorted(out.glob("found-*.jsonl")) if out else []:
+        known |= _read_log(path, identity)
+    distributed.any_process(False)  # all have read before one writes
+    log = out / f"found-{distributed.rank()}.jsonl" if out else None
+    if log and log.exists():
+        os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
+    rest = [index for index in range(len(images)) if index not in known]
+    batches = _batches(images, rest, backbone.patch, search)[distributed.rank() :: distributed.world_size()]
+    loader = DataLoader(
+        _Pictures(images, search.size),
+        batch_sampler=batches,
+        num_workers=search.workers,
+        collate_fn=list,
+        worker_init_fn=leave_signals_to_main,
+    )
+    threshold: dict[str, Any] = {} if search.tau is None else {"tau": search.tau}
+    locate = {"lost": lost, "tokencut": partial(tokencut, **threshold), "maskcut": partial(maskcut, **threshold)}
+    mine: list[dict[str, Any]] = []
+    share = sum(map(len, batches))
+    with tqdm(total=share, desc=search.method, unit="image", disable=distributed.rank() > 0) as progress:
+        for batch, pictures in zip(batches, loader, strict=True):
+            entries = _search_batch(backbone, images, batch, pictures, search, locate[search.method], shown)
+            if log:
+                _append_log(log, identity, entries)
+            mine += entries
+            progress.update(len(batch))
+    for part in distributed.gather_objects(mine):
+        known |= {entry["index"]: entry for entry in part}
+    return [known[index] for index in range(len(images))]
+
+
+def _search_batch(
+    backbone: Backbone,
+    images: BoxSet,
+    batch: list[int],
+    pictures: list[Any],
+    search: Search,
+    locate: Any,
+    shown: list[int],
+) -> list[dict[str, Any]]:
+    """Entries of the images of a batch, given what the loader made of them."""
+    unreadable = [(i, picture) for i, picture in zip(batch, pictures, strict=True) if isinstance(picture, str)]
+    # A set with labels is scored as a whole; any folder of photographs has damaged ones.
+    if unreadable and images.name != "folder":
+        raise ValueError(unreadable[0][1])
+    entries: list[dict[str, Any]] = [{"index": index, "unreadable": message} for index, message in unreadable]
+    # It is one group, unless a header told another size than the picture has: an EXIF orientation does.
+    groups: dict[tuple[int, int], list[Any]] = defaultdict(list)
+    for index, picture in zip(batch, pictures, strict=True):
+        if not isinstance(picture, str):
+            groups[_padded(picture[0].shape, backbone.patch)].append((index, *picture))
+    for group in groups.values():
+        entries += _search_group(backbone, images, group, search, locate, shown)
+    return entries
+
+
+def _search_group(
+    backbone: Backbone,
+    images: BoxSet,
+    group: list[tuple[int, np.ndarray, tuple[int, int]]],
+    search: Search,
+    locate: Any,
+    shown: list[int],
+) -> list[dict[str, Any]]:
+    """Entries of images of one padded size: index, pixels as the network takes them, original height and width."""
+    patch = backbone.patch
+    for index, picture, _ in group:
+        _require_memory(images.images[index], picture.shape, backbone)
+    padded = [pad_to_patch(backbone.normalize(picture[None]), patch) for _, picture, _ in group]
+    features = backbone.features(torch.cat(padded), search.blocks, search.features)
+    entries: list[dict[str, Any]] = [
+        {"index": index, "size": list(original), "blocks": []} for index, _, original in group
+    ]
+    for block, outputs in zip(search.blocks, features, strict=True):
+        broken = (~outputs.patches.isfinite()).flatten(1).any(1)
+        if broken.any():
+            path = images.images[group[int(broken.nonzero()[0])][0]]
+            raise ValueError(
+                f"{path}: {search.features} of block {block + 1} of {backbone.path} are NaN or infinite; "
+                "check the checkpoint"
+            )
+        for entry, (index, picture, original), located in zip(entries, group, locate(outputs.patches), strict=True):
+            objects: list[Localization] = located if isinstance(located, list) else [located]
+            masks = [_pixels(item.mask, picture.shape[:2], original, patch) for item in objects]
+            entry["blocks"].append(
+                {
+                    "objects": [{"box": _box(mask), "rle": _rle(mask)} for mask in masks],
+                    "edges": round(objects[0].edges, 4),
+                    "degenerate": objects[0].degenerate,
+                    "fallback": any(item.fallback for item in objects),
+                }
+            )
+            if block == search.blocks[-1] and index in shown:
+                entry["map"] = objects[0].map.round(4).tolist()
+    return entries
+
+
+def _require_memory(path: Path, shape: tuple[int, ...], backbone: Backbone) -> None:
+    """Raises ValueError where the graph of one image, N x N numbers of 8 bytes, would not fit: the system would kill
+    the run without a word."""
+    rows, columns = _padded(shape, backbone.patch)
+    patches = rows * columns
+    device = backbone.model.pos_embed.device
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else host_memory()
+    if 8 * patches**2 > memory:
+        raise ValueError(
+            f"{path}: {shape[1]} x {shape[0]} pixels are {patches:,} patches, whose graph takes "
+            f"{8 * patches**2 / 1e9:.0f} GB of memory; use --size, or smaller images"
+        )
+
+
+def _pixels(mask: np.ndarray, fed: Sequence[int], original: Sequence[int], patch: int) -> np.ndarray:
+    """A mask of patches in pixels of the original image: bool [H, W]. A pixel takes the patch its center lies in."""
+    rows, columns = (((2 * np.arange(o) + 1) * f // (2 * o)) // patch for o, f in zip(original, fed, strict=True))
+    return mask[rows[:, None], columns]
+
+
+def _box(mask: np.ndarray) -> list[int]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):  # an object smaller than a pixel, after a large image was resized
+        return [0, 0, 0, 0]
+    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+
+
+def _rle(mask: np.ndarray) -> dict[str, Any]:
+    encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": list(mask.shape), "counts": encoded["counts"].decode()}
+
+
+def _read_log(path: Path, identity: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Entries of an interrupted run, but for a last line that was cut off."""
+    *lines, _ = path.read_bytes().split(b"\n")
+    if not lines:
+        return {}
+    try:
+        head, *entries = map(json.loads, lines)
+        by_index = {entry["index"]: entry for entry in entries}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: delete it, and the same command starts without it") from None
+    if head != identity:
+        raise ValueError(f"{path} is of a run with other settings, weights or data: delete it, or give another --out")
+    return by_index
+
+
+def _append_log(path: Path, identity: dict[str, Any], entries: list[dict[str, Any]]) -> None:
+    with open(path, "a") as file:
+        head = [] if file.tell() else [identity]
+        file.writelines(json.dumps(line) + "\n" for line in [*head, *entries])
+
+
+def _batches(images: BoxSet, indices: list[int], patch: int, search: Search) -> list[list[int]]:
+    """Images that have one size after padding, together; in the order of the first of each batch."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index in indices:
+        height = width = search.size or 0
+        if search.size is None:
+            try:
+                with Image.open(images.images[index]) as header:
+                    width, height = header.size
+            except Exception:  # whatever is wrong with it, reading it will say so
+                pass
+        groups[_padded((height, width), patch)].append(index)
+    step = search.batch_size
+    return sorted(group[start : start + step] for group in groups.values() for start in range(0, len(group), step))
+
+
+def _padded(shape: Sequence[int], patch: int) -> tuple[int, int]:
+    """Patches in a column and in a row, after padding, of an image [H, W, ...]."""
+    return -(-shape[0] // patch), -(-shape[1] // patch)
+
+
+class _Pictures(Dataset):
+    """(uint8 [H, W, 3] as the network takes it, original (H, W)); for an unreadable one, the sentence that says so."""
+
+    def __init__(self, images: BoxSet, size: int | None):
+        self.images, self.size = images, size
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, tuple[int, int]] | str:
+        try:
+            picture = self.images.read_image(index)
+        except (ValueError, OSError) as error:
+            return str(error)
+        original = (picture.shape[0], picture.shape[1])
+        return (picture if self.size is None else resample(picture, self.size, self.size)), original
