@@ -285,7 +285,7 @@ def planned(settings: Settings, candidate: Candidate, folder: Path) -> list[tupl
             theirs = discovery.Settings(
                 data=boxes, method=method, features=d.features, every_block=True, **common(method)
             )
-            plan.append((method, theirs, discovery.discover))
+            plan.append((method, theirs, discovery.evaluate))
     return [entry for entry in plan if entry[0] in settings.tasks]
 
 

@@ -29,7 +29,7 @@ from skipless.datasets.labels.voc import voc_boxes
 from skipless.datasets.scenes import write_scenes
 from skipless.eval import discovery
 from skipless.eval.backbones import Backbone, load_backbone
-from skipless.eval.discovery import Settings, discover, main
+from skipless.eval.discovery import Settings, evaluate, main
 from skipless.eval.metrics import bootstrap_interval, box_iou, corloc
 from skipless.eval.objects import search
 from skipless.eval.objects.localization import Localization, box_in_pixels, lost, tokencut
@@ -148,7 +148,7 @@ def command(root: Path, ckpt: Path, *more: object, name: str = "voc07") -> list[
 
 def measure(root: Path, ckpt: Path, *more: object, name: str = "voc07") -> dict[str, Any]:
     """The result, in this process."""
-    return discover(cli.parse(Settings, command(root, ckpt, *more, name=name)))
+    return evaluate(cli.parse(Settings, command(root, ckpt, *more, name=name)))
 
 
 def found_in(out: Path) -> list[dict[str, Any]]:
@@ -773,7 +773,7 @@ def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--size=60"], "size is 60; it must be a multiple of the patch, 8 pixels"),
         (["--size=0"], "size is 0; it must be a multiple of the patch"),
         (["--batch-size=0"], "batch-size must be 1 or more"),
-        (["--workers=-1"], "workers 0 or more"),
+        (["--workers=-1"], "workers and seed 0 or more"),
         (["--device=toaster"], "device is 'toaster'; choose auto, cpu"),
         (["--method=cutler"], "cutler"),
         (["--method=lost", "--nonsense=1"], "nonsense"),
