@@ -2,13 +2,13 @@
 
 import copy
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import run_group
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pytorch_optimizer import SOAP as LibrarySOAP
@@ -111,7 +111,7 @@ def test_trajectories_are_the_librarys() -> None:
     eps=st.sampled_from([1e-8, 1e-3]),
     decay=st.sampled_from([0.0, 0.04]),
 )
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_any_shapes_and_arguments(
     shapes: list[Shape], period: int, largest: int, betas: tuple[float, float], eps: float, decay: float
 ) -> None:
@@ -368,62 +368,6 @@ def test_state_is_written_once(tmp_path: Path) -> None:
 
 # Processes ------------------------------------------------------------------------------------------------------------
 
-SCRIPT = """
-import os
 
-import torch
-import torch.distributed as dist
-from skipless.common import distributed
-from skipless.ssl.optim.soap import SOAP
-
-# Twins with sides of a multiple of four: every matrix of their stacks is aligned in memory as it is alone, on which
-# LAPACK's last bits depend on some CPUs, and with them the eigenvectors of the null space.
-SHAPES = [(8, 4), (8, 4), (5, 5), (20, 3), (7,), (6, 3, 2, 2), (1, 4, 6), (12, 8), (12, 8), (12, 8)]
-
-
-def run(spread):
-    solved = [0]
-
-    def counting(solve):
-        def counted(matrices):
-            solved[0] += matrices.shape[:-2].numel()
-            return solve(matrices)
-        return counted
-
-    qr, eigh = torch.linalg.qr, torch.linalg.eigh
-    torch.linalg.qr, torch.linalg.eigh = counting(qr), counting(eigh)
-    torch.manual_seed(0)
-    of = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-    groups = [{"params": of[::2]}, {"params": of[1::2], "lr": 1e-2}]
-    optimizer = SOAP(groups, precondition_frequency=4, max_precondition_dim=14, spread=spread)
-    for step in range(14):
-        for number, parameter in enumerate(of):
-            gradient = torch.randn(parameter.shape)
-            parameter.grad = None if (step + number) % 6 == 3 else gradient
-        optimizer.step()
-    torch.linalg.qr, torch.linalg.eigh = qr, eigh
-    return torch.cat([p.detach().flatten() for p in of]), solved[0]
-
-
-alone = [run(spread) for spread in (False, True)]
-distributed.start("cpu")
-together = [run(spread) for spread in (False, True)]
-for (one, all_solved), (many, own_solved) in zip(alone, together):
-    assert torch.equal(one, many)
-    gathered = [torch.empty_like(many) for _ in range(2)]
-    dist.all_gather(gathered, many)
-    assert torch.equal(*gathered)
-    shares = distributed.gather_objects(own_solved)
-    assert sum(shares) == all_solved > 40 and min(shares) > 0.2 * all_solved, (shares, all_solved)
-distributed.stop()
-print("equal", flush=True)
-os._exit(0)  # on a busy machine, gloo's threads can abort an interpreter that is ending
-"""
-
-
-def test_two_processes_divide_the_bases_and_agree_with_one(
-    tmp_path: Path, run_two: Callable[[Sequence[object]], list[tuple[str, str]]]
-) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    printed = run_two([sys.executable, tmp_path / "script.py"])
-    assert [output for output, _ in printed] == ["equal\n", "equal\n"]
+def test_two_processes_divide_the_bases_and_agree_with_one() -> None:
+    assert [done.stdout for done in run_group("processes.soap", [])] == ["equal\n", "equal\n"]
