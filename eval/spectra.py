@@ -1,7 +1,7 @@
 """Singular values of the Jacobians of a block's attention and MLP: exact where they are small, estimated where not.
 
 Jacobians are those of arXiv 2510.00345, section 3: of a block's attention and of its MLP, each with respect to its
-*normalised* input, the output of the LayerNorm in front of it. With respect to the input of that LayerNorm each would
+*normalized* input, the output of the LayerNorm in front of it. With respect to the input of that LayerNorm each would
 be singular whatever the weights, for a LayerNorm forgets the mean and the scale of every token. Layer scale belongs to
 the branch, where a model has it. K + I, "with its skip", adds the identity to such a Jacobian, as the paper does.
 """
@@ -22,8 +22,8 @@ from skipless.ssl.model.vit import Block, VisionTransformer
 SMALL = 0.01
 # A smallest singular value is called known if one lies within this part of it, and a bound if not.
 TOLERANCE = 0.05
-# Jacobians of at most so many rows are computed whole, and decomposed, or at least factorised.
-DECOMPOSED, FACTORISED = 1536, 8192
+# Jacobians of at most so many rows are computed whole, and decomposed, or at least factorized.
+DECOMPOSED, FACTORIZED = 1536, 8192
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def jacobian_conditioning(
     """The ends of the spectrum of every block's two Jacobians, in float64.
 
     Args:
-        images: normalised, [B, 3, H, W]. One or a few: every one takes a ViT-S of 224 pixels minutes.
+        images: normalized, [B, 3, H, W]. One or a few: every one takes a ViT-S of 224 pixels minutes.
         mlp_tokens: so many tokens, drawn from all images, stand for all in the Jacobian of the MLP.
         steps: see `attention_singular_values`.
         seed: of the draws.
@@ -98,14 +98,14 @@ class SingularValues:
 
 
 class AttentionJacobian:
-    """The Jacobian of a block's attention, as products: of one image, with respect to the normalised tokens.
+    """The Jacobian of a block's attention, as products: of one image, with respect to the normalized tokens.
 
     Written out, so that a product costs four matrix products of the forward pass's size and nothing is computed twice.
     With A = softmax(S), dS = (dQ K^T + Q dK^T) / sqrt(d_h) and dA = A * (dS - rowsum(A * dS)), the derivative in the
     direction dX is, over all heads, (dA V + A dV) W_O.
 
     Args:
-        tokens: normalised, [N, D]; computed with in float64.
+        tokens: normalized, [N, D]; computed with in float64.
         skip: add the identity: K + I in place of K.
     """
 
@@ -180,13 +180,13 @@ def attention_singular_values(
     """Smallest and largest singular value of the Jacobian of a block's attention, [N * D, N * D], for one image.
 
     Up to `DECOMPOSED` rows by a singular value decomposition. Above, the largest and the share of small ones are
-    estimated by Golub-Kahan-Lanczos bidiagonalisation (`golub_kahan`), and the smallest, which that would find last of
-    all, by a Davidson method (`smallest_singular_value`) with the inverse up to `FACTORISED` rows, and an approximate
+    estimated by Golub-Kahan-Lanczos bidiagonalization (`golub_kahan`), and the smallest, which that would find last of
+    all, by a Davidson method (`smallest_singular_value`) with the inverse up to `FACTORIZED` rows, and an approximate
     inverse from the structure of attention above. Where the Jacobian is far from the T of
     `AttentionJacobian.precondition`, the smallest then remains an upper bound: see `SingularValues.bound`.
 
     Args:
-        tokens: the attention's normalised input, [N, D].
+        tokens: the attention's normalized input, [N, D].
         skip: of K + I in place of K.
         steps: of the first method, at two products with the Jacobian each; the second takes half as many.
         seed: of the random start.
@@ -194,7 +194,7 @@ def attention_singular_values(
     jacobian = AttentionJacobian(block, tokens, skip)
     if tokens.numel() <= DECOMPOSED:
         return whole_spectrum(torch.linalg.svdvals(jacobian.whole()))
-    small = tokens.numel() <= FACTORISED
+    small = tokens.numel() <= FACTORIZED
     precondition = inverse_of_square(jacobian.whole()) if small else jacobian.precondition
     start = torch.randn(tokens.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     start = start.to(tokens.device)
@@ -210,7 +210,7 @@ def mlp_singular_values(block: Block, tokens: Tensor, skip: bool = False) -> Sin
     of all tokens, and `largest` at most.
 
     Args:
-        tokens: the MLP's normalised input, [N, D].
+        tokens: the MLP's normalized input, [N, D].
         skip: of K + I in place of K.
     """
     first, second = block.mlp.fc1.weight.double(), scaled_output(block.mlp.fc2.weight, block.ls2)
@@ -286,7 +286,7 @@ def estimate_singular_values(
 
 
 def golub_kahan(product: Product, transposed: Product, start: Tensor, steps: int) -> tuple[Tensor, float, Tensor]:
-    """Golub-Kahan-Lanczos bidiagonalisation of J with full reorthogonalisation (SIAM J. Numer. Anal. 2, 1965).
+    """Golub-Kahan-Lanczos bidiagonalization of J with full reorthogonalization (SIAM J. Numer. Anal. 2, 1965).
 
     Returns:
         B [k, k], upper bidiagonal, with J V = U B for orthonormal V and U, k <= steps;
@@ -345,7 +345,7 @@ def share_below(threshold: float, bidiagonal: Tensor, rest: float) -> tuple[floa
 
 
 def inverse_of_square(matrix: Tensor) -> Product:
-    """x -> (J^T J)^-1 x by an LU factorisation of J; pivots that cannot be told from zero are made larger."""
+    """x -> (J^T J)^-1 x by an LU factorization of J; pivots that cannot be told from zero are made larger."""
     factors, pivots, _ = torch.linalg.lu_factor_ex(matrix)
     diagonal, tiny = factors.diagonal(), PRECISION * matrix.abs().max().item()
     diagonal[diagonal.abs() < tiny] = tiny

@@ -103,9 +103,7 @@ def draw_conditioning(statistics: dict[str, Statistics], title: str, out: Path) 
         figure, grid = plt.subplots(rows, 4, figsize=(10, 2.0 * rows + 1.1), layout="constrained", squeeze=False)
         for measure, axes in zip(panels, grid.flat, strict=False):
             for name, (color, marker) in looks.items():
-                for key, style in ((measure, "-"), (_with_skip(measure), ":")):
-                    if key in statistics[name]:
-                        _draw_line(axes, statistics[name], key, style, color, marker)
+                _draw_lines(axes, statistics[name], measure, color, marker)
             axes.set_title(MEASURES[measure][0])
             axes.set_yscale(MEASURES[measure][1])
             axes.grid(alpha=0.3, linewidth=0.4)
@@ -122,12 +120,15 @@ def draw_conditioning(statistics: dict[str, Statistics], title: str, out: Path) 
         save_figure(figure, out)
 
 
-def _draw_line(axes: plt.Axes, values: Statistics, key: str, style: str, color: str, marker: str) -> None:
-    blocks, heights = np.arange(len(values[key])), np.array(values[key])
-    bound = np.array([_is_bound(values, key, int(block)) for block in blocks])
-    axes.plot(blocks + 1, np.where(bound, np.nan, heights), style, color=color)
-    for chosen, face in ((~bound, color), (bound, "white")):
-        axes.scatter(
-            blocks[chosen] + 1, heights[chosen],
-            s=11, marker=marker, linewidths=0.7, zorder=3, facecolors=face, edgecolors=color,
-        )  # fmt: skip
+def _draw_lines(axes: plt.Axes, values: Statistics, measure: str, color: str, marker: str) -> None:
+    for key, style in ((measure, "-"), (_with_skip(measure), ":")):
+        if key not in values:
+            continue
+        blocks, heights = np.arange(len(values[key])), np.array(values[key])
+        bound = np.array([_is_bound(values, key, int(block)) for block in blocks])
+        axes.plot(blocks + 1, np.where(bound, np.nan, heights), style, color=color)
+        for chosen, face in ((~bound, color), (bound, "white")):
+            axes.scatter(
+                blocks[chosen] + 1, heights[chosen],
+                s=11, marker=marker, linewidths=0.7, zorder=3, facecolors=face, edgecolors=color,
+            )  # fmt: skip

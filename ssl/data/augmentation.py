@@ -57,7 +57,7 @@ class Augmentation:
 
 
 class TrainingImages(Dataset[tuple[Tensor, int]]):
-    """Augmented images, float32 [3, S, S], normalised, and their classes, for keys (epoch, index).
+    """Augmented images, float32 [3, S, S], normalized, and their classes, for keys (epoch, index).
 
     What comes out depends on (seed, epoch, index) alone. Crop and flip are Szegedy et al.'s (arXiv 1409.4842);
     RandAugment (arXiv 1909.13719) and erasing (arXiv 1708.04896) are torchvision's. DeiT used timm's RandAugment,

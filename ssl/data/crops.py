@@ -9,11 +9,11 @@ To see what the network sees:
 What is random is drawn first (`draw_views`) and done after (`apply_view`, here, or a whole batch at once in
 ssl/data/device_crops.py).
 
-The order of the operations is DINO's: crop and resize, flip, colour jitter, grey, blur, solarize. Resizing is
-PyTorch's antialiased bicubic on uint8, within 2 grey levels of Pillow's, which DINO used: OpenCV's cubic does not
-antialias (4 to 9 grey levels off on average where it shrinks by 1.5 to 3) and its area filter is blurrier and slower.
-Colours and blur are OpenCV's, rounded where torchvision truncates: within 2 grey levels of it. Hue goes through 8 bits,
-1 level off on average and 12 at most in the purest colours; Pillow's hue, DINO's, is up to 18 off. DINO's own blur was
+The order of the operations is DINO's: crop and resize, flip, color jitter, gray, blur, solarize. Resizing is
+PyTorch's antialiased bicubic on uint8, within 2 gray levels of Pillow's, which DINO used: OpenCV's cubic does not
+antialias (4 to 9 gray levels off on average where it shrinks by 1.5 to 3) and its area filter is blurrier and slower.
+Colors and blur are OpenCV's, rounded where torchvision truncates: within 2 gray levels of it. Hue goes through 8 bits,
+1 level off on average and 12 at most in the purest colors; Pillow's hue, DINO's, is up to 18 off. DINO's own blur was
 Pillow's approximation by three box filters of the same standard deviation.
 """
 
@@ -57,11 +57,11 @@ class Crops:
     """Range of a local crop's area, as a share of the image's; its end is usually the start of `global_crops_scale`."""
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     """Strength of the changes of brightness, contrast, saturation (factors from 1 - x to 1 + x) and hue (shift of up to
-    x turns of the colour circle, at most 0.5). Lower them where colour tells objects apart, as in microscopy."""
+    x turns of the color circle, at most 0.5). Lower them where color tells objects apart, as in microscopy."""
     jitter_probability: float = 0.8
-    """Share of the views with colour jitter."""
+    """Share of the views with color jitter."""
     gray_probability: float = 0.2
-    """Share of the views without colour."""
+    """Share of the views without color."""
     blur_probability: tuple[float, float, float] = (1.0, 0.1, 0.5)
     """Share of the views with Gaussian blur: of the first global crops, the second, and the local ones."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
@@ -73,7 +73,7 @@ class Crops:
     """Where the crops are made: by the loader's processes (cpu), or in batches where the model trains (device), which
     decodes JPEGs there too (nvJPEG) and leaves the loader little to do. auto: by the loader without CUDA; with CUDA the
     loader decodes and the device makes the crops, if those of a test picture come out as they should. They are the
-    same, to a tenth of a grey level on average. (What runs on CUDA is tested on a CPU; it has not run on a GPU.)"""
+    same, to a tenth of a gray level on average. (What runs on CUDA is tested on a CPU; it has not run on a GPU.)"""
 
     def __post_init__(self) -> None:
         for name in ("global_crops_size", "local_crops_size"):
@@ -107,10 +107,10 @@ class View(NamedTuple):
     """Top, left, height and width of the crop in pixels."""
     flip: bool
     factors: tuple[float, float, float, float]
-    """Of brightness, contrast and saturation; turns of hue. (1, 1, 1, 0) without colour jitter."""
+    """Of brightness, contrast and saturation; turns of hue. (1, 1, 1, 0) without color jitter."""
     order: tuple[int, ...]
-    """Of the four colour operations, as positions in `factors`; () without colour jitter."""
-    grey: bool
+    """Of the four color operations, as positions in `factors`; () without color jitter."""
+    gray: bool
     sigma: float
     """Of the blur, in pixels; 0 without."""
     solarize: bool
@@ -127,11 +127,11 @@ def draw_views(crops: Crops, rows: int, columns: int, rng: np.random.Generator) 
         flip = rng.random() < 0.5
         jitter = rng.random() < crops.jitter_probability
         factors, order = draw_jitter(crops.color_jitter, rng) if jitter else ((1.0, 1.0, 1.0, 0.0), ())
-        grey = rng.random() < crops.gray_probability
+        gray = rng.random() < crops.gray_probability
         blur = rng.random() < crops.blur_probability[min(number, 2)]
         sigma = uniform(rng, *crops.blur_sigma) if blur else 0.0
         solarize = number == 1 and rng.random() < crops.solarize_probability
-        views.append(View(box, flip, factors, order, grey, sigma, solarize))
+        views.append(View(box, flip, factors, order, gray, sigma, solarize))
     return views
 
 
@@ -142,8 +142,8 @@ def apply_view(image: np.ndarray, view: View, size: int) -> np.ndarray:
     if view.flip:
         pixels = cv2.flip(pixels, 1)
     pixels = color_jitter(pixels, view.factors, view.order)
-    if view.grey:
-        pixels = grey(pixels)
+    if view.gray:
+        pixels = gray(pixels)
     if view.sigma:
         pixels = gaussian_blur(pixels, view.sigma)
     return solarize(pixels) if view.solarize else pixels
@@ -166,7 +166,7 @@ def multicrop(image: np.ndarray, crops: Crops, rng: np.random.Generator) -> list
 def draw_jitter(
     strengths: tuple[float, float, float, float], rng: np.random.Generator
 ) -> tuple[tuple[float, float, float, float], tuple[int, ...]]:
-    """Factors and order (see `View`) of a random change of colours."""
+    """Factors and order (see `View`) of a random change of colors."""
     brightness, contrast, saturation = (uniform(rng, max(0.0, 1 - x), 1 + x) for x in strengths[:3])
     hue = uniform(rng, -strengths[3], strengths[3])
     return (brightness, contrast, saturation, hue), tuple(rng.permutation(4).tolist())
@@ -195,18 +195,18 @@ def adjust_brightness(view: np.ndarray, factor: float) -> np.ndarray:
 
 
 def adjust_contrast(view: np.ndarray, factor: float) -> np.ndarray:
-    """Blend with the mean grey level: 0 is flat, 1 the same, 2 twice the contrast."""
+    """Blend with the mean gray level: 0 is flat, 1 the same, 2 twice the contrast."""
     mean = cv2.mean(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY))[0]
     return _scale(view, factor, mean * (1 - factor))
 
 
 def adjust_saturation(view: np.ndarray, factor: float) -> np.ndarray:
-    """Blend with the grey picture: 0 is grey, 1 the same, 2 twice as colourful."""
+    """Blend with the gray picture: 0 is gray, 1 the same, 2 twice as colorful."""
     return cv2.transform(view, factor * IDENTITY + (1 - factor) * LUMA)
 
 
 def adjust_hue(view: np.ndarray, turns: float) -> np.ndarray:
-    """Shift the hue by a part of the colour circle, in [-0.5, 0.5]. In steps of 1/256, as Pillow's HSV: OpenCV's other
+    """Shift the hue by a part of the color circle, in [-0.5, 0.5]. In steps of 1/256, as Pillow's HSV: OpenCV's other
     8-bit HSV has 180."""
     steps = round(turns * 256) % 256
     if steps == 0:
@@ -220,7 +220,7 @@ def adjust_hue(view: np.ndarray, turns: float) -> np.ndarray:
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
-def grey(view: np.ndarray) -> np.ndarray:
+def gray(view: np.ndarray) -> np.ndarray:
     """Luma of ITU-R BT.601 in all three channels."""
     return cv2.cvtColor(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
 

@@ -4,12 +4,12 @@
     loader = DataLoader(dataset, batch_size=64, sampler=keys, collate_fn=collate_images)
     to_crops = DeviceCrops(dataset, device, torch.bfloat16)
     for batch in loader:
-        crops = to_crops(batch)  # [[2 * B, 3, G, G], [L * B, 3, S, S]], normalised
+        crops = to_crops(batch)  # [[2 * B, 3, G, G], [L * B, 3, S, S]], normalized
 
 The loader draws what is random, by the same random numbers as CropDataset: a (seed, epoch, index) gives the same views.
 JPEGs go to the device as files where its decoder can be trusted with them; what is left is decoded by the loader. Crop,
 resize and flip of a whole batch are two products with matrices of Pillow's bicubic weights, and blur two more with
-OpenCV's kernels. A view is that of crops.py to 0.04 grey levels on average, and 999 of 1,000 of its values to 2;
+OpenCV's kernels. A view is that of crops.py to 0.04 gray levels on average, and 999 of 1,000 of its values to 2;
 with float16, which the products use on CUDA, to 0.12 and 3.
 
 No function here makes the host wait for the work that the device has under way. Decoding on a GPU waits for itself.
@@ -44,7 +44,7 @@ def crops_on_device(crops: Crops, device: torch.device) -> bool:
 
 @lru_cache(maxsize=8)
 def makes_same_crops(device: torch.device) -> bool:
-    """Whether the crops that this device makes of a test picture are those of crops.py, to a grey level on average.
+    """Whether the crops that this device makes of a test picture are those of crops.py, to a gray level on average.
 
     Looked at before `auto` relies on a device: crops that are wrong would train a worse network without an error.
     """
@@ -56,11 +56,11 @@ def makes_same_crops(device: torch.device) -> bool:
     pixels = torch.from_numpy(image).permute(2, 0, 1).to(device)
     products = torch.float16 if device.type == "cuda" else torch.float32
     made = make_views([pixels], parameters, crops, products=products)
-    for found, group, size in zip(
+    for views_made, group, size in zip(
         made, (views[:2], views[2:]), (crops.global_crops_size, crops.local_crops_size), strict=True
     ):
         stacked = np.stack([apply_view(image, view, size) for view in group])
-        difference = (found.cpu() - normalize(torch.from_numpy(stacked)[:, None])).abs()
+        difference = (views_made.cpu() - normalize(torch.from_numpy(stacked)[:, None])).abs()
         if not difference.mean() * 255 * max(STD) < 1:
             return False
     return True
@@ -86,9 +86,9 @@ class DrawnSample:
 
 
 def as_row(view: View) -> tuple[float, ...]:
-    """A view as 16 numbers: box, flip, factors, order, grey, sigma, solarize."""
+    """A view as 16 numbers: box, flip, factors, order, gray, sigma, solarize."""
     order = view.order or (0, 1, 2, 3)
-    return (*view.box, view.flip, *view.factors, *order, view.grey, view.sigma, view.solarize)
+    return (*view.box, view.flip, *view.factors, *order, view.gray, view.sigma, view.solarize)
 
 
 class DeviceCropDataset(Dataset[DrawnSample]):
@@ -236,7 +236,7 @@ class DeviceCrops:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: dict[str, Any]) -> list[Tensor]:
-        """Normalised crops [views * B, 3, S, S], globals first, locals second if there are any.
+        """Normalized crops [views * B, 3, S, S], globals first, locals second if there are any.
 
         Where a JPEG turns out unreadable, the batch's index, parameters and unreadable change.
         """
@@ -276,14 +276,14 @@ def make_views(
     dtype: torch.dtype = torch.float32,
     products: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """All views of a batch, normalised, as `normalize` gives them.
+    """All views of a batch, normalized, as `normalize` gives them.
 
     Args:
         images: uint8 [3, H, W], each of its own size, all on one device, where the views are made.
         parameters: float32 [B, views, 16], on the CPU, rows of `as_row` for images of these sizes.
         dtype: Of the result.
         products: Of the matrix products. float16 holds pixels and blur kernels exactly, and weights of the resizing
-            within 1/4096 of their size: at most a quarter of a grey level, before rounding.
+            within 1/4096 of their size: at most a quarter of a gray level, before rounding.
 
     Returns `dtype` [2 * B, 3, G, G] and, where there are local crops, [L * B, 3, S, S], view by view.
     """
@@ -308,7 +308,7 @@ def make_views(
 
 
 def _chunks(sizes: Sequence[tuple[int, int]], crops: Crops) -> Iterator[slice]:
-    """Neighbouring images whose canvas and views have at most CHUNK values each; at least one image."""
+    """Neighboring images whose canvas and views have at most CHUNK values each; at least one image."""
     views = max(2 * crops.global_crops_size**2, crops.local_crops_number * crops.local_crops_size**2)
     first = height = width = 0
     for number, (rows, columns) in enumerate(sizes):
@@ -386,7 +386,7 @@ def luma(pixels: Tensor) -> Tensor:
 
 
 def hue_slot(parameters: Tensor) -> Tensor:
-    """Which of the four colour operations, from 0 on, shifts the hue, of parameters [N, 16]; 4 where none does."""
+    """Which of the four color operations, from 0 on, shifts the hue, of parameters [N, 16]; 4 where none does."""
     slot = (parameters[:, 9:13] == HUE).to(torch.uint8).argmax(1)
     return torch.where(hue_steps(parameters) == 0, 4, slot)
 
@@ -408,11 +408,11 @@ def color_jitter(pixels: Tensor, parameters: Tensor, hue_counts: list[int]) -> T
         operation = parameters[:, 9 + slot].long()
         factor = parameters[:, 5:9].gather(1, operation[:, None])[:, 0]
         factor = torch.where(operation == HUE, 1, factor)
-        grey = luma(pixels)
-        shift = torch.where(operation == CONTRAST, 1 - factor, 0) * (grey + 0.5).floor_().mean((1, 2))
-        grey *= torch.where(operation == SATURATION, 1 - factor, 0)[:, None, None]
-        grey += shift[:, None, None]
-        pixels = torch.addcmul(grey[:, :, None], pixels, _as_pixels(factor)).round_().clamp_(0, 255)
+        gray = luma(pixels)
+        shift = torch.where(operation == CONTRAST, 1 - factor, 0) * (gray + 0.5).floor_().mean((1, 2))
+        gray *= torch.where(operation == SATURATION, 1 - factor, 0)[:, None, None]
+        gray += shift[:, None, None]
+        pixels = torch.addcmul(gray[:, :, None], pixels, _as_pixels(factor)).round_().clamp_(0, 255)
         if hue_counts[slot]:
             rows = shifting[slot]
             pixels.index_copy_(0, rows, shift_hue(pixels.index_select(0, rows), steps.index_select(0, rows)))
@@ -432,11 +432,11 @@ def shift_hue(pixels: Tensor, steps: Tensor) -> Tensor:
     saturation = (spread * (255 * 4096 / value.clamp(min=1)).round_() / 4096 + 0.5).floor_() / 255
     # OpenCV takes 255 steps for a turn on the way back.
     sixths = (hue + steps[:, None, None]).remainder_(256) * (6 / 255)
-    colours = []
+    colors = []
     for offset in (5, 3, 1):
         k = (sixths + offset).remainder_(6)
-        colours.append(value * (1 - saturation * torch.minimum(k, 4 - k).clamp_(0, 1)))
-    return torch.stack(colours, 2).round_().clamp_(0, 255)
+        colors.append(value * (1 - saturation * torch.minimum(k, 4 - k).clamp_(0, 1)))
+    return torch.stack(colors, 2).round_().clamp_(0, 255)
 
 
 def gaussian_blur(pixels: Tensor, sigma: Tensor, largest: float, products: torch.dtype) -> Tensor:
@@ -447,7 +447,7 @@ def gaussian_blur(pixels: Tensor, sigma: Tensor, largest: float, products: torch
     """
     size = pixels.shape[1]
     reach = _kernel_side(torch.tensor(largest)).int().item() // 2
-    # From the outermost pixel to the centre.
+    # From the outermost pixel to the center.
     distance = torch.arange(reach, -1, -1, device=pixels.device)
     weights = torch.exp(-0.5 * (distance / sigma.clamp(min=1e-3)[:, None]) ** 2)
     weights *= 2 * distance + 1 <= _kernel_side(sigma)[:, None]

@@ -34,7 +34,7 @@ def whiten_patches_(proj: nn.Conv2d, images: Tensor, seed: int = 0, ridge: float
 
     Args:
         proj: kernel and stride of one patch, 3 input channels, with a bias: `model.patch_embed.proj`, here and in timm.
-        images: normalised as in training, [B, 3, H, W], at least of a patch's size. Some hundred; what is left beside
+        images: normalized as in training, [B, 3, H, W], at least of a patch's size. Some hundred; what is left beside
             whole patches is ignored.
         seed: of the orthogonal matrix.
         ridge: added to the components' variances, in units of their mean, so that those that hardly occur (as in images
@@ -63,14 +63,14 @@ def whiten_patches_(proj: nn.Conv2d, images: Tensor, seed: int = 0, ridge: float
         raise ValueError(f"ridge is {ridge:g}; it must be 0 or more")
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not images.isfinite().all():
         raise ValueError(
-            f"images are {images.dtype} of shape {tuple(images.shape)}; give normalised ones, [B, 3, H, W], all finite"
+            f"images are {images.dtype} of shape {tuple(images.shape)}; give normalized ones, [B, 3, H, W], all finite"
         )
     if not len(images) or images.shape[2] < patch[0] or images.shape[3] < patch[1]:
         raise ValueError(f"images of shape {tuple(images.shape)} hold no patch of {patch[0]} x {patch[1]} pixels")
     values = 3 * patch[0] * patch[1]
     total, products, count = torch.zeros(values).double(), torch.zeros(values, values).double(), 0
-    for some in images.split(64):
-        patches = F.unfold(some.cpu().double(), patch, stride=patch).mT.flatten(0, 1)
+    for batch in images.split(64):
+        patches = F.unfold(batch.cpu().double(), patch, stride=patch).mT.flatten(0, 1)
         total += patches.sum(0)
         products += patches.T @ patches
         count += len(patches)

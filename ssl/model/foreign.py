@@ -5,7 +5,7 @@
     torch         nn.TransformerEncoder, nn.TransformerEncoderLayer (norm_first=True)
     transformers  ViTModel, and models with a head around one: under the names of version 4 and those of version 5.23
 
-Blocks are recognised by the names of their parts, so that neither timm nor transformers has to be installed.
+Blocks are recognized by the names of their parts, so that neither timm nor transformers has to be installed.
 """
 
 import functools
@@ -141,22 +141,22 @@ def remove_skips_(model: nn.Module) -> nn.Module:
 
 def _weights(name: str, block: Any) -> BlockWeights:
     if isinstance(block, nn.TransformerEncoderLayer):
-        found = _torch_weights(name, block)
+        weights = _torch_weights(name, block)
     elif hasattr(block, "attn") and hasattr(block, "mlp"):
-        found = _timm_weights(name, block)
+        weights = _timm_weights(name, block)
     elif hasattr(block, "layernorm_before") and hasattr(block, "attention"):
-        found = _hugging_face_weights(name, block)
+        weights = _hugging_face_weights(name, block)
     else:
         raise ValueError(f"{name} is a {type(block).__name__}, whose parts are not known here; give {KNOWN}")
-    d, hidden = found.output.weight.shape[0], found.first.weight.shape[0]
+    d, hidden = weights.output.weight.shape[0], weights.first.weight.shape[0]
     for part in ("query", "key", "value", "output"):
-        shape = tuple(getattr(found, part).weight.shape)
+        shape = tuple(getattr(weights, part).weight.shape)
         if shape != (d, d):
             raise ValueError(f"{name}: the {part} matrix is {list(shape)}; all of attention's must be [{d}, {d}]")
-    if found.first.weight.shape != (hidden, d) or found.second.weight.shape != (d, hidden):
-        shapes = f"{list(found.first.weight.shape)} and {list(found.second.weight.shape)}"
+    if weights.first.weight.shape != (hidden, d) or weights.second.weight.shape != (d, hidden):
+        shapes = f"{list(weights.first.weight.shape)} and {list(weights.second.weight.shape)}"
         raise ValueError(f"{name}: the MLP's matrices are {shapes}; a gated MLP is not supported, build it without")
-    return found
+    return weights
 
 
 def _timm_weights(name: str, block: Any) -> BlockWeights:

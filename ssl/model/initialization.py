@@ -139,7 +139,7 @@ def choose_beta(
 
     Args:
         model: skipless, of this package; it is not changed. Embeddings as they will be at the start of training.
-        images: normalised, [B, 3, H, W], on the model's device; 16 to 32 will do.
+        images: normalized, [B, 3, H, W], on the model's device; 16 to 32 will do.
         arguments: of `skipless_init_`, as in `PRESETS`; a beta among them is ignored.
         keep: share of the rank, positive. Above 1, blocks have to add to it.
         betas: the candidates.
@@ -181,7 +181,7 @@ def rank_kept(model: VisionTransformer, images: Tensor) -> float:
     high; but on the way there it has been low.
 
     Args:
-        images: normalised, [B, 3, H, W], on the model's device.
+        images: normalized, [B, 3, H, W], on the model's device.
 
     Returns:
         The mean over the images; 1 if no block lowers the rank, more if the first ones raise it and none undoes that.
@@ -213,7 +213,7 @@ def query_key_matrices(
     generator: torch.Generator,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """For each head, the best rank-d_h factorisation of M = alpha Z + beta I, Z_ij ~ N(0, 1 / d) (arXiv 2305.09828).
+    """For each head, the best rank-d_h factorization of M = alpha Z + beta I, Z_ij ~ N(0, 1 / d) (arXiv 2305.09828).
 
     With M = U S V^T and the d_h largest singular values: W_Q = U_k S_k^(1/2), W_K = V_k S_k^(1/2). The eigenvectors of
     M^T M are V, and U_k S_k = M V_k: several times faster than the whole decomposition, batched over the heads.

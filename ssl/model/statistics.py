@@ -37,7 +37,7 @@ def mean_share(tokens: Tensor) -> Tensor:
 
 
 def effective_rank(tokens: Tensor) -> Tensor:
-    """exp(entropy of the squared singular values, normalised to sum 1) of an image's centred tokens.
+    """exp(entropy of the squared singular values, normalized to sum 1) of an image's centered tokens.
 
     After Roy and Vetterli (EUSIPCO 2007), who take the singular values themselves: squared, they are shares of energy.
 
@@ -51,8 +51,8 @@ def effective_rank(tokens: Tensor) -> Tensor:
         float64 [B], in [1, min(N - 1, D)].
     """
     tokens = tokens.double()
-    centred = tokens - tokens.mean(1, keepdim=True)
-    energy = torch.linalg.eigvalsh(centred @ centred.mT).clamp_min(0)  # the squared singular values, in less time
+    centered = tokens - tokens.mean(1, keepdim=True)
+    energy = torch.linalg.eigvalsh(centered @ centered.mT).clamp_min(0)  # the squared singular values, in less time
     share = energy / energy.sum(-1, keepdim=True).clamp_min(1e-300)
     return torch.special.entr(share).sum(-1).exp()
 
@@ -80,7 +80,7 @@ def token_statistics(model: VisionTransformer, images: Tensor) -> dict[str, list
     """Mean share and effective rank of the patch tokens after each block, before the final norm.
 
     Args:
-        images: normalised, [B, 3, H, W].
+        images: normalized, [B, 3, H, W].
 
     Returns:
         {"mean_share": one number a block, "effective_rank": likewise}, averaged over the images.
@@ -99,7 +99,7 @@ def attention_logits(block: Block, tokens: Tensor) -> Tensor:
     """q_i . k_j / sqrt(d_h), what the softmax of a block's attention gets.
 
     Args:
-        tokens: the attention's normalised input, [B, N, D].
+        tokens: the attention's normalized input, [B, N, D].
 
     Returns:
         [B, heads, N, N]; a row belongs to a query.
@@ -173,7 +173,7 @@ def cheap_conditioning(model: VisionTransformer, images: Tensor) -> dict[str, li
     """The measures that need one forward pass and no Jacobian: fit to be logged during training.
 
     Args:
-        images: normalised, [B, 3, H, W], in the dtype and on the device of the model.
+        images: normalized, [B, 3, H, W], in the dtype and on the device of the model.
 
     Returns:
         One number a block for each of
@@ -213,7 +213,7 @@ def gradient_norms(model: VisionTransformer, images: Tensor, seed: int = 0) -> d
     is felt at the end as strongly as the end itself.
 
     Args:
-        images: normalised, [B, 3, H, W].
+        images: normalized, [B, 3, H, W].
         seed: of G.
 
     Returns:

@@ -28,7 +28,7 @@ class ShardedOptimizer:
     `zero_grad` and `state_dict`. Groups keep their keys, but hold what this process moves: whole matrices, parts of
     the rest. All processes must call everything together, and the same parameters must lack a gradient.
 
-    The owners are chosen so that all have about the same work. Of few, large matrices some processes get none.
+    The owners are chosen so that all have about the same work. With few, large matrices some processes own none.
 
     Args:
         groups: parameter groups of DTensors. Those of a group are matrices if it has the key `matrices` and that is
@@ -98,9 +98,9 @@ class ShardedOptimizer:
         state: dict[Any, dict[str, Tensor]] = {"steps": {"of_groups": steps}}
         for number, parameter in enumerate(self._parameters):
             if parameter in self._moved:
-                found = self._optimizer.state.get(self._moved[parameter], {})
-                of_matrix = parameter in self._owner
-                state[number] = {name: t if of_matrix else _as_part(t, parameter) for name, t in _flat(found)}
+                saved = self._optimizer.state.get(self._moved[parameter], {})
+                is_matrix = parameter in self._owner
+                state[number] = {name: t if is_matrix else _as_part(t, parameter) for name, t in _flat(saved)}
         return {"state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -139,11 +139,11 @@ class ShardedOptimizer:
                 sizes = [_part_shape(matrix, rank)[_axis(matrix)] for rank in ranks]
                 for rank, piece in enumerate(self._moved[matrix].split(sizes, _axis(matrix))):
                     parts[rank].append(piece)
-        mine = [[matrix for matrix in matrices if self._owner[matrix] == rank] for rank in ranks]
-        shapes = [[matrix.to_local().shape for matrix in of_rank] for of_rank in mine]
+        by_owner = [[matrix for matrix in matrices if self._owner[matrix] == rank] for rank in ranks]
+        shapes = [[matrix.to_local().shape for matrix in owned] for owned in by_owner]
         received = _exchange(parts, shapes, self._parameters[0].to_local())
-        for of_rank, pieces in zip(mine, received, strict=True):
-            for matrix, piece in zip(of_rank, pieces, strict=True):
+        for owned, pieces in zip(by_owner, received, strict=True):
+            for matrix, piece in zip(owned, pieces, strict=True):
                 matrix.to_local().copy_(piece)
 
 
@@ -169,12 +169,12 @@ def _exchange(sent: list[list[Tensor]], shapes: list[list[torch.Size]], like: Te
     """Tensors for every process to tensors from every process, which have these shapes, and dtype and device of
     `like`."""
     sizes_sent = [sum(tensor.numel() for tensor in to_rank) for to_rank in sent]
-    sizes = [[shape.numel() for shape in of_rank] for of_rank in shapes]
+    sizes = [[shape.numel() for shape in from_rank] for from_rank in shapes]
     outgoing = torch.cat([like.new_empty(0), *(tensor.flatten() for to_rank in sent for tensor in to_rank)])
     incoming = like.new_empty(sum(map(sum, sizes)))
-    dist.all_to_all_single(incoming, outgoing, [sum(of_rank) for of_rank in sizes], sizes_sent)
-    pieces = iter(incoming.split([size for of_rank in sizes for size in of_rank]))
-    return [[next(pieces).view(shape) for shape in of_rank] for of_rank in shapes]
+    dist.all_to_all_single(incoming, outgoing, [sum(from_rank) for from_rank in sizes], sizes_sent)
+    pieces = iter(incoming.split([size for from_rank in sizes for size in from_rank]))
+    return [[next(pieces).view(shape) for shape in from_rank] for from_rank in shapes]
 
 
 def _flat(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

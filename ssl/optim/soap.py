@@ -90,8 +90,8 @@ class Stack:
 
     def gradients(self, rows: slice) -> Tensor:
         """[k, ...]; not to be written to."""
-        found = [parameter.grad for parameter in self.parameters[rows] if parameter.grad is not None]
-        return torch.stack(found) if len(found) > 1 else found[0][None]
+        gradients = [parameter.grad for parameter in self.parameters[rows] if parameter.grad is not None]
+        return torch.stack(gradients) if len(gradients) > 1 else gradients[0][None]
 
     def rotate(self, x: Tensor, rows: slice, back: bool = False) -> Tensor:
         """x [k, ...] into the eigenbases of its rows, or back; x itself where there is none."""
@@ -137,7 +137,7 @@ class SOAP(torch.optim.Optimizer):
       its basis is refreshed twice, too. One without gradient in a step stays as it is, and misses a refresh due then.
 
     What differs, without consequence but for rounding: a refresh leaves each eigenvector in its column, where the
-    library sorts both them and the second moments; and sides of length 1 have no preconditioner, since theirs is 1.
+    library sorts both them and the second moments; and sides of length 1 have no preconditioner, since it would be 1.
 
     Of several processes (torch.distributed), each computes a part of the bases that are due and broadcasts it. All
     processes must hold the same parameters, gradients (DistributedDataParallel's, say) and state, and the same
@@ -286,8 +286,8 @@ class SOAP(torch.optim.Optimizer):
         for period in {stack.group["precondition_frequency"] for stack in stacks}:
             sides = [side for s in stacks if s.group["precondition_frequency"] == period for side in s.sides]
             turns = balance([(len(side.gram), side.length**3) for side in sides], period)
-            for side, of_rows in zip(sides, turns, strict=True):
-                side.turns = of_rows
+            for side, steps in zip(sides, turns, strict=True):
+                side.turns = steps
 
 
 def balance(jobs: Sequence[tuple[int, float]], bins: int) -> list[list[int]]:
@@ -378,8 +378,8 @@ def _divide_bases(due: list[Due], first: bool) -> None:
         if work:
             work.wait()
     for buffer, part in zip(buffers, parts, strict=True):
-        for found, (side, rows) in _unpack(buffer, part):
-            side.basis[rows] = found
+        for basis, (side, rows) in _unpack(buffer, part):
+            side.basis[rows] = basis
 
 
 def _unpack(buffer: Tensor, part: list[Due]) -> Iterator[tuple[Tensor, Due]]:

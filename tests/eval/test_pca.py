@@ -1,4 +1,4 @@
-"""PCA pictures: the same colours for the same features, foreground, alignment, and the command."""
+"""PCA pictures: the same colors for the same features, foreground, alignment, and the command."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def test_components_are_scikit_learns_and_skewed_to_the_right() -> None:
     assert ((found**3).mean(0) > 0).all()
 
 
-def test_colours_depend_neither_on_order_nor_on_the_basis_nor_on_the_sign_of_features() -> None:
+def test_colors_depend_neither_on_order_nor_on_the_basis_nor_on_the_sign_of_features() -> None:
     features = skewed(1, [(5, 5), (6, 4), (3, 8)])
     expected = pca_components(features)
     shuffled = pca_components([features[i] for i in (2, 0, 1)])

@@ -110,7 +110,7 @@ def test_points_are_pixels_of_the_image_as_it_is(
     ckpt: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """x to the right and y down; at twice the size an edge of 4 pixels is a patch. At 40, 60 pixels in a row are 7.5
-    patches, that is 8, and 48 pixels of the image 6 each. By default, the centre."""
+    patches, that is 8, and 48 pixels of the image 6 each. By default, the center."""
     asked: list[tuple[int, ...]] = []
     original = patch_similarity
 

@@ -34,7 +34,7 @@ def crop_box(
 
 
 def resample(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize uint8 [H, W, 3] by bicubic interpolation, antialiased when it shrinks: Pillow's, within 2 grey levels."""
+    """Resize uint8 [H, W, 3] by bicubic interpolation, antialiased when it shrinks: Pillow's, within 2 gray levels."""
     if image.shape[:2] == (height, width):
         return np.array(image)
     # With the batch dimension in front, torch sees pixels whose channels come last, and neither copies nor transposes:

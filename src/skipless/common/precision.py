@@ -88,13 +88,13 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows = gradient.flatten(0, -2)
         with _onednn_in_bf16():
             return (
-                gradient @ weight if of_x else None,
-                rows.T @ x.flatten(0, -2) if of_weight else None,
-                rows.sum(0) if of_bias else None,
+                gradient @ weight if needs_x else None,
+                rows.T @ x.flatten(0, -2) if needs_weight else None,
+                rows.sum(0) if needs_bias else None,
             )
 
 

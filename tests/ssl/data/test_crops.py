@@ -30,7 +30,7 @@ PLAIN = {"jitter_probability": 0, "gray_probability": 0, "blur_probability": (0,
 
 
 def photo(height: int = 90, width: int = 120) -> np.ndarray:
-    """Colours of every kind, from smooth to noisy."""
+    """Colors of every kind, from smooth to noisy."""
     rng = np.random.default_rng(0)
     layers = [
         cv2.resize(rng.integers(0, 256, (side, side, 3), dtype=np.uint8), (width, height)).astype(np.float32)
@@ -70,7 +70,7 @@ def test_brightness_contrast_and_saturation_are_torchvisions(factor: float) -> N
 @given(st.floats(-0.5, 0.5))
 @settings(max_examples=30)
 def test_hue_is_torchvisions_within_the_steps_of_8_bits(turns: float) -> None:
-    # A step, 1/256 turn, is 6 levels in the purest colours. The hue is rounded, the shift is rounded, and OpenCV's way
+    # A step, 1/256 turn, is 6 levels in the purest colors. The hue is rounded, the shift is rounded, and OpenCV's way
     # back from HSV divides by 255: half a step each, or up to one for the last.
     image = photo()
     expected = functional.adjust_hue(tensor(image), turns).permute(1, 2, 0).numpy()
@@ -79,10 +79,10 @@ def test_hue_is_torchvisions_within_the_steps_of_8_bits(turns: float) -> None:
     assert error.max() <= 12
 
 
-def test_grey_and_solarize_are_torchvisions() -> None:
+def test_gray_and_solarize_are_torchvisions() -> None:
     image = photo()
-    assert difference(module.grey(image), functional.rgb_to_grayscale(tensor(image), 3)) <= 1
-    assert difference(module.grey(image), Image.fromarray(image).convert("L").convert("RGB")) <= 1
+    assert difference(module.gray(image), functional.rgb_to_grayscale(tensor(image), 3)) <= 1
+    assert difference(module.gray(image), Image.fromarray(image).convert("L").convert("RGB")) <= 1
     assert difference(module.solarize(image), functional.solarize(tensor(image), 128)) == 0
 
 
@@ -170,7 +170,7 @@ def test_boxes_lie_inside(height: int, width: int, low: float, seed: int) -> Non
 def as_text(view: View) -> str:
     """A view's parameters to nine digits."""
     factors = " ".join(f"{factor:.9f}" for factor in view.factors)
-    return f"{view.box} {view.flip:d} {factors} {view.order} {view.grey:d} {view.sigma:.9f} {view.solarize:d}"
+    return f"{view.box} {view.flip:d} {factors} {view.order} {view.gray:d} {view.sigma:.9f} {view.solarize:d}"
 
 
 def test_a_seed_keeps_its_views() -> None:
@@ -198,7 +198,7 @@ def drawn() -> list[list[View]]:
     return [draw_views(Crops(local_crops_number=3), 375, 500, rng(8, number)) for number in range(2000)]
 
 
-def test_colour_factors_follow_the_law_of_torchvision(drawn: list[list[View]]) -> None:
+def test_color_factors_follow_the_law_of_torchvision(drawn: list[list[View]]) -> None:
     torch.manual_seed(0)
     strengths = [(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]
     theirs = [ColorJitter.get_params(*strengths) for _ in range(2000)]
@@ -233,14 +233,14 @@ def test_the_other_operations_have_their_probabilities(drawn: list[list[View]]) 
         views = [views[number] for views in drawn]
         for count, probability in (
             (sum(view.flip for view in views), 0.5),
-            (sum(view.grey for view in views), 0.2),
+            (sum(view.gray for view in views), 0.2),
             (sum(view.solarize for view in views), solarized),
         ):
             assert binomtest(count, 2000, probability).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)])
-def test_colours_change_in_the_order_asked_for(order: tuple[int, ...]) -> None:
+def test_colors_change_in_the_order_asked_for(order: tuple[int, ...]) -> None:
     factors = (1.3, 0.7, 1.2, 0.25)
     changes = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation,
                functional.adjust_hue)  # fmt: skip
@@ -305,7 +305,7 @@ def is_changed(view: np.ndarray) -> bool:
     return not (np.array_equal(view, image) or np.array_equal(view, image[:, ::-1]))
 
 
-def is_grey(view: np.ndarray) -> bool:
+def is_gray(view: np.ndarray) -> bool:
     return bool((view[..., 0] == view[..., 1]).all() and (view[..., 1] == view[..., 2]).all())
 
 
@@ -316,7 +316,7 @@ FIRST, SECOND, LOCAL = slice(0, 1), slice(1, 2), slice(2, None)
 @pytest.mark.parametrize(
     ("change", "changed", "views", "probability"),
     [
-        ({"gray_probability": 0.2}, is_grey, slice(None), 0.2),
+        ({"gray_probability": 0.2}, is_gray, slice(None), 0.2),
         ({"jitter_probability": 0.8}, is_changed, slice(None), 0.8),
         ({"blur_probability": (1.0, 0.1, 0.5), **SMOOTHER}, is_changed, FIRST, 1.0),
         ({"blur_probability": (1.0, 0.1, 0.5), **SMOOTHER}, is_changed, SECOND, 0.1),

@@ -38,7 +38,7 @@ UNCHANGED = (1.0, 1.0, 1.0, 0.0)
 
 
 def photo(height: int = 90, width: int = 120, seed: int = 0) -> np.ndarray:
-    """Colours of every kind, from smooth to noisy."""
+    """Colors of every kind, from smooth to noisy."""
     rng = np.random.default_rng(seed)
     layers = [
         cv2.resize(rng.integers(0, 256, (side, side, 3), dtype=np.uint8), (width, height)).astype(np.float32)
@@ -52,18 +52,18 @@ def tensor(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image.copy()).permute(2, 0, 1)
 
 
-def grey_levels(crops: Tensor) -> Tensor:
-    """Undo the normalisation: [N, 3, S, S], still of floats."""
+def gray_levels(crops: Tensor) -> Tensor:
+    """Undo the normalization: [N, 3, S, S], still of floats."""
     return 255 * (crops * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None])
 
 
 def make(
     images: list[np.ndarray], views: list[list[View]], crops: Crops, products: torch.dtype = torch.float32
 ) -> list[np.ndarray]:
-    """Views of a batch in grey levels: float64 [views, B, S, S, 3] by size."""
+    """Views of a batch in gray levels: float64 [views, B, S, S, 3] by size."""
     parameters = torch.tensor([[as_row(view) for view in row] for row in views])
     made = make_views([tensor(image) for image in images], parameters, crops, products=products)
-    levels = [grey_levels(group).unflatten(0, (-1, len(images))).permute(0, 1, 3, 4, 2) for group in made]
+    levels = [gray_levels(group).unflatten(0, (-1, len(images))).permute(0, 1, 3, 4, 2) for group in made]
     for group in levels:
         torch.testing.assert_close(group, group.round(), atol=1e-3, rtol=0)  # whole numbers, as 8 bits are
         assert group.min() > -1e-3
@@ -72,7 +72,7 @@ def make(
 
 
 def make_one(image: np.ndarray, view: View, size: int) -> np.ndarray:
-    """One view in grey levels, [S, S, 3]; beside it another, in a batch with a larger image."""
+    """One view in gray levels, [S, S, 3]; beside it another, in a batch with a larger image."""
     other = View((3, 4, 50, 60), True, (0.7, 1.3, 0.8, -0.1), (2, 3, 1, 0), True, 1.3, True)
     images = [photo(100, 150, seed=1), image]
     return make(images, [[other, other], [other, view]], Crops(global_crops_size=size, local_crops_number=0))[0][1, 1]
@@ -108,8 +108,8 @@ def test_crop_resize_and_flip_are_pillows(data: st.DataObject, rows: int, column
 SQUARE = photo(64, 64)
 
 
-def colours(position: int, factor: float) -> np.ndarray:
-    """The square with one of its colour factors changed."""
+def colors(position: int, factor: float) -> np.ndarray:
+    """The square with one of its color factors changed."""
     factors = (*UNCHANGED[:position], factor, *UNCHANGED[position + 1 :])
     return make_one(SQUARE, whole(SQUARE, factors=factors, order=(2, 0, 3, 1)), 64)
 
@@ -122,28 +122,28 @@ def as_float(image: np.ndarray) -> Tensor:
 @settings(max_examples=30)
 def test_brightness_contrast_and_saturation_are_torchvisions(factor: float) -> None:
     # Of images of floats, where torchvision does not truncate. Ours is rounded, half a level; and so is the mean of
-    # contrast's grey picture, less than half a level.
+    # contrast's gray picture, less than half a level.
     changes = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
     for position, change in enumerate(changes):
         expected = 255 * change(as_float(SQUARE), factor).permute(1, 2, 0).numpy()
-        assert np.abs(colours(position, factor) - expected).max() <= 1
+        assert np.abs(colors(position, factor) - expected).max() <= 1
 
 
 @given(st.floats(-0.5, 0.5))
 @settings(max_examples=30)
 def test_hue_is_opencvs_and_torchvisions_within_the_steps_of_8_bits(turns: float) -> None:
-    made = colours(3, turns)
+    made = colors(3, turns)
     assert np.abs(made - one_by_one.adjust_hue(SQUARE, turns)).max() <= 1
-    # A step, 1/256 turn, is 6 levels in the purest colours; hue, shift and the way back are each off by half of one or
+    # A step, 1/256 turn, is 6 levels in the purest colors; hue, shift and the way back are each off by half of one or
     # (the last) a whole one.
     error = np.abs(made - 255 * functional.adjust_hue(as_float(SQUARE), turns).permute(1, 2, 0).numpy())
     assert error.mean() <= 1
     assert error.max() <= 12
 
 
-def test_grey_and_solarize_are_torchvisions() -> None:
-    grey = make_one(SQUARE, whole(SQUARE, grey=True), 64)
-    assert np.abs(grey - functional.rgb_to_grayscale(tensor(SQUARE), 3).permute(1, 2, 0).numpy()).max() <= 1
+def test_gray_and_solarize_are_torchvisions() -> None:
+    gray = make_one(SQUARE, whole(SQUARE, gray=True), 64)
+    assert np.abs(gray - functional.rgb_to_grayscale(tensor(SQUARE), 3).permute(1, 2, 0).numpy()).max() <= 1
     solarized = make_one(SQUARE, whole(SQUARE, solarize=True), 64)
     assert np.array_equal(solarized, functional.solarize(tensor(SQUARE), 128).permute(1, 2, 0).numpy())
 
@@ -195,7 +195,7 @@ def test_half_precision_holds_pixels_and_kernels() -> None:
 def both_ways(
     images: list[np.ndarray], crops: Crops, products: torch.dtype = torch.float32, seed: int = 0
 ) -> np.ndarray:
-    """Differences in grey levels between the views made here and those of `multicrop`, of the same random numbers."""
+    """Differences in gray levels between the views made here and those of `multicrop`, of the same random numbers."""
     drawn = [
         draw_views(crops, *image.shape[:2], np.random.default_rng((seed, number)))
         for number, image in enumerate(images)
@@ -210,7 +210,7 @@ def both_ways(
 
 @pytest.mark.parametrize(("products", "mean", "rare"), [(torch.float32, 0.1, 2), (torch.float16, 0.2, 3)])
 def test_both_ways_see_the_same_views(products: torch.dtype, mean: float, rare: int) -> None:
-    # torch resizes by 16-bit weights and OpenCV saturates colours by 10-bit ones: a few per cent of the values are a
+    # torch resizes by 16-bit weights and OpenCV saturates colors by 10-bit ones: a few per cent of the values are a
     # level off, which later operations carry on; the steps of the hue make two or more of one, rarely.
     images = [photo(50 + 7 * number, 130 - 11 * number, seed=number) for number in range(8)]
     error = both_ways(images, Crops(global_crops_size=64, local_crops_size=32, local_crops_number=4), products)
@@ -287,12 +287,12 @@ def damaged(file: bytes) -> bytes:
 
 
 def without_adobe(file: bytes) -> bytes:
-    """Without the segment that says how colours are stored: the components' names say it too."""
+    """Without the segment that says how colors are stored: the components' names say it too."""
     start = file.index(b"\xff\xee")
     return file[:start] + file[start + 16 :]
 
 
-GREY, CMYK = Image.fromarray(photo()).convert("L"), Image.fromarray(photo()).convert("CMYK")
+GRAY, CMYK = Image.fromarray(photo()).convert("L"), Image.fromarray(photo()).convert("CMYK")
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ GREY, CMYK = Image.fromarray(photo()).convert("L"), Image.fromarray(photo()).con
         (jpeg(photo(), exif=turned(6)), False),
         (jpeg(photo(), keep_rgb=True), False),
         (without_adobe(jpeg(photo(), keep_rgb=True)), False),
-        (jpeg(GREY), False),
+        (jpeg(GRAY), False),
         (jpeg(CMYK), False),
         (jpeg(photo())[:-20], False),
         (jpeg(photo())[:100] + b"\xff\xd9", False),
@@ -337,7 +337,7 @@ def source(tmp_path: Path) -> ImageSource:
     """Images of all kinds, of which 2, 3 (at once) and 5 (once it is decoded) turn out unreadable."""
     files = [
         jpeg(photo(40, 50)), jpeg(photo(50, 40, seed=1), exif=turned(6)), b"", jpeg(photo())[:-200],
-        jpeg(GREY), damaged(jpeg(photo(seed=2))), jpeg(photo(300, 400, seed=3)), jpeg(photo(60, 60), progressive=True),
+        jpeg(GRAY), damaged(jpeg(photo(seed=2))), jpeg(photo(300, 400, seed=3)), jpeg(photo(60, 60), progressive=True),
     ]  # fmt: skip
     for number, file in enumerate(files):
         (tmp_path / f"{number}.jpg").write_bytes(file)
@@ -360,7 +360,7 @@ def test_batches_are_those_of_the_loader(source: ImageSource, jpegs: bool) -> No
         assert torch.equal(batch["index"], expected["index"])
         assert sorted(batch["unreadable"]) == sorted(expected["unreadable"])
         for made, name in zip(crops, ("global", "local"), strict=True):
-            error = (grey_levels(made) - grey_levels(normalize(expected[name]))).abs()
+            error = (gray_levels(made) - gray_levels(normalize(expected[name]))).abs()
             assert error.mean() < 0.5
             assert error.max() <= 12
     # Files of 0, 5 and 7; 300 x 400 pixels are halved to three times the smallest side and more.
@@ -416,7 +416,7 @@ def test_a_gpu_makes_the_same_views_and_waits_for_nothing() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for group, first, size in zip(made, (0, 2), (64, 32), strict=True):
-        levels = grey_levels(group.cpu()).unflatten(0, (-1, 8)).permute(0, 1, 3, 4, 2).numpy()
+        levels = gray_levels(group.cpu()).unflatten(0, (-1, 8)).permute(0, 1, 3, 4, 2).numpy()
         views = range(first, first + len(levels))
         expected = [[apply_view(i, d[view], size) for i, d in zip(images, drawn, strict=True)] for view in views]
         error = np.abs(levels - np.array(expected, np.float64))

@@ -89,7 +89,7 @@ def test_seed_decides_and_the_global_state_does_not() -> None:
         (nn.Conv2d(1, 8, 4, 4), photographs(4), "cuts no images into patches"),
         (nn.Conv2d(3, 8, 4, 4, dilation=2), photographs(4), "cuts no images into patches"),
         (nn.Conv2d(3, 8, 4, 4), photographs(4)[:, :, :3], "hold no patch of 4 x 4 pixels"),
-        (nn.Conv2d(3, 8, 4, 4), photographs(4)[0], "give normalised ones"),
+        (nn.Conv2d(3, 8, 4, 4), photographs(4)[0], "give normalized ones"),
         (nn.Conv2d(3, 8, 4, 4), photographs(4).byte(), "images are torch.uint8"),
         (nn.Conv2d(3, 8, 4, 4), photographs(4) / 0, "all finite"),
         (nn.Conv2d(3, 8, 4, 4), photographs(4)[:0], "hold no patch of 4 x 4 pixels"),
@@ -110,12 +110,12 @@ def test_a_model_in_place_of_its_layer_is_named() -> None:
         sine_positions_(nn.Conv2d(3, 8, 4, 4))  # type: ignore[arg-type]
 
 
-def test_grey_images_have_fewer_components_and_no_infinite_weights() -> None:
-    grey = photographs().mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    proj = whiten_patches_(nn.Conv2d(3, 30, 4, 4), grey, ridge=0)
+def test_gray_images_have_fewer_components_and_no_infinite_weights() -> None:
+    gray = photographs().mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    proj = whiten_patches_(nn.Conv2d(3, 30, 4, 4), gray, ridge=0)
     assert torch.linalg.matrix_rank(proj.weight.flatten(1), tol=1e-4) == 16  # 4 x 4 values instead of 48
     with pytest.raises(ValueError, match="ridge is -1"):
-        whiten_patches_(proj, grey, ridge=-1)
+        whiten_patches_(proj, gray, ridge=-1)
 
 
 def test_tokens_of_whitened_patches_differ_in_more_directions() -> None:

@@ -234,7 +234,7 @@ def test_whole_timm_model_equals_ours() -> None:
         torch.testing.assert_close(theirs.forward_features(images), ours([images])[0], atol=1e-9, rtol=0)
 
 
-def test_timm_block_still_honours_an_attention_mask() -> None:
+def test_timm_block_still_honors_an_attention_mask() -> None:
     model = remove_skips_(perturb_(timm_vit())).double().eval()
     x = tokens()
     mask = torch.ones(9, 9, dtype=torch.bool).tril()
@@ -264,9 +264,9 @@ def layer_by_hand(layer: nn.TransformerEncoderLayer, x: Tensor, allowed: Tensor)
     """x <- attention(norm1(x)), x <- mlp(norm2(x)); allowed: bool [B, N, N], queries by keys."""
 
     def norm(values: Tensor, module: nn.LayerNorm) -> Tensor:
-        centred = values - values.mean(-1, keepdim=True)
-        scale = (centred.square().mean(-1, keepdim=True) + module.eps).sqrt()
-        return centred / scale * module.weight + module.bias
+        centered = values - values.mean(-1, keepdim=True)
+        scale = (centered.square().mean(-1, keepdim=True) + module.eps).sqrt()
+        return centered / scale * module.weight + module.bias
 
     attention = layer.self_attn
     q, k, v = (norm(x, layer.norm1) @ attention.in_proj_weight.T + attention.in_proj_bias).split(D, dim=-1)

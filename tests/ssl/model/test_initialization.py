@@ -171,8 +171,8 @@ def narrow(residual: bool = False) -> VisionTransformer:
 
 
 def numpy_rank(tokens: torch.Tensor) -> float:
-    centred = tokens.double().numpy() - tokens.double().numpy().mean(0)
-    energy = np.linalg.svd(centred, compute_uv=False) ** 2
+    centered = tokens.double().numpy() - tokens.double().numpy().mean(0)
+    energy = np.linalg.svd(centered, compute_uv=False) ** 2
     share = energy[energy > 0] / energy.sum()
     return float(np.exp(-(share * np.log(share)).sum()))
 

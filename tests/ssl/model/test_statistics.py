@@ -87,10 +87,10 @@ def branch_jacobian(block: Block, tokens: Tensor, branch: str) -> np.ndarray:
     return jacobian.reshape(tokens.numel(), tokens.numel()).numpy()  # type: ignore[union-attr]
 
 
-def estimate(monkeypatch: pytest.MonkeyPatch, factorised: int = 0) -> None:
-    """No Jacobian is decomposed; those of up to `factorised` rows are factorised."""
+def estimate(monkeypatch: pytest.MonkeyPatch, factorized: int = 0) -> None:
+    """No Jacobian is decomposed; those of up to `factorized` rows are factorized."""
     monkeypatch.setattr(jacobians, "DECOMPOSED", 0)
-    monkeypatch.setattr(jacobians, "FACTORISED", factorised)
+    monkeypatch.setattr(jacobians, "FACTORIZED", factorized)
 
 
 MODELS = {
@@ -119,12 +119,12 @@ def test_attention_jacobian_is_that_of_the_model(name: str) -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("steps", "factorised"), [(240, 0), (60, 240)])
+@pytest.mark.parametrize(("steps", "factorized"), [(240, 0), (60, 240)])
 def test_estimated_singular_values_are_the_exact_ones(
-    steps: int, factorised: int, name: str, skip: bool, monkeypatch: pytest.MonkeyPatch
+    steps: int, factorized: int, name: str, skip: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For condition numbers of 1.1 to 10^7: with as many steps as there are singular values, or with the inverse."""
-    estimate(monkeypatch, factorised)
+    estimate(monkeypatch, factorized)
     arguments, spread = MODELS[name]
     block, tokens = first_block(small_model(**arguments)), normalized_tokens(spread=spread)  # type: ignore[arg-type]
     matrix = branch_jacobian(block, tokens, "attention") + skip * np.eye(tokens.numel())
@@ -244,13 +244,13 @@ def test_few_different_singular_values_need_few_steps() -> None:
     assert found.small_share == pytest.approx(0.2, abs=0.1)
 
 
-@pytest.mark.parametrize(("decomposed", "factorised"), [(240, 0), (0, 240), (0, 0)])
+@pytest.mark.parametrize(("decomposed", "factorized"), [(240, 0), (0, 240), (0, 0)])
 def test_singular_jacobians_are_told_from_others(
-    decomposed: int, factorised: int, monkeypatch: pytest.MonkeyPatch
+    decomposed: int, factorized: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All tokens the same: attention passes on nothing but their mean, and D of N * D singular values are not 0."""
     monkeypatch.setattr(jacobians, "DECOMPOSED", decomposed)
-    monkeypatch.setattr(jacobians, "FACTORISED", factorised)
+    monkeypatch.setattr(jacobians, "FACTORIZED", factorized)
     block = first_block(small_model(preset="small"))
     tokens = normalized_tokens(1).expand(TOKENS, D)
     found = attention_singular_values(block, tokens)

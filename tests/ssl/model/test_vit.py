@@ -36,14 +36,14 @@ def cubic(x: np.ndarray) -> np.ndarray:
 
 
 def bicubic(grid: np.ndarray, h: int, w: int, scale_h: float, scale_w: float) -> np.ndarray:
-    """Bicubic interpolation of [n, m, D] with half-pixel centres, edges repeated, at a given scale factor."""
+    """Bicubic interpolation of [n, m, D] with half-pixel centers, edges repeated, at a given scale factor."""
 
     def matrix(size: int, n: int, scale: float) -> np.ndarray:
         weights = np.zeros((size, n))
         for i in range(size):
-            centre = (i + 0.5) / scale - 0.5
-            for j in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
-                weights[i, min(max(j, 0), n - 1)] += cubic(np.array(centre - j))
+            center = (i + 0.5) / scale - 0.5
+            for j in range(int(np.floor(center)) - 1, int(np.floor(center)) + 3):
+                weights[i, min(max(j, 0), n - 1)] += cubic(np.array(center - j))
         return weights
 
     rows, columns = matrix(h, grid.shape[0], scale_h), matrix(w, grid.shape[1], scale_w)
