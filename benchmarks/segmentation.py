@@ -32,7 +32,7 @@ from skipless.common.pixels import MEAN, STD
 from skipless.common.provenance import provenance
 from skipless.datasets.images import open_images
 from skipless.eval.backbones import Backbone, load_backbone
-from skipless.eval.dense.quick import predict
+from skipless.eval.dense.labels import predict
 from skipless.eval.features import extract
 from skipless.eval.metrics import confusion_matrix
 from skipless.ssl.run.job import keep_freed_memory

@@ -44,13 +44,12 @@ from skipless.common.settings import plain
 from skipless.datasets.labels.counts import COUNTS, describe_split
 from skipless.datasets.labels.masks import SegmentationSet
 from skipless.eval.backbones import Precision, Weights, choose_blocks, load_backbone, untrained
-from skipless.eval.dense.quick import image_of_pair
+from skipless.eval.dense.data import DATA, image_of_pair
 from skipless.eval.dense.report import PICTURES, draw, report
 from skipless.eval.evaluation import keep_other_result, result_of
 from skipless.eval.features import Features, default_cache, extract
 from skipless.eval.metrics import segmentation_scores
 from skipless.eval.neighbors import require_faiss
-from skipless.eval.segmentation import DATA
 from skipless.ssl.data.loader import leave_signals_to_main, loader_workers
 
 COMPONENTS = 50

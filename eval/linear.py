@@ -18,26 +18,18 @@ weight decay and a cosine schedule, with many learning rates at once. Which one 
 were held out, never on those that the figure is about. An interrupted run is continued by the same command.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from skipless.common import cli, distributed
-from skipless.common.files import write_atomically
-from skipless.common.pixels import crop_box, resample
+from skipless.common import cli
 from skipless.common.settings import plain
 from skipless.datasets.labels.classes import LabeledSet
-from skipless.eval.backbones import Backbone
 from skipless.eval.classification import (
     DataSettings,
     Pooling,
@@ -50,13 +42,16 @@ from skipless.eval.classification import (
     vectors,
     warn_of_pool,
 )
-from skipless.eval.dense.quick import Heads
-from skipless.eval.evaluation import INCIDENTAL, LATER, FeatureSettings, announce, finish, name_blocks, prepare
-from skipless.eval.features import data_sha256
-from skipless.ssl.data.loader import leave_signals_to_main, loader_workers
-from skipless.ssl.optim.schedules import cosine
+from skipless.eval.dense.heads import Heads, fit, row_batches
+from skipless.eval.evaluation import FeatureSettings, announce, finish, name_blocks, prepare
+from skipless.eval.random_crops import Plan, mean_loss, sgd, train_on_random_crops
 
 HELD_OUT = 10000  # training images, at most
+# Settings that tell the training on random crops from another one.
+IDENTIFYING = (
+    "ckpt", "data", "protocol", "learning_rates", "epochs", "images_per_step", "pool", "blocks", "every_block", "size",
+    "weights", "untrained", "seed",
+)  # fmt: skip
 
 
 @dataclass
@@ -102,8 +97,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used.
     """
     context = prepare(settings, "linear")
-    backbone, choices = context.backbone, context.choices
-    warn_of_pool(backbone, settings.pool)
+    choices = context.choices
+    warn_of_pool(context.backbone, settings.pool)
     train, val = open_labeled(settings.data)
     if len(train) < 2:
         raise ValueError(f"{train.name} {train.split} has one image; two or more are needed, one of them held out")
@@ -130,8 +125,9 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         heads = train_on_crops([x[kept] for x in x_train], train.labels[kept], classes, rates, settings, context.device)
     else:
         x_held_out = vectors_of(train.take(held_out))
-        saved = context.out / "head.pt" if context.out else None
-        heads = train_on_random_crops(backbone, train.take(kept), choices, rates, settings, saved)
+        plan = Plan(settings.images_per_step, settings.epochs, settings.size, settings.pool, settings.seed)
+        identifying = {name: plain(settings)[name] for name in IDENTIFYING}
+        heads = train_on_random_crops(context, train.take(kept), rates, plan, str(identifying))
 
     y_held_out = train.labels[held_out]
     chosen = [choose_rate(head, x, y_held_out) for head, x in zip(heads, x_held_out, strict=True)]
@@ -171,203 +167,28 @@ def train_on_crops(
     settings: Settings,
     device: torch.device,
 ) -> list[Heads]:
-    """Heads on fixed vectors, standardised by their mean and standard deviation.
-
-    Each process trains them all and takes those of the first.
+    """Heads on fixed vectors, standardized by their mean and standard deviation.
 
     Args:
         x: for each choice of blocks float32 [N, D].
         labels: int64 [N].
         rates: peak learning rates, one head each.
     """
-    x, y = [of_choice.to(device) for of_choice in x], torch.from_numpy(labels).to(device)
+    x, y = [rows.to(device) for rows in x], torch.from_numpy(labels).to(device)
     heads = []
-    for of_choice in x:
-        mean, std = of_choice.mean(0), of_choice.std(0, correction=0)
+    for rows in x:
+        mean, std = rows.mean(0), rows.std(0, correction=0)
         # A channel that never changes, but for rounding, must not be blown up.
         heads.append(Heads(mean, torch.where(std > 1e-5 * mean.abs(), std, 1.0), len(rates), classes))
-    optimizer = sgd(heads, rates)
+
+    def losses(batch: np.ndarray) -> Iterator[Tensor]:
+        for head, rows in zip(heads, x, strict=True):
+            yield mean_loss(head(rows[batch]), y[batch])
+
     steps = settings.epochs * math.ceil(len(y) / settings.images_per_step)
-    with tqdm(total=steps, desc="linear heads", unit="step", disable=distributed.rank() > 0) as progress:
-        for step, rows in enumerate(row_batches(len(y), settings)):
-            set_rate(optimizer, step, steps)
-            for head, of_choice in zip(heads, x, strict=True):
-                loss_of(head(of_choice[rows]), y[rows]).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress.update()
-    for head in heads:
-        for parameter in head.parameters():
-            distributed.broadcast(parameter.data)
+    batches = row_batches(len(y), settings.images_per_step, range(settings.epochs), settings.seed)
+    fit(heads, sgd(heads, rates), batches, steps, losses)
     return heads
-
-
-def train_on_random_crops(
-    backbone: Backbone,
-    train: LabeledSet,
-    choices: Sequence[tuple[int, ...]],
-    rates: Sequence[float],
-    settings: Settings,
-    saved: Path | None,
-) -> list[Heads]:
-    """Heads on vectors of random crops (scale 0.08 to 1) and flips, new ones in every epoch, as DINO trains them.
-
-    The images of a step are dealt out to the processes, and so is the work.
-
-    Args:
-        saved: file that is written after every epoch, and read where it is there.
-
-    Raises:
-        ValueError: an unreadable image, or `saved` of other settings.
-    """
-    device = backbone.model.pos_embed.device
-    width = backbone.dim * (2 if settings.pool == "both" else 1)
-    heads = [
-        Heads(
-            torch.zeros(width * len(choice), device=device),
-            torch.ones(width * len(choice), device=device),
-            len(rates),
-            len(train.classes),
-        )
-        for choice in choices
-    ]
-    optimizer = sgd(heads, rates)
-    # The precision is in the fingerprint.
-    matters = {k: v for k, v in plain(settings).items() if k not in (*INCIDENTAL, *LATER)}
-    of_images = train.identity or data_sha256(train.places)
-    of_labels = hashlib.sha256(train.labels.tobytes()).hexdigest()
-    identity = f"{backbone.fingerprint()} {of_images} {of_labels} {matters}"
-    begin = load_state(saved, identity, heads, optimizer)
-    if len(set(distributed.gather_objects(begin))) > 1:
-        raise ValueError(f"{saved} is not the same for all processes: they must see the same --out")
-    blocks = sorted({block for choice in choices for block in choice})
-    per_epoch = math.ceil(len(train) / settings.images_per_step)
-    size = backbone.multiple_below(settings.size)
-    rank, processes = distributed.rank(), distributed.world_size()
-    with tqdm(
-        total=settings.epochs * per_epoch, initial=begin * per_epoch, desc="linear heads", unit="step", disable=rank > 0
-    ) as progress:
-        for epoch in range(begin, settings.epochs):
-            # A step's images of this process, in parts that go through the network together, each read by one worker.
-            parts = [
-                (
-                    len(rows),
-                    mine[first : first + settings.batch_size].tolist(),
-                    first + settings.batch_size >= len(mine),
-                )
-                for rows in row_batches(len(train), settings, epoch)
-                for mine in [rows[rank::processes]]
-                for first in range(0, max(len(mine), 1), settings.batch_size)
-            ]
-            loader = DataLoader(
-                RandomCrops(train, size, settings.seed, epoch),
-                batch_sampler=[of_part for _, of_part, _ in parts],
-                num_workers=loader_workers(settings.workers, device),
-                collate_fn=list,
-                worker_init_fn=leave_signals_to_main,
-            )
-            step = epoch * per_epoch
-            for (of_step, _, ends_step), crops in zip(parts, loader, strict=True):
-                for crop in crops:
-                    if isinstance(crop, str):
-                        raise ValueError(crop)
-                if crops:
-                    y = torch.tensor([label for _, label in crops], device=device)
-                    views = backbone.normalize(np.stack([view for view, _ in crops]))
-                    found = dict(zip(blocks, backbone.features(views, blocks), strict=True))
-                    for head, choice in zip(heads, choices, strict=True):
-                        tokens = []
-                        if settings.pool in ("cls", "both"):
-                            tokens += [found[block].cls for block in choice]
-                        if settings.pool in ("mean", "both"):
-                            tokens += [found[block].patches.mean((1, 2)) for block in choice]
-                        (loss_of(head(torch.cat(tokens, dim=1)), y) * len(crops) / of_step).backward()
-                if not ends_step:
-                    continue
-                for head in heads:
-                    for parameter in head.parameters():
-                        parameter.grad = distributed.all_reduce_sum(
-                            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                        )
-                set_rate(optimizer, step, settings.epochs * per_epoch)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                step += 1
-                progress.update()
-            if saved and rank == 0:
-                saved.parent.mkdir(parents=True, exist_ok=True)
-                state = {
-                    "identity": identity,
-                    "epoch": epoch + 1,
-                    "heads": [head.state_dict() for head in heads],
-                    "optimizer": optimizer.state_dict(),
-                }
-                write_atomically(saved, lambda beside, state=state: torch.save(state, beside))  # type: ignore[misc]
-    return heads
-
-
-def load_state(saved: Path | None, identity: str, heads: list[Heads], optimizer: torch.optim.Optimizer) -> int:
-    """Take up what an interrupted run left, and return the epoch to go on with."""
-    if saved is None or not saved.exists():
-        return 0
-    try:
-        state = torch.load(saved, map_location=heads[0].mean.device, weights_only=True)
-        theirs = state["identity"]
-    except Exception as error:  # zip, pickle and key errors
-        raise ValueError(f"{saved} is damaged ({type(error).__name__}): delete it, or give another --out") from None
-    if theirs != identity:
-        raise ValueError(
-            f"{saved} is of a run with other settings, weights or images: delete it, or give another --out"
-        )
-    for head, weights in zip(heads, state["heads"], strict=True):
-        head.load_state_dict(weights)
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["epoch"])
-
-
-class RandomCrops(Dataset):
-    """(uint8 [S, S, 3], label): a random crop of image i, flipped or not, the same for the same seed and epoch; for an
-    unreadable image, the sentence that says so."""
-
-    def __init__(self, images: LabeledSet, size: int, seed: int, epoch: int):
-        self.images, self.size, self.seed, self.epoch = images, size, seed, epoch
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int] | str:
-        rng = np.random.default_rng((self.seed, self.epoch, index))
-        try:
-            image = self.images.read(index)
-        except (ValueError, OSError) as error:
-            return str(error)
-        top, left, height, width = crop_box(image.shape[0], image.shape[1], (0.08, 1.0), rng)
-        view = resample(image[top : top + height, left : left + width], self.size, self.size)
-        return (view[:, ::-1] if rng.random() < 0.5 else view), int(self.images.labels[index])
-
-
-def sgd(heads: Sequence[Heads], rates: Sequence[float]) -> torch.optim.SGD:
-    """DINO's optimizer, each head at its own rate."""
-    groups = [
-        {"params": [p for head in heads for p in (head.weights[k], head.biases[k])], "lr": rate, "peak": rate}
-        for k, rate in enumerate(rates)
-    ]
-    return torch.optim.SGD(groups, momentum=0.9, weight_decay=0.0)
-
-
-def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = cosine(step, steps, group["peak"], 0.0)
-
-
-def row_batches(count: int, settings: Settings, epoch: int | None = None) -> Iterator[np.ndarray]:
-    """Rows of each step, in a new order every epoch; of one epoch, or of all in turn."""
-    for number in range(settings.epochs) if epoch is None else (epoch,):
-        order = np.random.default_rng((settings.seed, number)).permutation(count)
-        for first in range(0, count, settings.images_per_step):
-            yield order[first : first + settings.images_per_step]
-
-
-def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over heads of the mean cross-entropy: logits [B, heads, C], labels int64 [B]. The heads share no weights."""
-    return F.cross_entropy(logits.transpose(1, 2), labels[:, None].expand(-1, logits.shape[1])) * logits.shape[1]
 
 
 @torch.inference_mode()
@@ -379,8 +200,8 @@ def predict(head: Heads, x: Tensor) -> np.ndarray:
 
 def choose_rate(head: Heads, x: Tensor, labels: np.ndarray) -> tuple[int, list[float]]:
     """The best of the heads on held-out images, the first of equals, and the accuracy of each."""
-    of_rates = (predict(head, x) == labels[:, None]).mean(0)
-    return int(of_rates.argmax()), of_rates.tolist()
+    accuracies = (predict(head, x) == labels[:, None]).mean(0)
+    return int(accuracies.argmax()), accuracies.tolist()
 
 
 def protocol_id(settings: Settings, name: str, blocks: tuple[int, ...]) -> str:
@@ -392,10 +213,8 @@ def protocol_id(settings: Settings, name: str, blocks: tuple[int, ...]) -> str:
         parts.append(name_blocks(blocks))
     if settings.size != 224:
         parts.append(f"{settings.size}px")
-    theirs = Settings(ckpt="", data=settings.data)
-    changed = any(
-        getattr(settings, field) != getattr(theirs, field) for field in ("learning_rates", "epochs", "images_per_step")
-    )
+    names = ("learning_rates", "epochs", "images_per_step")
+    changed = any(getattr(settings, name) != getattr(Settings, name) for name in names)
     return "/".join(parts) + (" (changed)" if changed else "")
 
 

@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ from tqdm import tqdm
 
 from skipless.common import cli
 from skipless.datasets.labels.classes import LabeledSet
-from skipless.datasets.labels.masks import SegmentationSet
 from skipless.eval.backbones import Backbone
 from skipless.eval.classification import (
     DataSettings,
@@ -47,11 +46,12 @@ from skipless.eval.classification import (
     vectors,
     warn_of_pool,
 )
-from skipless.eval.dense.quick import Outcome, QuickSettings, quick
+from skipless.eval.dense.data import DATA, DataName
+from skipless.eval.dense.outcome import Outcome
+from skipless.eval.dense.quick import QuickSettings, quick
 from skipless.eval.evaluation import Context, EvaluationSettings, announce, finish, prepare
 from skipless.eval.metrics import drop_interval, miou_drop_interval, miou_interval, segmentation_scores
 from skipless.eval.neighbors import knn_predict, nearest, require_faiss
-from skipless.eval.segmentation import DATA
 from skipless.ssl.data.squares import central_squares
 from skipless.ssl.model.statistics import excess_kurtosis
 
@@ -67,7 +67,7 @@ class Settings(EvaluationSettings):
 
     data: DataSettings
     """Labeled images: for the scales, and for k-NN."""
-    segmentation: Literal["voc12", "coco-stuff-27", "coco-stuff-171", "ade20k", "scenes"] | None = None
+    segmentation: DataName | None = None
     """A data set of eval/segmentation.py, to measure the drop in mIoU too; by default it is not measured."""
     segmentation_root: str | None = None
     """Its folder."""
@@ -257,7 +257,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     for name, quantized in tqdm(contexts.items(), desc="arithmetics", disable=not context.first):
         hits[name] = knn_hits(quantized, train, val, settings)
         if masks:
-            segmented[name] = segment(quantized, masks[0], masks[1], settings)
+            few = replace(quantized, batch_size=16)
+            segmented[name] = quick(few, masks[0], masks[1], settings.quick, settings.seed)
     details |= {"knn": knn_drops(hits, settings.seed), "segmentation": miou_drops(segmented, settings.seed)}
     details = finite(details)
     details |= {"train_images": len(train), "classes": len(val.classes), "schemes": list(SCHEMES)}
@@ -274,14 +275,6 @@ def knn_hits(context: Context, train: LabeledSet, val: LabeledSet, settings: Set
     )
     similarities, rows = nearest(bank, queries, settings.k, context.device)
     return knn_predict(similarities, train.labels[rows], len(train.classes)) == val.labels
-
-
-def segment(context: Context, train: SegmentationSet, val: SegmentationSet, settings: Settings) -> Outcome:
-    """Linear segmentation by the protocol `quick`."""
-    return quick(
-        context.backbone, train, val, context.choices, settings.quick, context.cache, settings.seed, 16,
-        context.workers, [],
-    )  # fmt: skip
 
 
 def knn_drops(hits: dict[str, np.ndarray], seed: int) -> dict[str, dict[str, Any]]:

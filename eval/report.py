@@ -39,6 +39,7 @@ from skipless.eval.backbones import (
     usable_precision,
 )
 from skipless.eval.classification import Pooling
+from skipless.eval.dense.data import DATA, DataSettings
 from skipless.eval.dense.quick import QuickSettings
 from skipless.eval.evaluation import INCIDENTAL, LATER
 from skipless.eval.figures.pictures import pick_images
@@ -267,7 +268,7 @@ def planned(settings: Settings, candidate: Candidate, folder: Path) -> list[tupl
         plan.append(("knn", knn.Settings(k=(20,), every_block=True, **common("knn"), **more), knn.evaluate))
         plan.append(("linear", linear.Settings(**common("linear"), **more), linear.evaluate))
     if s.root:
-        masks = segmentation.DataSettings(s.name, s.root, s.split, s.train_split)
+        masks = DataSettings(s.name, s.root, s.split, s.train_split)
         quick = QuickSettings(size=s.size, max_images=s.max_images)
         theirs: Any = segmentation.Settings(
             data=masks, protocol="quick", every_block=True, quick=quick, **common("segmentation"), **on_features
@@ -342,7 +343,7 @@ def pictured(settings: Settings) -> list[tuple[str, np.ndarray]]:
         return pick_images(settings.images, settings.count)
     c, s, d = settings.classification, settings.segmentation, settings.discovery
     if s.root:
-        files = segmentation.DATA[s.name](s.root, s.split).images
+        files = DATA[s.name](s.root, s.split).images
     elif d.root:
         files = open_data(BoxData(d.name, d.root, d.split))[0].images
     elif c.root and c.name == "folder":

@@ -1,4 +1,4 @@
-"""Helpers of many tests: commands in processes of their own without the seconds that importing torch takes."""
+"""Helpers of many tests: commands in this and in other processes, tiny models and tiny data sets."""
 
 import contextlib
 import importlib
@@ -8,11 +8,15 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = os.environ.get("SKIPLESS_TEST_DATA")  # real images, see CONTRIBUTING.md
@@ -109,6 +113,73 @@ def error_line(text: str) -> str:
     assert len(lines) == 1, text
     assert "Traceback" not in text, text
     return lines[0].removeprefix("error: ")
+
+
+def refusal(main: Callable[[list[str]], None], words: Sequence[object], capsys: pytest.CaptureFixture[str]) -> str:
+    """The sentence with which a command refuses, in this process; before it there may be progress bars."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, words)))
+    assert ended.value.code == 2
+    return error_line(capsys.readouterr().err)
+
+
+def tiny_vit(dim: int = 24, depth: int = 2, image_size: int = 32, **options: Any) -> Any:
+    """A random VisionTransformer, always the same: patches of 8 pixels, heads of 12 or 64 channels."""
+    import torch
+
+    from skipless.ssl.model.vit import VisionTransformer
+
+    torch.manual_seed(0)
+    heads = dim // 64 if dim % 64 == 0 else dim // 12
+    return VisionTransformer(dim, depth, heads, patch=8, image_size=image_size, **options)
+
+
+def tiny_backbone() -> Any:
+    """The `Backbone` of a `tiny_vit`."""
+    from skipless.eval.backbones import Backbone
+
+    model = tiny_vit(attention="sdpa")
+    return Backbone(model.eval().requires_grad_(False), "tiny", "skipless", "0")
+
+
+def make_context(backbone: Any, choices: Sequence[tuple[int, ...]], out: Path | None = None, **changes: Any) -> Any:
+    """What `prepare` gives an evaluation, on the CPU."""
+    import torch
+
+    from skipless.eval.evaluation import Context
+
+    context = {"task": "test", "device": torch.device("cpu"), "batch_size": 16, "workers": 0, "cache": Path("cache")}
+    context |= {"recorded": {"seed": 0, "every_block": False, "blocks": "last"}, "began": 0.0, **changes}
+    return Context(backbone=backbone, choices=list(choices), out=out, **context)
+
+
+# Red, green and blue: every class is a color, which any network tells apart.
+COLORS = np.array([(30, 30, 200), (210, 40, 40), (40, 200, 60)], np.uint8)
+
+
+def write_voc(root: Path, splits: Mapping[str, int], blocks: tuple[int, int] = (4, 5), void: bool = True) -> Path:
+    """PASCAL VOC's layout: pictures of blocks of 16 pixels in three colors, each a class, and a column of void."""
+    folder = root / "VOC2012"
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / name).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, count in splits.items():
+        names = [f"{split}{index:02}" for index in range(count)]
+        for name in names:
+            labels = np.kron(rng.integers(0, 3, blocks), np.ones((16, 16))).astype(np.uint8)
+            Image.fromarray(COLORS[labels]).save(folder / f"JPEGImages/{name}.jpg", quality=95, subsampling=0)
+            if void:
+                labels[:, 5] = 255
+            Image.fromarray(labels).save(folder / f"SegmentationClass/{name}.png")
+        (folder / f"ImageSets/Segmentation/{split}.txt").write_text("".join(f"{name}\n" for name in names))
+    return root
+
+
+def color_pictures(count: int, seed: int) -> np.ndarray:
+    """uint8 [N, 20, 28, 3], noise around the color of the class i modulo 3."""
+    noise = np.random.default_rng(seed).normal(0, 60, (count, 20, 28, 3))
+    colors = np.array([(190, 90, 90), (90, 190, 90), (90, 90, 190)])[np.arange(count) % 3]
+    return np.clip(colors[:, None, None] + noise, 0, 255).astype(np.uint8)
 
 
 def _main(module: str, words: list[str], folder: str, cwd: str, env: dict[str, str]) -> None:

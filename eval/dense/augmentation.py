@@ -5,6 +5,7 @@ Leopart and NeCo use. Masks are resized by nearest neighbour, images bilinearly:
 (mmsegmentation), or by Pillow, which does (the others).
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import cv2
@@ -18,6 +19,49 @@ Library = Literal["opencv", "pillow"]
 CROP_TRIES = 10  # of mmsegmentation's RandomCrop
 
 
+@dataclass
+class AugmentationSettings:
+    """How training images are cut and changed."""
+
+    kind: Literal["scale_crop", "resized_crop"] = "scale_crop"
+    """scale_crop: mmsegmentation's resize by a random factor, crop and pad. resized_crop: torchvision's."""
+    size: int = 512
+    """Side of the crop in pixels."""
+    flip: float = 0.5
+    """Share of the crops that are mirrored."""
+    scale: tuple[int, int] = (2048, 512)
+    """scale_crop: images are resized to within this long and short side, times a random factor."""
+    ratio: tuple[float, float] = (0.5, 2.0)
+    """scale_crop: range of the factor."""
+    max_class_share: float = 0.75
+    """scale_crop: crops in which one class has this share of the labeled pixels or more are drawn again, up to ten
+    times; 1 takes any crop."""
+    photometric: bool = True
+    """scale_crop: mmsegmentation's photometric distortion."""
+    area: tuple[float, float] = (0.8, 1.0)
+    """resized_crop: range of the crop's area, as a share of the image's."""
+
+    def __post_init__(self) -> None:
+        if min(self.size, *self.scale) < 1 or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError("training.augmentation: size, scale and ratio must be positive, and ratio must rise")
+        if not 0 < self.area[0] <= self.area[1] <= 1:
+            raise ValueError(f"training.augmentation.area is {self.area}; it must be two rising shares in (0, 1]")
+
+
+def augment(
+    image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, settings: AugmentationSettings, library: Library
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A training crop as the settings say: uint8 [S, S, 3], uint8 [S, S] with VOID where there is no image, and bool
+    [S, S], where there is."""
+    if settings.kind == "scale_crop":
+        return scale_and_crop(
+            image, mask, rng, settings.scale, settings.ratio, settings.size, settings.max_class_share, settings.flip,
+            settings.photometric, library,
+        )  # fmt: skip
+    image, mask = resized_crop(image, mask, rng, settings.size, settings.area, settings.flip, library)
+    return image, mask, np.ones(mask.shape, bool)
+
+
 def resize_image(image: np.ndarray, height: int, width: int, library: Library) -> np.ndarray:
     """uint8 [H, W, 3] -> uint8 [height, width, 3], bilinear."""
     if library == "opencv":
@@ -26,7 +70,7 @@ def resize_image(image: np.ndarray, height: int, width: int, library: Library) -
 
 
 def resize_mask(mask: np.ndarray, height: int, width: int, library: Library = "pillow") -> np.ndarray:
-    """uint8 [H, W] -> uint8 [height, width], nearest neighbour: by Pillow the label at the centre of each new pixel, by
+    """uint8 [H, W] -> uint8 [height, width], nearest neighbour: by Pillow the label at the center of each new pixel, by
     OpenCV, as mmcv does it, that at its upper left corner."""
     if library == "opencv":
         return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
@@ -54,11 +98,11 @@ def scale_and_crop(
     """mmsegmentation's training augmentation.
 
     Resize to within `scale` (long, short side) times a factor drawn from `ratio`; crop, up to ten times anew while one
-    class holds `max_class_share` of the labeled pixels or more; flip; distort colours; pad.
+    class holds `max_class_share` of the labeled pixels or more; flip; distort colors; pad.
 
     Returns:
         uint8 [crop, crop, 3], uint8 [crop, crop] with VOID where there is no image, and bool [crop, crop], where there
-        is: padding is zero after normalisation, not black.
+        is: padding is zero after normalization, not black.
     """
     factor = rng.uniform(*ratio)
     height, width = size_within(mask.shape[0], mask.shape[1], int(scale[0] * factor), int(scale[1] * factor))

@@ -9,6 +9,7 @@ import numpy as np
 from skipless.common.files import write_atomically
 from skipless.datasets.labels.counts import describe_split
 from skipless.datasets.labels.masks import VOID, SegmentationSet
+from skipless.eval.evaluation import Context, name_blocks
 from skipless.eval.figures.pictures import label_row
 
 matplotlib.use("Agg")
@@ -18,8 +19,19 @@ from matplotlib.patches import Patch
 PICTURES = 12
 
 
-def report(result: dict[str, Any], how: str, theirs: str = "recipe") -> str:
-    """The result in Markdown: the figure, what was measured and `how`, what was changed from `theirs`, blocks and
+def choose_shown(images: SegmentationSet) -> list[int]:
+    """The images on the sheet, evenly spread over the set."""
+    return np.linspace(0, len(images) - 1, min(PICTURES, len(images))).round().astype(int).tolist()
+
+
+def protocol_id(context: Context, name: str, changed: bool) -> str:
+    """The figure's id: `name`, the blocks where they are not the last, and whether settings of the protocol differ."""
+    parts = [name] if context.recorded["blocks"] == "last" else [name, name_blocks(context.choices[-1])]
+    return "/".join(parts) + (" (changed)" if changed else "")
+
+
+def report(result: dict[str, Any], how: str, published: str = "recipe") -> str:
+    """The result in Markdown: the figure, what was measured and `how`, what was changed from `published`, blocks and
     classes."""
     details, checkpoint = result["details"], result["checkpoint"]
     spread = ""
@@ -39,7 +51,7 @@ def report(result: dict[str, Any], how: str, theirs: str = "recipe") -> str:
     ]
     if details["changed_settings"]:
         pairs = "; ".join(
-            f"{name} {used} ({theirs}: {was})" for name, (was, used) in details["changed_settings"].items()
+            f"{name} {used} ({published}: {was})" for name, (was, used) in details["changed_settings"].items()
         )
         lines += [f"Changed, so not comparable with the protocol's figures: {pairs}.", ""]
     if "every_block" in details:
@@ -60,9 +72,9 @@ def report(result: dict[str, Any], how: str, theirs: str = "recipe") -> str:
 
 
 def draw(images: SegmentationSet, predictions: dict[int, np.ndarray], path: Path) -> None:
-    """A sheet of images, truths and predictions in the data set's colours; void is white."""
-    colours = np.full((256, 3), 255, np.uint8)
-    colours[: len(images.classes)] = images.colors
+    """A sheet of images, truths and predictions in the data set's colors; void is white."""
+    colors = np.full((256, 3), 255, np.uint8)
+    colors[: len(images.classes)] = images.colors
     columns = min(4, len(predictions))
     rows = -(-len(predictions) // columns)
     figure, axes = plt.subplots(3 * rows, columns, figsize=(3 * columns, 6.6 * rows), squeeze=False)
@@ -74,14 +86,14 @@ def draw(images: SegmentationSet, predictions: dict[int, np.ndarray], path: Path
         seen |= set(np.unique(mask)) | set(np.unique(prediction))
         row, column = 3 * (place // columns), place % columns
         extent = (0, image.shape[1], image.shape[0], 0)
-        for offset, picture in enumerate((image, colours[mask], colours[prediction])):
+        for offset, picture in enumerate((image, colors[mask], colors[prediction])):
             axis = axes[row + offset, column]
             axis.imshow(picture, interpolation="nearest", extent=extent)
             if column == 0:
                 label_row(axis, ("image", "truth", "prediction")[offset])
         axes[row, column].set_title(images.names[index], fontsize=8, pad=2)
     known = sorted(seen - {VOID})[:40]
-    handles = [Patch(color=colours[label] / 255, label=images.classes[label]) for label in known]
+    handles = [Patch(color=colors[label] / 255, label=images.classes[label]) for label in known]
     ncols = max(1, 2 * columns)
     figure.legend(handles=handles, loc="lower center", ncols=ncols, fontsize=8, frameon=False)
     bottom = (0.3 + 0.25 * -(-len(handles) // ncols)) / (6.6 * rows)

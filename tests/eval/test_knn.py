@@ -1,4 +1,4 @@
-"""k-NN classification: neighbours, votes and the command, against scikit-learn and plain loops."""
+"""k-NN classification: neighbors, votes and the command, against scikit-learn and plain loops."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import DATA, ROOT, color_pictures, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,46 +29,18 @@ from skipless.eval.evaluation import prepare
 from skipless.eval.knn import Settings, evaluate, main, protocol_id
 from skipless.eval.neighbors import knn_predict, nearest
 from skipless.ssl.model.vit import VisionTransformer
-from skipless.ssl.run.checkpoints import export_backbone
 
-ROOT = Path(__file__).parent.parent.parent
-DATA = os.environ.get("SKIPLESS_TEST_DATA")
-COLOURS = np.array([(190, 90, 90), (90, 190, 90), (90, 90, 190)])
 CLASSES = ("blue", "green", "red")
 
 
-def pictures(count: int, seed: int) -> np.ndarray:
-    """uint8 [N, 20, 28, 3], noise around the colour of the class i modulo 3."""
-    noise = np.random.default_rng(seed).normal(0, 60, (count, 20, 28, 3))
-    return np.clip(COLOURS[np.arange(count) % 3][:, None, None] + noise, 0, 255).astype(np.uint8)
+@pytest.fixture(scope="module")
+def data(color_classes: Path) -> Path:
+    return color_classes
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 pictures to learn from and 9 to classify, as arrays and as class folders."""
-    root = tmp_path_factory.mktemp("colours")
-    for split, count in (("train", 24), ("val", 9)):
-        images = pictures(count, count)
-        np.savez(root / f"{split}.npz", images=images, labels=np.arange(count) % 3, classes=CLASSES)
-        for number, image in enumerate(images):
-            path = root / split / CLASSES[number % 3] / f"{number:02}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
-    return root
-
-
-@pytest.fixture(scope="module")
-def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run whose backbone is a random ViT of two blocks."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("run")
-    export_backbone(folder, VisionTransformer(24, 2, 2, patch=8, image_size=32, registers=2), {})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def ckpt(tiny_run: Path) -> Path:
+    return tiny_run
 
 
 def command(data: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
@@ -75,7 +48,7 @@ def command(data: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
     return list(map(str, common))
 
 
-# Neighbours -----------------------------------------------------------------------------------------------------------
+# Neighbors -----------------------------------------------------------------------------------------------------------
 
 
 def cosines(bank: np.ndarray, queries: np.ndarray) -> np.ndarray:
@@ -114,7 +87,7 @@ def test_vectors_without_length_are_like_nothing() -> None:
 
 
 @pytest.mark.parametrize("k", [0, 4])
-def test_more_neighbours_than_there_are_is_an_error(k: int) -> None:
+def test_more_neighbors_than_there_are_is_an_error(k: int) -> None:
     with pytest.raises(ValueError, match=f"k is {k}, and there are 3 vectors to choose from"):
         nearest(np.eye(3), np.eye(3), k)
 
@@ -136,8 +109,8 @@ def test_votes_are_scikit_learns(k: int) -> None:
 
 @given(st.integers(0, 9999), st.integers(1, 25), st.integers(1, 12), st.sampled_from([0.02, 0.07, 1.0]))
 @settings(max_examples=60)
-def test_votes_of_any_number_of_neighbours(seed: int, n: int, classes: int, temperature: float) -> None:
-    """For the same neighbours."""
+def test_votes_of_any_number_of_neighbors(seed: int, n: int, classes: int, temperature: float) -> None:
+    """For the same neighbors."""
     rng = np.random.default_rng(seed)
     bank, queries, k = rng.standard_normal((n, 4)), rng.standard_normal((7, 4)), int(rng.integers(1, n + 1))
     labels = rng.integers(0, classes, n)
@@ -193,9 +166,9 @@ def test_command_leaves_a_result_and_a_table(data: Path, ckpt: Path, tmp_path: P
         with np.load(data / f"{own}.npz") as file:
             columns = {"image": [Image.fromarray(image) for image in file["images"]], "label": file["labels"].tolist()}
         splits[split] = hf.Dataset.from_dict(columns, features=features)
-    hf.DatasetDict(splits).save_to_disk(str(tmp_path / "colours"))
+    hf.DatasetDict(splits).save_to_disk(str(tmp_path / "colors"))
     flags = ["--data.name", "huggingface", "--k", "[5,3,1]", "--every-block", "--workers=1", "--out", tmp_path / "out"]
-    script = [sys.executable, "eval/knn.py", *command(tmp_path / "colours", ckpt, tmp_path / "cache", *flags)]
+    script = [sys.executable, "eval/knn.py", *command(tmp_path / "colors", ckpt, tmp_path / "cache", *flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         list(map(str, script)), capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT
@@ -204,15 +177,15 @@ def test_command_leaves_a_result_and_a_table(data: Path, ckpt: Path, tmp_path: P
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["knn.json", "knn.md"]
 
     result = json.loads((tmp_path / "out" / "knn.json").read_text())
-    assert (result["task"], result["protocol"]) == ("knn", "colours-knn/5/32px")
-    assert (result["dataset"], result["split"], result["images"]) == ("colours", "validation", 9)
+    assert (result["task"], result["protocol"]) == ("knn", "colors-knn/5/32px")
+    assert (result["dataset"], result["split"], result["images"]) == ("colors", "validation", 9)
     assert (result["metric"], result["seed"], result["processes"]) == ("top-1", 0, 1)
     assert result["checkpoint"]["path"] == str(ckpt)
     assert len(result["checkpoint"]["sha256"]) == 64
     assert result["settings"]["k"] == [5, 3, 1]
     assert {"seconds", "hardware", "versions", "commit"} <= set(result)
     details = result["details"]
-    assert (details["train_images"], details["classes"], details["blocks"]) == (24, 3, [2])
+    assert (details["train_images"], details["classes"], details["blocks"]) == (30, 3, [2])
     assert list(details["by_k"]) == ["5", "3", "1"]
     assert result["value"] == details["top1"] == details["by_k"]["5"] == details["every_block"][1]["top1"]
     low, high = details["interval_95"]
@@ -220,15 +193,15 @@ def test_command_leaves_a_result_and_a_table(data: Path, ckpt: Path, tmp_path: P
     assert [entry["block"] for entry in details["every_block"]] == [1, 2]
 
     table = (tmp_path / "out" / "knn.md").read_text()
-    assert table.startswith(f"**colours-knn/5/32px** {100 * result['value']:.1f} % top-1 (95 % interval ")
-    assert "colours validation, 9 images of 3 classes, by 24 training images; seed 0" in table
+    assert table.startswith(f"**colors-knn/5/32px** {100 * result['value']:.1f} % top-1 (95 % interval ")
+    assert "colors validation, 9 images of 3 classes, by 30 training images; seed 0" in table
     assert f"| 3 | {100 * details['by_k']['3']:.1f} |" in table
     assert table.strip() in done.stdout
 
 
 @pytest.mark.parametrize(("pool", "blocks"), [("cls", "last"), ("mean", "1"), ("both", "last4")])
 def test_figures_are_scikit_learns(data: Path, ckpt: Path, cache: Path, tmp_path: Path, pool: str, blocks: str) -> None:
-    """With classes by chance, so that every neighbour matters; features are kept in half precision."""
+    """With classes by chance, so that every neighbor matters; features are kept in half precision."""
     backbone, x, y = load_backbone(ckpt), [], []
     for split in ("train", "val"):
         with np.load(data / f"{split}.npz") as file:
@@ -315,26 +288,13 @@ def test_every_departure_from_the_protocol_is_named(flags: list[str], expected: 
 
 
 def test_defaults_are_the_published_ones() -> None:
-    """DINO's: 20 neighbours, temperature 0.07, CLS of the last block, 224 pixels."""
+    """DINO's: 20 neighbors, temperature 0.07, CLS of the last block, 224 pixels."""
     chosen = cli.parse(Settings, ["--ckpt=x", "--data.root=x"])
     assert (chosen.k[0], sorted(chosen.k)) == (20, [10, 20, 100, 200])
     assert (chosen.temperature, chosen.pool, chosen.blocks, chosen.size) == (0.07, "cls", "last", 224)
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
-
-
-def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    """The one error line with which the command ends, in this process; before it, there may be progress bars."""
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
-    errors = capsys.readouterr().err
-    assert "Traceback" not in errors
-    *before, last = errors.splitlines()
-    assert last.startswith("error: "), errors
-    assert not any("error" in line for line in before)
-    return last
 
 
 @pytest.mark.parametrize(
@@ -347,7 +307,7 @@ def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--data.name=huggingface"], ["datasets cannot load this"]),
         (["--data.name=imagenet"], ["data.name", "imagenet"]),
         (["--ckpt=/nowhere/vit.pth"], ["/nowhere/vit.pth", "no such checkpoint"]),
-        (["--k=[25]"], ["k is 25, and", "train has 24 images", "--k 20"]),
+        (["--k=[31]"], ["k is 31, and", "train has 30 images", "--k 20"]),
         (["--k=[]"], ["k and size must be 1 or more"]),
         (["--k=[5,0]"], ["k and size must be 1 or more"]),
         (["--size=0"], ["k and size must be 1 or more"]),
@@ -358,13 +318,13 @@ def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--blocks=1", "--every-block"], ["every-block", "leave out blocks"]),
         (["--pool=max"], ["pool", "max"]),
         (["--device=tpu"], ["device is 'tpu'"]),
-        (["--neighbours=3"], ["neighbours"]),
+        (["--neighbors=3"], ["neighbors"]),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_exit_code_2(
     data: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]
 ) -> None:
-    last = sentence(capsys, command(data, ckpt, tmp_path / "cache", "--out", tmp_path / "out", *flags))
+    last = refusal(main, command(data, ckpt, tmp_path / "cache", "--out", tmp_path / "out", *flags), capsys)
     for word in words:
         assert word in last
     assert not (tmp_path / "out").exists()
@@ -375,8 +335,8 @@ def test_splits_of_different_classes_are_refused(
     ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for split, classes in (("train", "abc"), ("val", "abd")):
-        np.savez(tmp_path / f"{split}.npz", images=pictures(3, 0), labels=[0, 1, 2], classes=list(classes))
-    last = sentence(capsys, command(tmp_path, ckpt, tmp_path / "cache", "--data.name=arrays", "--k=[1]"))
+        np.savez(tmp_path / f"{split}.npz", images=color_pictures(3, 0), labels=[0, 1, 2], classes=list(classes))
+    last = refusal(main, command(tmp_path, ckpt, tmp_path / "cache", "--data.name=arrays", "--k=[1]"), capsys)
     assert "train and val must have the same classes, and c, d is not in both" in last
 
 
@@ -384,9 +344,9 @@ def test_unreadable_image_is_named(data: Path, ckpt: Path, tmp_path: Path, capsy
     for split in ("train", "val"):
         for name in ("a/1.png", "b/1.png"):
             (tmp_path / split / name).parent.mkdir(parents=True)
-            Image.fromarray(pictures(1, 0)[0]).save(tmp_path / split / name)
+            Image.fromarray(color_pictures(1, 0)[0]).save(tmp_path / split / name)
     (tmp_path / "val/b/1.png").write_bytes(b"no image")
-    last = sentence(capsys, command(tmp_path, ckpt, tmp_path / "cache", "--k=[1]", "--out", tmp_path / "out"))
+    last = refusal(main, command(tmp_path, ckpt, tmp_path / "cache", "--k=[1]", "--out", tmp_path / "out"), capsys)
     assert "val/b/1.png: the content is not that of" in last
     assert not (tmp_path / "out").exists()
 
@@ -396,7 +356,7 @@ def test_without_faiss_a_sentence_says_what_to_install(
 ) -> None:
     """Before features are computed."""
     monkeypatch.setitem(sys.modules, "faiss", None)
-    assert "pip install faiss-cpu" in sentence(capsys, command(data, ckpt, tmp_path / "cache"))
+    assert "pip install faiss-cpu" in refusal(main, command(data, ckpt, tmp_path / "cache"), capsys)
     assert not (tmp_path / "cache").exists()
     with pytest.raises(ValueError, match="faiss-cpu"):
         nearest(np.eye(3), np.eye(3), 1)
@@ -408,7 +368,7 @@ def test_other_results_are_kept(
     flags = command(data, ckpt, cache, "--out", tmp_path / "out")
     main([*flags, "--k=[3]"])
     before = (tmp_path / "out" / "knn.json").read_bytes()
-    assert "holds another result (" in sentence(capsys, flags)
+    assert "holds another result (" in refusal(main, flags, capsys)
     assert (tmp_path / "out" / "knn.json").read_bytes() == before
     main([*flags, "--k=[3]", "--batch-size=2"])
 
@@ -426,7 +386,7 @@ def test_the_precision_is_recorded_and_results_without_one_are_of_float32(
     main([*flags, "--precision=fp32"])
     if not has_bf16(torch.device("cpu")):
         return  # bf16 would be the same there
-    refused = sentence(capsys, [*flags, "--precision=bf16"])
+    refused = refusal(main, [*flags, "--precision=bf16"], capsys)
     assert "holds another result (" in refused
     assert "which differs in precision: give another --out" in refused
     main([*flags[: flags.index("--out")], "--out", str(tmp_path / "low"), "--k=[3]", "--precision=bf16"])

@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, jaccard_score
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
 from skipless.datasets.labels.masks import VOID
-from skipless.eval.dense.quick import resize_logits
+from skipless.eval.dense.labels import resize_logits
 from skipless.eval.dense.windows import by_shape, cut_windows, mean_of_windows, windows
 from skipless.eval.metrics import confusion_matrix, segmentation_scores
 

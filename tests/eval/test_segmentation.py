@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import ROOT, refusal, run_group, tiny_vit
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
 
 from skipless.common import cli
 from skipless.datasets.labels.masks import VOID
-from skipless.eval.dense.quick import label_shares
+from skipless.eval.dense.labels import label_shares
 from skipless.eval.segmentation import Settings, changed_settings, evaluate, main, recipe
-from skipless.ssl.model.vit import VisionTransformer
 
-ROOT = Path(__file__).parent.parent.parent
-COLOUR_OF = np.array([(30, 30, 200), (210, 40, 40), (40, 200, 60)], np.uint8)
 NAMES = ("background", "aeroplane", "bicycle")
 # mmseg with everything a sixteenth, and a short schedule.
 SHORT = [
@@ -43,40 +39,13 @@ def parse(words: list[str]) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """VOC's layout, 12 and 4 pictures of 64 x 80: blocks of three colours, each a class, and a void column."""
-    root = tmp_path_factory.mktemp("data") / "VOCdevkit"
-    folder = root / "VOC2012"
-    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (folder / name).mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 4)):
-        names = [f"{split}{index:02}" for index in range(count)]
-        for name in names:
-            labels = np.kron(rng.integers(0, 3, (4, 5)), np.ones((16, 16))).astype(np.uint8)
-            Image.fromarray(COLOUR_OF[labels]).save(folder / f"JPEGImages/{name}.jpg", quality=95, subsampling=0)
-            labels[:, 5] = VOID
-            Image.fromarray(labels).save(folder / f"SegmentationClass/{name}.png")
-        (folder / f"ImageSets/Segmentation/{split}.txt").write_text("".join(f"{name}\n" for name in names))
-    return root
-
-
-def random_tensors() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    return VisionTransformer(dim=192, depth=2, heads=3, patch=8, image_size=64).state_dict()
+def voc(tiny_voc: Path) -> Path:
+    return tiny_voc
 
 
 @pytest.fixture(scope="module")
-def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random ViT of two blocks."""
-    path = tmp_path_factory.mktemp("ckpt") / "tiny.safetensors"
-    save_file(random_tensors(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def ckpt(tiny_ckpt: Path) -> Path:
+    return tiny_ckpt
 
 
 def command(voc: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
@@ -114,7 +83,7 @@ def test_command_leaves_a_result_a_table_and_pictures(voc: Path, ckpt: Path, cac
     assert {"details", "seconds", "hardware", "versions", "commit"} <= set(result)
     assert set(result["details"]["changed_settings"]) == {"quick.size", "quick.epochs", "quick.images_per_step"}
 
-    # Colours are separable, but the best of a patch of 8 pixels is not quite the best of every pixel.
+    # Colors are separable, but the best of a patch of 8 pixels is not quite the best of every pixel.
     assert 0.8 < result["value"] <= 1
     assert result["value"] <= result["details"]["pixel_accuracy"] <= 1
     iou = result["details"]["iou"]
@@ -155,7 +124,7 @@ def test_same_seed_same_result(voc: Path, ckpt: Path, cache: Path, tmp_path: Pat
     assert fresh["value"] == pytest.approx(one["value"], abs=2e-3)  # sums in another order
 
 
-def test_mmseg_solves_colours_and_keeps_its_head(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+def test_mmseg_solves_colors_and_keeps_its_head(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     main(command(voc, ckpt, cache, *SHORT, "--every-block", "--out", out))
     result = json.loads((out / "segmentation.json").read_text())
@@ -177,43 +146,11 @@ def test_figures_are_of_the_labels_not_of_chance(voc: Path, ckpt: Path, cache: P
     assert measure(data, ckpt, cache, *QUICK)["value"] < 0.4
 
 
-SCRIPT = """
-import os
-import sys
-import numpy as np
-import torch
-from skipless.eval import segmentation
-from skipless.eval.dense.heads import FrozenInputBatchNorm
-from skipless.common import distributed
-
-out = sys.argv[1]
-for name in ("quick", "mmseg"):
-    split = sys.argv.index("--then")
-    words = sys.argv[2:split] if name == "quick" else sys.argv[split + 1 :]
-    segmentation.evaluate(parse([*words, f"--out={out}/{name}"]))
-norm = FrozenInputBatchNorm(5)
-x = torch.randn(6, 5, 3, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
-mine = x[distributed.rank() :: 2].requires_grad_(False)
-y = norm(mine)
-(y * mine).sum().backward()
-grads = torch.stack([norm.weight.grad, norm.bias.grad])
-torch.save({"y": y.detach(), "grads": grads, **norm.state_dict()}, f"{out}/norm{distributed.rank()}.pt")
-distributed.stop()
-os._exit(0)  # on a busy machine, gloo's threads can abort an interpreter that is ending
-"""
-
-
-def test_two_processes_are_as_good_as_one(
-    voc: Path, ckpt: Path, cache: Path, tmp_path: Path, run_two: Callable[[Sequence[object]], list[tuple[str, str]]]
-) -> None:
+def test_two_processes_are_as_good_as_one(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
     """Same heads, same running statistics, same counts: with void pixels that are unevenly spread, too."""
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    quick, mmseg = (command(voc, ckpt, tmp_path / "cache", *flags, "--seed=5") for flags in (QUICK, SHORT))
-    words = [sys.executable, script, tmp_path, *quick, "--then", *mmseg]
-    run_two(words)
-
     for name, flags in (("quick", QUICK), ("mmseg", SHORT)):
+        words = command(voc, ckpt, tmp_path / "cache", *flags, "--seed=5", "--out", tmp_path / name)
+        run_group("skipless.eval.segmentation", words)
         two = json.loads((tmp_path / name / "segmentation.json").read_text())
         one = measure(voc, ckpt, cache, "--out", tmp_path / f"one_{name}", *flags, "--seed=5")
         assert (two["processes"], one["processes"]) == (2, 1)
@@ -221,20 +158,6 @@ def test_two_processes_are_as_good_as_one(
         assert two["details"]["pixel_accuracy"] == pytest.approx(one["details"]["pixel_accuracy"], abs=2e-3)
     heads = [torch.load(tmp_path / name / "head.pt", weights_only=True) for name in ("mmseg", "one_mmseg")]
     torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-4)
-
-    norms = [torch.load(tmp_path / f"norm{rank}.pt", weights_only=True) for rank in range(2)]
-    reference = nn.BatchNorm2d(5)
-    x = torch.randn(6, 5, 3, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
-    y = reference(x)
-    (y * x).sum().backward()
-    for rank, norm in enumerate(norms):
-        torch.testing.assert_close(norm.pop("y"), y[rank::2].detach())
-    grads = norms[0].pop("grads") + norms[1].pop("grads")
-    assert reference.weight.grad is not None
-    assert reference.bias.grad is not None
-    torch.testing.assert_close(grads, torch.stack([reference.weight.grad, reference.bias.grad]), rtol=1e-4, atol=1e-4)
-    for norm in norms:
-        torch.testing.assert_close(norm, dict(reference.state_dict()))
 
 
 # Protocols ------------------------------------------------------------------------------------------------------------
@@ -269,7 +192,7 @@ def test_other_blocks_are_named_in_the_id_and_other_results_are_kept(
     assert result["protocol"] == "voc12-linear/quick/blocks-1-2 (changed)"
     assert "training" not in result["settings"]
     before = (tmp_path / "out" / "segmentation.json").read_bytes()
-    line = sentence(capsys, command(voc, ckpt, cache, *flags))
+    line = refusal(main, command(voc, ckpt, cache, *flags), capsys)
     assert "holds another result (voc12-linear/quick/blocks-1-2 (changed) of " in line
     assert (tmp_path / "out" / "segmentation.json").read_bytes() == before
 
@@ -304,7 +227,7 @@ def test_setting_of_the_other_kind_of_protocol_is_refused(protocol: str, flag: s
 
 
 def test_shares_by_hand() -> None:
-    """A row of 5 pixels on 2 patches: centres at 0.1, 0.3, 0.5, 0.7 and 0.9 of the side, and 0.5 belongs to the
+    """A row of 5 pixels on 2 patches: centers at 0.1, 0.3, 0.5, 0.7 and 0.9 of the side, and 0.5 belongs to the
     second."""
     shares = label_shares(np.array([[0, 1, 1, 1, VOID]], np.uint8), 1, 2, 2)
     np.testing.assert_allclose(shares, [[[1 / 2, 1 / 2], [0, 2 / 3]]])
@@ -315,7 +238,7 @@ def test_shares_by_hand() -> None:
 
 
 def test_shares_of_a_mask_smaller_than_the_grid() -> None:
-    """Two pixels on five patches: their centres, at 1/4 and 3/4, lie in the second and in the fourth."""
+    """Two pixels on five patches: their centers, at 1/4 and 3/4, lie in the second and in the fourth."""
     shares = label_shares(np.array([[1, 0]], np.uint8), 1, 5, 2)
     np.testing.assert_allclose(shares[0], [[0, 0], [0, 1], [0, 0], [1, 0], [0, 0]])
 
@@ -326,7 +249,7 @@ def test_shares_are_those_of_a_plain_loop(height: int, width: int, h: int, w: in
     members: dict[tuple[int, int], list[int]] = {}
     for y in range(height):
         for x in range(width):
-            # Exact in integers: the centre (y + 1/2) / height lies in patch row p when p / h <= it < (p + 1) / h.
+            # Exact in integers: the center (y + 1/2) / height lies in patch row p when p / h <= it < (p + 1) / h.
             row = next(p for p in range(h) if (2 * y + 1) * h < 2 * height * (p + 1))
             column = next(p for p in range(w) if (2 * x + 1) * w < 2 * width * (p + 1))
             members.setdefault((row, column), []).append(int(mask[y, x]))
@@ -339,20 +262,6 @@ def test_shares_are_those_of_a_plain_loop(height: int, width: int, h: int, w: in
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
-
-
-def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    """The one error line with which the command ends, in this process; before it, there may be progress bars."""
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
-    errors = capsys.readouterr().err
-    assert "Traceback" not in errors
-    assert errors.endswith("\n")
-    *before, last = errors.splitlines()
-    assert last.startswith("error: "), errors
-    assert not any("error" in line for line in before)
-    return last
 
 
 @pytest.mark.parametrize(
@@ -373,7 +282,7 @@ def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--quick.size=0"], ["quick.size"]),
         (["--training.inference.stride=999"], ["training.inference.stride is 999"]),
         (["--training.head.dropout=0.1"], ["training.head.dropout has no effect on the protocol quick"]),
-        (["--workers=-1"], ["workers must be 0 or more"]),
+        (["--workers=-1"], ["workers and seed 0 or more"]),
         (["--device=tpu"], ["device is 'tpu'"]),
     ],
 )
@@ -388,7 +297,7 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(
     (tmp_path / "empty").mkdir()
     places = {"empty": tmp_path / "empty"}
     given = command(voc, ckpt, tmp_path / "cache", *QUICK, "--out", tmp_path / "out")
-    last = sentence(capsys, [*given, *(flag.format(**places) for flag in flags)])
+    last = refusal(main, [*given, *(flag.format(**places) for flag in flags)], capsys)
     for word in words:
         assert word.format(**places) in last
     assert not (tmp_path / "out").exists()
@@ -437,7 +346,7 @@ def test_damaged_data_is_named(
     shutil.copytree(voc, data)
     damage(data / "VOC2012")
     flags = QUICK if protocol == "quick" else SHORT
-    last = sentence(capsys, command(data, ckpt, tmp_path / "cache", *flags, "--out", tmp_path / "out"))
+    last = refusal(main, command(data, ckpt, tmp_path / "cache", *flags, "--out", tmp_path / "out"), capsys)
     for word in words:
         assert word in last
     assert not list(tmp_path.glob("out/*"))
@@ -451,7 +360,7 @@ def test_masks_are_checked_when_features_are_there_already(
     shutil.copytree(voc, data)
     measure(data, ckpt, tmp_path / "cache", *QUICK, "--quick.epochs=1")
     damage(data / "VOC2012")
-    last = sentence(capsys, command(data, ckpt, tmp_path / "cache", *QUICK))
+    last = refusal(main, command(data, ckpt, tmp_path / "cache", *QUICK), capsys)
     assert "SegmentationClass/train03.png" in last
 
 
@@ -470,8 +379,8 @@ def test_checkpoint_with_code_in_it_is_refused(
     voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": random_tensors(), "more": RunsCode()}, tmp_path / "evil.pth")
-    last = sentence(capsys, command(voc, tmp_path / "evil.pth", tmp_path / "cache", *QUICK))
+    torch.save({"model": tiny_vit(192, image_size=64).state_dict(), "more": RunsCode()}, tmp_path / "evil.pth")
+    last = refusal(main, command(voc, tmp_path / "evil.pth", tmp_path / "cache", *QUICK), capsys)
     assert "evil.pth" in last
     assert "could run code" in last
     assert not (tmp_path / "executed").exists()
@@ -481,14 +390,13 @@ def test_checkpoint_with_code_in_it_is_refused(
 def test_numbers_that_are_none_are_refused(
     voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
-    tensors = random_tensors()
+    tensors = tiny_vit(192, image_size=64).state_dict()
     save_file(tensors | {"norm.bias": torch.full((192,), torch.nan)}, tmp_path / "nan.safetensors")
-    assert "nan.safetensors has NaN or infinite weights, in norm.bias" in sentence(
-        capsys, command(voc, tmp_path / "nan.safetensors", tmp_path / "cache", *flags)
-    )
+    last = refusal(main, command(voc, tmp_path / "nan.safetensors", tmp_path / "cache", *flags), capsys)
+    assert "nan.safetensors has NaN or infinite weights, in norm.bias" in last
     # Finite weights whose features overflow.
     save_file(tensors | {"blocks.1.mlp.fc2.bias": torch.full((192,), 1e30)}, tmp_path / "huge.safetensors")
-    last = sentence(capsys, command(voc, tmp_path / "huge.safetensors", tmp_path / "cache", *flags))
+    last = refusal(main, command(voc, tmp_path / "huge.safetensors", tmp_path / "cache", *flags), capsys)
     assert "huge.safetensors" in last
     assert "are NaN or infinite" in last
 

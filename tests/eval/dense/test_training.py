@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import make_context, run_group, tiny_backbone, write_voc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from skipless.common import cli, distributed
 from skipless.datasets.labels.masks import VOID, SegmentationSet
 from skipless.datasets.labels.voc import voc_segmentation
 from skipless.eval.backbones import Backbone, pad_to_patch
-from skipless.eval.dense import training as segmentation_training
+from skipless.eval.dense import training
 from skipless.eval.dense.augmentation import (
+    AugmentationSettings,
     photometric_distortion,
     resize_image,
     resize_mask,
@@ -29,24 +32,24 @@ from skipless.eval.dense.augmentation import (
     size_within,
 )
 from skipless.eval.dense.heads import FrozenInputBatchNorm, HeadSettings, LinearHead, LinearHeads
+from skipless.eval.dense.inference import InferenceSettings, nearest_labels, score_heads
 from skipless.eval.dense.training import (
-    AugmentationSettings,
-    InferenceSettings,
     OptimizerSettings,
+    StepKeys,
     TrainingSettings,
     rate,
-    score_heads,
+    read_crop,
     train_and_evaluate,
     train_heads,
 )
-from skipless.eval.segmentation import parse
-from skipless.ssl.model.vit import VisionTransformer
+from skipless.eval.segmentation import Settings, recipe
 
 # Recipes --------------------------------------------------------------------------------------------------------------
 
 
-def recipe(protocol: str) -> TrainingSettings:
-    return parse([f"--protocol={protocol}", "--ckpt=x", "--data.name=scenes", "--data.root=x"]).training
+def published(protocol: str) -> TrainingSettings:
+    words = [f"--protocol={protocol}", "--ckpt=x", "--data.name=scenes", "--data.root=x"]
+    return cli.parse(Settings, words, recipe=recipe).training
 
 
 def has(settings: Any, **expected: Any) -> bool:
@@ -69,7 +72,7 @@ MMSEG_INFERENCE = {"kind": "windows", "scale": (2048, 512), "window": 512, "stri
 
 def test_mmseg_is_dinov2s_published_protocol() -> None:
     """Batch norm and 1 x 1 convolution; AdamW 1e-3, weight decay 1e-4; 40k steps of 16, poly 1, warm-up 1,500."""
-    found = recipe("mmseg")
+    found = published("mmseg")
     assert has(found.head, batch_norm=True, dropout=0.0, init_std=0.01)
     assert has(found.augmentation, **MMSEG_AUGMENTATION)
     assert has(found.optimizer, name="adamw", lr=1e-3, weight_decay=1e-4, betas=(0.9, 0.999))
@@ -80,7 +83,7 @@ def test_mmseg_is_dinov2s_published_protocol() -> None:
 
 
 def test_dinov3_differs_from_it_in_dropout_weight_decay_and_schedule() -> None:
-    found = recipe("dinov3")
+    found = published("dinov3")
     assert has(found.head, batch_norm=True, dropout=0.1, init_std=0.01)
     assert has(found.augmentation, **MMSEG_AUGMENTATION)
     assert has(found.optimizer, name="adamw", lr=1e-3, weight_decay=1e-3, betas=(0.9, 0.999))
@@ -91,7 +94,7 @@ def test_dinov3_differs_from_it_in_dropout_weight_decay_and_schedule() -> None:
 
 def test_neco_is_leoparts_protocol() -> None:
     """A bare 1 x 1 convolution, SGD for 25 epochs of batch 128, x 0.1 at epoch 20, compared at 100 x 100."""
-    found = recipe("neco")
+    found = published("neco")
     assert has(found.head, batch_norm=False, dropout=0.0, init_std=None)
     assert has(found.augmentation, kind="resized_crop", size=448, area=(0.8, 1.0), flip=0.5)
     assert has(found.optimizer, name="sgd", lr=0.01, momentum=0.9, weight_decay=1e-4)
@@ -115,7 +118,7 @@ def test_neco_is_leoparts_protocol() -> None:
     ],
 )
 def test_polynomial_schedule_by_hand(iteration: int, expected: float) -> None:
-    assert rate(recipe("mmseg").optimizer, iteration, 40000, 91) == pytest.approx(expected, rel=1e-9)
+    assert rate(published("mmseg").optimizer, iteration, 40000, 91) == pytest.approx(expected, rel=1e-9)
 
 
 def test_power_of_the_polynomial() -> None:
@@ -134,12 +137,12 @@ def test_power_of_the_polynomial() -> None:
     ],
 )
 def test_one_cycle_schedule_by_hand(iteration: int, expected: float) -> None:
-    assert rate(recipe("dinov3").optimizer, iteration, 40000, 91) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert rate(published("dinov3").optimizer, iteration, 40000, 91) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_step_schedule_drops_at_epoch_20() -> None:
     """VOC's trainaug has 10,582 images: 82 steps of 128 an epoch."""
-    settings = recipe("neco").optimizer
+    settings = published("neco").optimizer
     rates = [rate(settings, iteration, 25 * 82, 82) for iteration in (0, 1, 1639, 1640, 2049)]
     assert rates == [1.0, 1.0, 1.0, 0.1, 0.1]
 
@@ -161,8 +164,8 @@ def test_size_within_by_hand(size: tuple[int, int], expected: tuple[int, int]) -
     assert size_within(*size, 2048, 512) == expected
 
 
-def test_masks_are_resized_by_the_label_at_the_centre() -> None:
-    """From 5 to 3 the centres lie at 5/6, 5/2 and 25/6: labels 0, 2 and 4. From 4 to 2 they lie on the edges 1 and 3,
+def test_masks_are_resized_by_the_label_at_the_center() -> None:
+    """From 5 to 3 the centers lie at 5/6, 5/2 and 25/6: labels 0, 2 and 4. From 4 to 2 they lie on the edges 1 and 3,
     which belong to the label after them."""
     assert resize_mask(np.array([[7, 8, 9, VOID, 1]], np.uint8), 1, 3).tolist() == [[7, 9, 1]]
     assert resize_mask(np.array([[7, 8, 9, VOID]], np.uint8), 1, 2).tolist() == [[8, VOID]]
@@ -179,8 +182,8 @@ def test_masks_are_resized_by_the_label_at_the_centre() -> None:
 def test_labels_meet_logits_by_torchs_nearest() -> None:
     """Leopart's way: new pixel i takes old pixel floor(i * old / new)."""
     labels = torch.tensor([[[7, 8, 9, VOID, 1]]])
-    assert segmentation_training._nearest(labels, (1, 3)).tolist() == [[[7, 8, VOID]]]
-    found = segmentation_training._nearest(torch.tensor([[[1, 2], [3, VOID]]]), (4, 4))
+    assert nearest_labels(labels, (1, 3)).tolist() == [[[7, 8, VOID]]]
+    found = nearest_labels(torch.tensor([[[1, 2], [3, VOID]]]), (4, 4))
     assert found.tolist() == [[[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, VOID, VOID], [3, 3, VOID, VOID]]]
     assert found.dtype == torch.int64
 
@@ -217,7 +220,7 @@ def test_scale_and_crop_keeps_image_and_mask_together(height: int, width: int, s
     assert inside[:rows, :columns].all()
     assert inside.sum() == rows * columns
 
-    # Away from borders of classes, also from those just outside the crop, a pixel's colour is that of its label.
+    # Away from borders of classes, also from those just outside the crop, a pixel's color is that of its label.
     flat = cv2.erode(labels, np.ones((9, 9))) == cv2.dilate(labels, np.ones((9, 9)))
     flat[:4] = flat[-4:] = flat[:, :4] = flat[:, -4:] = False
     flat &= inside
@@ -340,7 +343,7 @@ def test_brightness_adds_and_contrast_multiplies_within_the_range_of_bytes() -> 
 
 
 def test_saturation_and_hue() -> None:
-    """On pure colours, where HSV is plain: half the saturation of red is (255, 128, 128); 120 degrees from red lies
+    """On pure colors, where HSV is plain: half the saturation of red is (255, 128, 128); 120 degrees from red lies
     green, that is 60 of 180 units (more than is drawn, but plain)."""
     red = np.full((4, 4, 3), (255, 0, 0), np.uint8)
     saturation = Scripted([TAILS, TAILS, HEADS_, TAILS, TAILS], uniform=0.5)
@@ -391,32 +394,47 @@ def test_batch_norm_is_torchs_in_one_process() -> None:
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
-# Training -------------------------------------------------------------------------------------------------------------
+def batch() -> torch.Tensor:
+    return torch.randn(6, 5, 3, 2, generator=torch.Generator().manual_seed(0)) * 3 + 1
 
-COLOUR_OF = np.array([(30, 30, 200), (210, 40, 40), (40, 200, 60)], np.uint8)
+
+def main(words: list[str]) -> None:
+    """In one of two processes: a norm on its half of the batch."""
+    distributed.start("cpu")
+    norm, x = FrozenInputBatchNorm(5), batch()[distributed.rank() :: 2]
+    y = norm(x)
+    (y * x).sum().backward()
+    assert norm.weight.grad is not None
+    assert norm.bias.grad is not None
+    grads = torch.stack([norm.weight.grad, norm.bias.grad])
+    torch.save({"y": y.detach(), "grads": grads, **norm.state_dict()}, f"{words[0]}/norm{distributed.rank()}.pt")
+    distributed.wait_for_all()
+    distributed.stop()
+
+
+def test_batch_norm_of_two_processes_is_torchs_of_one(tmp_path: Path) -> None:
+    run_group("eval.dense.test_training", [tmp_path])
+    norms = [torch.load(tmp_path / f"norm{rank}.pt", weights_only=True) for rank in range(2)]
+    reference, x = nn.BatchNorm2d(5), batch()
+    y = reference(x)
+    (y * x).sum().backward()
+    for rank, norm in enumerate(norms):
+        torch.testing.assert_close(norm.pop("y"), y[rank::2].detach())
+    grads = norms[0].pop("grads") + norms[1].pop("grads")
+    assert reference.weight.grad is not None
+    assert reference.bias.grad is not None
+    torch.testing.assert_close(grads, torch.stack([reference.weight.grad, reference.bias.grad]), rtol=1e-4, atol=1e-4)
+    for norm in norms:
+        torch.testing.assert_close(norm, dict(reference.state_dict()))
+
+
+# Training -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> SegmentationSet:
-    """Eight pictures of 32 x 48: blocks of three colours, each colour a class, and a void column."""
-    root = tmp_path_factory.mktemp("VOCdevkit")
-    folder = root / "VOC2012"
-    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (folder / name).mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for index in range(8):
-        labels = np.kron(rng.integers(0, 3, (2, 3)), np.ones((16, 16))).astype(np.uint8)
-        Image.fromarray(COLOUR_OF[labels]).save(folder / f"JPEGImages/{index}.jpg", quality=95, subsampling=0)
-        labels[:, 2] = VOID
-        Image.fromarray(labels).save(folder / f"SegmentationClass/{index}.png")
-    (folder / "ImageSets/Segmentation/train.txt").write_text("".join(f"{index}\n" for index in range(8)))
-    return voc_segmentation(root, "train")
-
-
-def tiny_backbone() -> Backbone:
-    torch.manual_seed(0)
-    model = VisionTransformer(dim=24, depth=2, heads=2, patch=8, image_size=32, attention="sdpa")
-    return Backbone(model.eval().requires_grad_(False), "tiny", "skipless", "0")
+    """Eight pictures of 32 x 48: blocks of three colors, each color a class, and a void column."""
+    return voc_segmentation(write_voc(tmp_path_factory.mktemp("VOCdevkit"), {"train": 8}, blocks=(2, 3)), "train")
 
 
 def tiny_settings(**optimizer: Any) -> TrainingSettings:
@@ -435,7 +453,7 @@ def trained(
 ) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
     heads = LinearHeads(24, 21, [(1,), (0, 1)], settings.head)
-    train_heads(heads, tiny_backbone(), data, settings, seed, 0, out)
+    train_heads(make_context(tiny_backbone(), heads.choices, out), heads, data, settings, seed)
     return heads.state_dict()
 
 
@@ -449,10 +467,10 @@ def test_interrupted_training_goes_on_where_it_stopped(
     data: SegmentationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in step 8 by a damaged image; the last saved state is that after step 5."""
-    monkeypatch.setattr(segmentation_training, "SAVE_EVERY", 5)
+    monkeypatch.setattr(training, "SAVE_EVERY", 5)
     settings = tiny_settings()
     whole = trained(data, settings)
-    collate, calls = segmentation_training._collate, []
+    collate, calls = training.collate, []
 
     def stopping(*arguments: Any) -> Any:
         calls.append(1)
@@ -461,12 +479,12 @@ def test_interrupted_training_goes_on_where_it_stopped(
         return collate(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(segmentation_training, "_collate", stopping)
+        patch.setattr(training, "collate", stopping)
         with pytest.raises(KeyboardInterrupt):
             trained(data, settings, out=tmp_path)
     assert torch.load(tmp_path / "unfinished.pt", weights_only=True)["iteration"] == 5
     calls.clear()
-    monkeypatch.setattr(segmentation_training, "_collate", lambda *arguments: (calls.append(1), collate(*arguments))[1])
+    monkeypatch.setattr(training, "collate", lambda *arguments: (calls.append(1), collate(*arguments))[1])
     torch.testing.assert_close(trained(data, settings, out=tmp_path), whole, rtol=0, atol=0)
     assert len(calls) == 7
 
@@ -474,11 +492,11 @@ def test_interrupted_training_goes_on_where_it_stopped(
 def test_unfinished_state_is_for_the_same_evaluation_only(
     data: SegmentationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(segmentation_training, "SAVE_EVERY", 6)
+    monkeypatch.setattr(training, "SAVE_EVERY", 6)
     trained(data, tiny_settings(), out=tmp_path)
     fewer = dataclasses.replace(data, names=data.names[:7], images=data.images[:7], masks=data.masks[:7])
     for changed, of in ((tiny_settings(lr=0.1), data), (tiny_settings(), fewer)):
-        with pytest.raises(ValueError, match=r"unfinished\.pt is of an evaluation with other settings"):
+        with pytest.raises(ValueError, match=r"unfinished\.pt is of a run with other settings"):
             trained(of, changed, out=tmp_path)
     (tmp_path / "unfinished.pt").write_bytes((tmp_path / "unfinished.pt").read_bytes()[:500])
     with pytest.raises(ValueError, match=r"unfinished\.pt is damaged"):
@@ -487,7 +505,8 @@ def test_unfinished_state_is_for_the_same_evaluation_only(
 
 def test_finished_evaluation_leaves_the_heads_alone(data: SegmentationSet, tmp_path: Path) -> None:
     choices = [(1,), (0, 1)]
-    outcome = train_and_evaluate(tiny_backbone(), data, data, choices, tiny_settings(), 0, 3, 0, [2], tmp_path)
+    context = make_context(tiny_backbone(), choices, tmp_path, batch_size=3)
+    outcome = train_and_evaluate(context, data, data, tiny_settings(), 0, [2])
     assert [path.name for path in tmp_path.iterdir()] == ["head.pt"]
     torch.testing.assert_close(torch.load(tmp_path / "head.pt", weights_only=True), trained(data, tiny_settings()))
     # 8 images of 32 x 48, a void column each, scored at their own size.
@@ -510,7 +529,7 @@ def test_training_takes_the_means_over_labeled_pixels_of_the_batch(data: Segment
     heads = LinearHeads(24, 21, [(1,)], settings.head)
     for parameter in heads.parameters():
         nn.init.zeros_(parameter)
-    assert train_heads(heads, tiny_backbone(), data, settings, 0, 0, None) == 1
+    assert train_heads(make_context(tiny_backbone(), heads.choices), heads, data, settings, 0) == 1
     # Rasters by torch's nearest from 32 x 32, which shows every second pixel; the crops are known from their seeds.
     counts = np.zeros(256)
     order = np.random.default_rng((0, 0)).permutation(8)
@@ -559,9 +578,9 @@ def test_diverging_head_and_broken_features_are_told_apart(data: SegmentationSet
         broken.model.blocks[1].mlp.fc2.bias.fill_(1e30)  # type: ignore[union-attr, operator]
     heads = LinearHeads(24, 21, [(1,)], HeadSettings())
     with pytest.raises(ValueError, match="features of tiny are NaN or infinite"):
-        train_heads(heads, broken, data, tiny_settings(), 0, 0, None)
+        train_heads(make_context(broken, heads.choices), heads, data, tiny_settings(), 0)
     with pytest.raises(ValueError, match=r"\.jpg: features of tiny are NaN or infinite"):
-        score_heads(LinearHeads(24, 21, [(1,)], HeadSettings()), broken, data, tiny_settings(), 2, 0, [])
+        score_heads(make_context(broken, heads.choices), heads, data, tiny_settings().inference, "opencv")
 
 
 # 10 x 128 pixels, 32 x 51, 51 x 32, 32 x 32 and 32 x 48 after they are resized, for windows of 32.
@@ -608,7 +627,7 @@ def plainly(
             for column in range(max(width - size + stride - 1, 0) // stride + 1):
                 bottom, right = min(row * stride + size, height), min(column * stride + size, width)
                 top, left = max(bottom - size, 0), max(right - size, 0)
-                crop = pad_to_patch(pixels[:, :, top:bottom, left:right], backbone.patch, centered=True)
+                crop = pad_to_patch(pixels[:, :, top:bottom, left:right], backbone.patch, centerd=True)
                 found = backbone.features(crop, (0, 1))
                 maps = heads({block: f.patches.permute(0, 3, 1, 2) for block, f in enumerate(found)})
                 around = (left, width - right, top, height - bottom)
@@ -641,12 +660,13 @@ def test_images_that_are_evaluated_together_are_evaluated_as_one_by_one(sizes: S
     backbone.model.patch_embed.register_forward_pre_hook(lambda _, inputs: passes.append(tuple(inputs[0].shape)))
     for batch_size in (1, 3, 100):
         passes.clear()
-        confusions, counts, predictions = score_heads(heads, backbone, sizes, settings, batch_size, 0, [0, 4])
-        np.testing.assert_array_equal(confusions, expected)
+        context = make_context(backbone, heads.choices, batch_size=batch_size)
+        outcome = score_heads(context, heads, sizes, inference, "opencv", [0, 4])
+        np.testing.assert_array_equal(outcome.confusions, expected)
         for index in (0, 4):
-            np.testing.assert_array_equal(predictions[index], expected_predictions[index])
+            np.testing.assert_array_equal(outcome.predictions[index], expected_predictions[index])
         # `image_counts`: pixels that are right, predicted and true, of every image.
-        np.testing.assert_array_equal(counts[-1, :, 0].sum(0), expected[-1].diagonal())
+        np.testing.assert_array_equal(outcome.counts[-1, :, 0].sum(0), expected[-1].diagonal())
         assert max(count for count, *_ in passes) <= batch_size
     # 10 x 128 pixels are 6 windows, 16 x 32 with what pads them; the others are 2 + 2 + 1 + 2 + 2 + 1 of 32 x 32.
     assert sorted(passes) == ([(6, 3, 16, 32), (10, 3, 32, 32)] if kind == "windows" else [(7, 3, 32, 32)])
@@ -662,19 +682,17 @@ def test_unreadable_image_is_named(data: SegmentationSet, tmp_path: Path) -> Non
 
 def test_augmentation_depends_on_seed_step_and_place(data: SegmentationSet) -> None:
     def crop(seed: int, *key: int) -> bytes:
-        sample = segmentation_training._Augmented(data, tiny_settings(), seed)[key[0], key[1], 0]
-        assert not isinstance(sample, str)
-        return sample[0].tobytes()
+        return read_crop(data, tiny_settings(), seed, (*key, 0))[0].tobytes()
 
     assert crop(0, 0, 0) == crop(0, 0, 0)
     assert len({crop(0, 0, 0), crop(1, 0, 0), crop(0, 1, 0), crop(0, 0, 1)}) == 4
 
 
-def test_padding_is_zero_after_normalisation() -> None:
+def test_padding_is_zero_after_normalization() -> None:
     """A white pixel beside padding, which is stored as black: (1 - mean) / std by hand for ImageNet's red."""
     image = np.array([[[255, 255, 255], [0, 0, 0]]], np.uint8)
     labels, inside = np.array([[3, VOID]], np.uint8), np.array([[True, False]])
-    images, masks = segmentation_training._collate([(image, labels, inside)], tiny_backbone())
+    images, masks = training.collate([(image, labels, inside)], tiny_backbone())
     assert images.shape == (1, 3, 1, 2)
     assert float(images[0, 0, 0, 0]) == pytest.approx((1 - 0.485) / 0.229, rel=1e-5)
     assert not images[..., 1].any()
@@ -685,7 +703,7 @@ def test_every_step_draws_the_same_images_whoever_starts_it() -> None:
     """Two steps of 4 of 10 images by epochs, and what is left dropped; by iterations, nothing is."""
 
     def keys(by_epochs: bool, start: int = 0) -> list[list[tuple[int, int, int]]]:
-        return list(segmentation_training._Iterations(10, 4, by_epochs, 1, start, 5))
+        return list(StepKeys(10, 4, by_epochs, 1, start, 5))
 
     for by_epochs in (True, False):
         assert keys(by_epochs, 3) == keys(by_epochs)[3:]
