@@ -627,7 +627,7 @@ def plainly(
             for column in range(max(width - size + stride - 1, 0) // stride + 1):
                 bottom, right = min(row * stride + size, height), min(column * stride + size, width)
                 top, left = max(bottom - size, 0), max(right - size, 0)
-                crop = pad_to_patch(pixels[:, :, top:bottom, left:right], backbone.patch, centerd=True)
+                crop = pad_to_patch(pixels[:, :, top:bottom, left:right], backbone.patch, centered=True)
                 found = backbone.features(crop, (0, 1))
                 maps = heads({block: f.patches.permute(0, 3, 1, 2) for block, f in enumerate(found)})
                 around = (left, width - right, top, height - bottom)
