@@ -36,7 +36,7 @@ from torch import Tensor
 
 from skipless.common.files import write_text
 from skipless.common.provenance import provenance
-from skipless.datasets.scenes import write_scenes
+from skipless.datasets.synthetic.dataset import write_scenes
 from skipless.ssl.model.attention import Backend, choose_backend
 from skipless.ssl.model.initialization import PRESETS, skipless_init_
 from skipless.ssl.model.vit import VisionTransformer, vit_small

@@ -44,7 +44,7 @@ from tqdm import tqdm
 from skipless.common.files import write_result
 from skipless.common.provenance import provenance
 from skipless.datasets.images import ImageSource, open_images
-from skipless.datasets.shard import write_shards
+from skipless.datasets.storage.packing import write_shards
 from skipless.ssl.data import crops as ours
 from skipless.ssl.data.device_crops import DeviceCropDataset, DeviceCrops, collate_images, decodes_jpegs, make_views
 from skipless.ssl.run.job import keep_freed_memory

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from skipless.common.files import write_result
 from skipless.common.provenance import provenance
 from skipless.datasets.images import ImageSource, open_images
-from skipless.datasets.shard import write_shards
+from skipless.datasets.storage.packing import write_shards
 from skipless.ssl.data.crops import CropDataset, Crops, collate
 from skipless.ssl.data.loader import leave_signals_to_main
 

@@ -24,13 +24,13 @@ changed. Without access to a site, fetch its archive by other means and do the s
 The last line is the command to run next. The images belong to others: read the terms that the plan names.
 """
 
-import argparse
 import shlex
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from skipless.common import cli
 from skipless.datasets.public.downloads import Archive, DamagedArchive, download, verify
 from skipless.datasets.public.sets import DATA_SETS, IMAGENET_TERMS, DataSet, Part
 
@@ -40,122 +40,113 @@ RATE = 20e6
 """Bytes a second that the estimate of time assumes."""
 
 
-def prepare(
-    name: str,
-    root: str | Path,
-    archives: str | Path | None = None,
-    mirror: str | None = None,
-    dry_run: bool = False,
-    keep_archives: bool = False,
-    table: Mapping[str, DataSet] = DATA_SETS,
-) -> None:
-    """Bring a data set to ROOT, say what is done on stdout; see the docstring of this file.
+@dataclass
+class Settings:
+    """Which data set, and where to."""
 
-    Args:
-        name: in `table`.
-        archives: folder of archives that are there already. Nothing is changed in it.
-        mirror: address of a folder with the archives, asked before the sites of `table`.
-        dry_run: print the plan alone.
-        keep_archives: leave what was downloaded in ROOT/downloads.
+    name: str
+    """Data set: one of the list above."""
+    root: Path = Path("data")
+    """Where data sets go."""
+    archives: Path | None = None
+    """Folder of archives that are there already; used and never changed."""
+    mirror: str | None = None
+    """Folder on the web that is asked first, for URL/ARCHIVE."""
+    dry_run: bool = False
+    """Say what would be done, and do nothing."""
+    keep_archives: bool = False
+    """Leave downloaded archives in ROOT/downloads; else they go."""
+
+    @property
+    def downloads(self) -> Path:
+        """Where downloaded archives go."""
+        return self.root / "downloads"
+
+
+def prepare(settings: Settings, table: Mapping[str, DataSet] = DATA_SETS) -> None:
+    """Bring a data set to ROOT, and say on stdout what is done; see the docstring of this file.
 
     Raises ValueError for too small a disk, sites that give nothing, damaged archives, an incomplete copy in the place
     of a part, and for what the reader refuses; OSError for folders that cannot be written.
     """
-    data, root = table[name], Path(root).expanduser()
+    name, root, downloads = settings.name, settings.root, settings.downloads
+    if name not in table:
+        raise ValueError(f"there is no data set {name}: choose one of {', '.join(table)}")
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root} is a file: give a folder as --root")
-    if mirror is not None and "://" not in mirror:
-        raise ValueError(f"mirror is {mirror!r}: give an address, as in https://host/archives")
-    own = Path(archives).expanduser() if archives else None
-    if own is not None and not own.is_dir():
-        raise FileNotFoundError(f"{own}: no such folder of archives")
-    downloads = root / "downloads"
+    if settings.mirror is not None and "://" not in settings.mirror:
+        raise ValueError(f"mirror is {settings.mirror!r}: give an address, as in https://host/archives")
+    if settings.archives is not None and not settings.archives.is_dir():
+        raise FileNotFoundError(f"{settings.archives}: no such folder of archives")
+    data = table[name]
+    next_command = f"next: {data.next.format(root=shlex.quote(str(root)))}"
     missing = [part for part in data.parts if not _is_there(part, root)]
     if not missing:
-        print(f"{name} is in {root}: {_describe(data.parts)}. Nothing to do.")
-        print(f"next: {data.next.format(root=shlex.quote(str(root)))}")
+        print(f"{name} is in {root}: {_describe(data.parts)}. Nothing to do.\n{next_command}")
         return
-    _plan(name, data, missing, root, own, downloads, mirror, keep_archives)
-    if dry_run:
+    print(f"{name} to {root}: {_describe(missing)}\nterms: {data.terms}")
+    _plan(settings, missing)
+    if settings.dry_run:
         return
 
     for part in missing:
-        paths = [_obtain(archive, own, downloads, mirror) for archive in part.archives]
+        paths = [_obtain(archive, settings) for archive in part.archives]
         # What this command did not fetch, in ROOT/downloads too, may be its user's only copy.
         fetched = _fetched(downloads)
         ours = [path for path in paths if path.parent == downloads and path.name in fetched]
         _build(part, paths, [path for path in ours if not _has_checksum(path, part)], root)
-        if not keep_archives:
+        if not settings.keep_archives:
             for path in ours:
                 path.unlink()
     if downloads.is_dir() and {path.name for path in downloads.iterdir()} <= {FETCHED}:
         shutil.rmtree(downloads)
     data.read(root)
-    print(f"{name} is in {root}: {_describe(data.parts)}.")
-    print(f"next: {data.next.format(root=shlex.quote(str(root)))}")
+    print(f"{name} is in {root}: {_describe(data.parts)}.\n{next_command}")
 
 
 def _is_there(part: Part, root: Path) -> bool:
     place = root / part.place
     if not place.exists():
         return False
-    found = part.count(place, root)
-    for split, expected in part.expected.items():
-        if found[split] < expected:
-            raise ValueError(
-                f"{place}: an incomplete copy, with {found[split]:,} of {expected:,} ({split}), is left as it is; move "
-                "it away, or give another --root"
-            )
+    lack = _lack(part, place, root)
+    if lack:
+        raise ValueError(
+            f"{place}: an incomplete copy, with {lack}, is left as it is; move it away, or give another --root"
+        )
     return True
 
 
-def _plan(
-    name: str,
-    data: DataSet,
-    missing: Sequence[Part],
-    root: Path,
-    own: Path | None,
-    downloads: Path,
-    mirror: str | None,
-    keep: bool,
-) -> None:
+def _lack(part: Part, place: Path, root: Path) -> str:
+    """As in "2 of 3 (train)", of the first split that is not complete; empty where all are."""
+    counts = part.count(place, root)
+    for split, expected in part.expected.items():
+        if counts[split] < expected:
+            return f"{counts[split]:,} of {expected:,} ({split})"
+    return ""
+
+
+def _plan(settings: Settings, missing: Sequence[Part]) -> None:
     """Print what will be done. Raises ValueError where the disk is too small, or where an archive must come from the
     user."""
-    print(f"{name} to {root}: {_describe(missing)}\nterms: {data.terms}")
-    fetched = peak = used = 0.0
-    absent = []
+    to_fetch = peak = used = 0.0
+    absent = [
+        archive.name
+        for part in missing
+        for archive in part.archives
+        if not (archive.urls or settings.mirror or _find(archive, settings))
+    ]
     for part in missing:
-        here = 0.0
-        for archive in part.archives:
-            found = _find(archive, own, downloads)
-            partial = downloads / f"{archive.name}.partial"
-            have = partial.stat().st_size if partial.exists() else 0
-            checked = "" if archive.checksum else ", no published checksum: compared by size alone"
-            if not archive.checksum and not archive.exact:
-                checked = ", neither checksum nor exact size are published: compared with what the server says"
-            if found:
-                print(f"  {archive.name}: is in {found.parent}{checked}")
-            elif not archive.urls and not mirror:
-                print(f"  {archive.name}: {_bytes(archive.size)}, not there")
-                absent.append(archive.name)
-            else:
-                left = max(archive.size - have, 0)
-                site = mirror or archive.urls[0]
-                print(
-                    f"  {archive.name}: {_bytes(left)}{f' left of {_bytes(archive.size)}' if have else ''} from "
-                    f"{site.split('/')[2] if '://' in site else site}{checked}"
-                )
-                here += left
-        fetched += here
-        peak = max(peak, used + here + part.disk)
-        used += part.disk + (here if keep else 0)
-    existing = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+        fetch = sum(_announce(archive, settings) for archive in part.archives)
+        to_fetch += fetch
+        peak = max(peak, used + fetch + part.disk)
+        used += part.disk + (fetch if settings.keep_archives else 0)
+    existing = next(folder for folder in (settings.root, *settings.root.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
-    minutes = fetched / RATE / 60
+    minutes = to_fetch / RATE / 60
     time = f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute"
-    if fetched:
-        print(f"download: {_bytes(fetched)}, {time} at {RATE / 1e6:.0f} MB/s, then unpacking")
-    print(f"disk: {_bytes(peak)} while it works, {_bytes(used)} in the end; {_bytes(free)} are free")
+    if to_fetch:
+        print(f"download: {_bytes(to_fetch)}, {time} at {RATE / 1e6:.0f} MB/s, then unpacking")
+    print(f"disk: {_bytes(peak)} while it works, {_bytes(used)} in the end; {_bytes(free)} are free", flush=True)
     if absent:
         raise ValueError(
             f"{', '.join(absent)}: to be had from {IMAGENET_TERMS} once you have agreed to the terms there; put what "
@@ -165,12 +156,33 @@ def _plan(
         raise ValueError(
             f"{existing}: {_bytes(free)} are free and {_bytes(peak)} needed; make room or give another --root"
         )
-    sys.stdout.flush()
 
 
-def _find(archive: Archive, own: Path | None, downloads: Path) -> Path | None:
+def _announce(archive: Archive, settings: Settings) -> float:
+    """Print where an archive comes from. Returns how many bytes are to be fetched."""
+    checked = "" if archive.checksum else ", no published checksum: compared by size alone"
+    if not archive.checksum and not archive.exact:
+        checked = ", neither checksum nor exact size are published: compared with what the server says"
+    own = _find(archive, settings)
+    if own:
+        print(f"  {archive.name}: is in {own.parent}{checked}")
+        return 0
+    if not archive.urls and not settings.mirror:
+        print(f"  {archive.name}: {_bytes(archive.size)}, not there")
+        return 0
+    partial = settings.downloads / f"{archive.name}.partial"
+    have = partial.stat().st_size if partial.exists() else 0
+    left = max(archive.size - have, 0)
+    site = settings.mirror or archive.urls[0]
+    rest = f" left of {_bytes(archive.size)}" if have else ""
+    print(f"  {archive.name}: {_bytes(left)}{rest} from {site.split('/')[2]}{checked}")
+    return left
+
+
+def _find(archive: Archive, settings: Settings) -> Path | None:
     """The archive as its user has it, or as it was downloaded before."""
-    return next((f / archive.name for f in (own, downloads) if f is not None and (f / archive.name).is_file()), None)
+    places = [folder / archive.name for folder in (settings.archives, settings.downloads) if folder is not None]
+    return next((path for path in places if path.is_file()), None)
 
 
 def _fetched(downloads: Path) -> list[str]:
@@ -179,18 +191,18 @@ def _fetched(downloads: Path) -> list[str]:
     return record.read_text(encoding="utf-8").splitlines() if record.exists() else []
 
 
-def _obtain(archive: Archive, own: Path | None, downloads: Path, mirror: str | None) -> Path:
-    found = _find(archive, own, downloads)
-    if found is None:
-        path = download(archive, downloads, mirror)
-        with open(downloads / FETCHED, "a", encoding="utf-8") as file:
+def _obtain(archive: Archive, settings: Settings) -> Path:
+    own = _find(archive, settings)
+    if own is None:
+        path = download(archive, settings.downloads, settings.mirror)
+        with open(settings.downloads / FETCHED, "a", encoding="utf-8") as file:
             file.write(f"{path.name}\n")
         return path
     try:
-        verify(archive, found)
+        verify(archive, own)
     except DamagedArchive as error:
         raise DamagedArchive(f"{error}; remove or replace it, and run the same command again") from error
-    return found
+    return own
 
 
 def _has_checksum(path: Path, part: Part) -> bool:
@@ -207,12 +219,9 @@ def _build(part: Part, paths: Sequence[Path], doubtful: Sequence[Path], root: Pa
     work.mkdir(parents=True)
     try:
         result = part.build(paths, work, root)
-        found = part.count(result, root)
-        for split, expected in part.expected.items():
-            if found[split] < expected:
-                raise DamagedArchive(
-                    f"{_names(paths) or part.place}: gives {found[split]:,} of {expected:,} for {part.place} ({split})"
-                )
+        lack = _lack(part, result, root)
+        if lack:
+            raise DamagedArchive(f"{_names(paths) or part.place}: gives {lack} for {part.place}")
         result.rename(place)
     except DamagedArchive as error:
         for path in doubtful:
@@ -244,41 +253,9 @@ def _bytes(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def _hyphens(word: str) -> str:
-    """In flag names - and _ are the same, as in the other commands."""
-    name, equals, value = word.partition("=")
-    return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: see the docstring of this file."""
-    parser = argparse.ArgumentParser(
-        prog="datasets/prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("name", choices=list(DATA_SETS), metavar="NAME", help="data set: one of the list above")
-    parser.add_argument(
-        "--root", type=Path, default=Path("data"), metavar="FOLDER", help="where data sets go; by default data"
-    )
-    parser.add_argument(
-        "--archives", type=Path, metavar="FOLDER", help="archives that are there already; used and never changed"
-    )
-    parser.add_argument("--mirror", metavar="URL", help="folder on the web that is asked first, for URL/ARCHIVE")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
-    parser.add_argument(
-        "--keep-archives", action="store_true", help="leave downloaded archives in ROOT/downloads; else they go"
-    )
-    words = [_hyphens(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-    chosen = parser.parse_args(words)
-    try:
-        prepare(chosen.name, chosen.root, chosen.archives, chosen.mirror, chosen.dry_run, chosen.keep_archives)
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted: the same command goes on; what was downloaded is kept in a .partial file", file=sys.stderr
-        )
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    """The command line."""
+    cli.run(prepare, Settings, __doc__, arguments, positional=True)
 
 
 if __name__ == "__main__":

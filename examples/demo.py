@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 
 from skipless.common.pixels import center_crop
 from skipless.datasets.images import open_images
-from skipless.datasets.scenes import write_scenes
+from skipless.datasets.synthetic.dataset import write_scenes
 from skipless.eval.backbones import Backbone, load_backbone
 from skipless.eval.figures.pca import pca_colors
 from skipless.eval.report import DiscoveryData, SegmentationData, Settings, make_report

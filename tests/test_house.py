@@ -26,13 +26,9 @@ FOR_TYPE_CHECKING: set[str] = {
     "ssl/run/sharding.py",
 }
 IMPORTS_A_COMMAND: set[str] = {
-    "benchmarks/gpu.py: skipless.datasets.scenes",
-    "benchmarks/loader.py: skipless.datasets.shard",
     "benchmarks/soap.py: skipless.ssl.pretrain",
-    "benchmarks/start_up.py: skipless.datasets.shard",
     "benchmarks/step_profile.py: train_step",
     "benchmarks/train_step.py: skipless.ssl.pretrain",
-    "examples/demo.py: skipless.datasets.scenes",
     "examples/demo.py: skipless.ssl.pretrain",
     "ssl/run/job.py: skipless.ssl.pretrain",
     "ssl/run/job.py: skipless.ssl.supervised",
@@ -41,12 +37,11 @@ TAKES_A_PRIVATE_NAME: set[str] = {
     "benchmarks/discovery.py: _box",
     "benchmarks/discovery.py: _component",
     "benchmarks/discovery.py: _similar",
-    "datasets/labels/classes.py: _fingerprint",
+    "datasets/storage/huggingface.py: _fingerprint",
 }
 LONG_OR_DEEP: set[str] = {
     "benchmarks/loader.py: measure",
     "benchmarks/train_step.py: time_cases",
-    "datasets/storage/tar.py: scan_shards",
     "eval/clustering.py: evaluate",
     "eval/figures/conditioning.py: draw_conditioning",
     "eval/retrieval.py: evaluate",

@@ -6,15 +6,16 @@ train.classes[train.labels[0]]
 """
 
 import hashlib
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from skipless.datasets.images import UnreadableImage, decode, open_images, read_image
+from skipless.datasets.images import from_table, open_images
+from skipless.datasets.storage.huggingface import open_table
 
 SetName = Literal["folder", "cifar10", "cifar100", "arrays", "huggingface"]
 
@@ -44,16 +45,12 @@ class LabeledSet:
         """Some of the images, in the order of `rows`."""
         identity = self.identity and _sha256(self.identity, rows.tolist())
         places = [self.places[row] for row in rows.tolist()]
-        read = _Rows(self.read, rows)
+        read = partial(_read_row, self.read, rows)
         return replace(self, labels=self.labels[rows], places=places, read=read, identity=identity)
 
 
-class _Rows:
-    def __init__(self, read: Callable[[int], np.ndarray], rows: np.ndarray):
-        self.read, self.rows = read, rows
-
-    def __call__(self, index: int) -> np.ndarray:
-        return self.read(int(self.rows[index]))
+def _read_row(read: Callable[[int], np.ndarray], rows: np.ndarray, index: int) -> np.ndarray:
+    return read(int(rows[index]))
 
 
 def open_splits(
@@ -70,7 +67,7 @@ def open_splits(
         ValueError, FileNotFoundError: data that are not there, or two splits of different classes.
     """
 
-    def of(part: str) -> LabeledSet:
+    def opened(part: str) -> LabeledSet:
         if name == "folder":
             return class_folders(root, part)
         if name == "arrays":
@@ -80,7 +77,7 @@ def open_splits(
         return cifar(root, part, int(name.removeprefix("cifar")))
 
     default = {"cifar10": "test", "cifar100": "test", "huggingface": "validation"}.get(name, "val")
-    train, val = of(train_split), of(split or default)
+    train, val = opened(train_split), opened(split or default)
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(
@@ -128,14 +125,14 @@ def cifar(root: str | Path, split: str, classes: int) -> LabeledSet:
     kind = torchvision_datasets.CIFAR10 if classes == 10 else torchvision_datasets.CIFAR100
     folder = Path(root).expanduser()
     try:
-        found = kind(str(folder), train=split == "train")
+        data = kind(str(folder), train=split == "train")
     except RuntimeError:
         raise ValueError(
             f"{folder / kind.base_folder}: CIFAR-{classes}'s Python version is not there, or its files are altered; "
             "unpack the authors' archive in this folder"
         ) from None
     name = f"cifar{classes}"
-    return _from_arrays(name, split, found.data, np.asarray(found.targets), tuple(found.classes), folder / name)
+    return _from_arrays(name, split, data.data, np.asarray(data.targets), tuple(data.classes), folder / name)
 
 
 def arrays(root: str | Path, split: str) -> LabeledSet:
@@ -182,56 +179,13 @@ def hugging_face(root: str, split: str, image: str = "image", label: str = "labe
 
     Raises ValueError where the package is missing, or the data set, the split or a column.
     """
-    try:
-        datasets: Any = importlib.import_module("datasets")
-        load_dataset, load_from_disk = datasets.load_dataset, datasets.load_from_disk
-    except (ImportError, AttributeError):  # without it, a folder of this name can take its place
-        raise ValueError("Hugging Face data need the package datasets: pip install datasets") from None
-    folder = Path(root).expanduser()
-    try:
-        found: Any = load_from_disk(root) if folder.is_dir() else load_dataset(root)
-    except Exception as error:  # unknown name, no network, other files: each has a class of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{root}: datasets cannot load this ({reason})") from None
-    if not isinstance(found, dict):  # one split, saved alone
-        raise ValueError(f"{root} holds one Dataset; a DatasetDict is needed, whose splits are {split} and others")
-    if split not in found:
-        raise ValueError(f"{root} has no split {split}, only {', '.join(found)}")
-    found = found[split]
-    for column in (image, label):
-        if column not in found.column_names:
-            raise ValueError(f"{root} has no column {column}, only {', '.join(found.column_names)}")
-    kind = found.features[label]
-    labels = np.asarray(found[label][:])
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or not len(labels) or labels.min() < 0:
-        raise ValueError(f"{root}: {label} holds {kind}, and not one class an image, numbered from 0")
-    names = tuple(getattr(kind, "names", None) or map(str, range(int(labels.max()) + 1)))
-    name = folder.resolve().name
-    places = [Path(f"{root}/{split}[{row}]") for row in range(len(labels))]
-    if not isinstance(found.features[image], datasets.Image):
-        raise ValueError(f"{root}: {image} holds {found.features[image]}, and must be of the feature Image")
-    # Undecoded: our reader knows what to do with orientation, transparency and damage.
-    undecoded = found.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    identity = _sha256(root, split, found._fingerprint)
-    return LabeledSet(
-        name, split, labels.astype(np.int64), names, places, _HuggingFaceReader(undecoded, image, places), identity
-    )
-
-
-class _HuggingFaceReader:
-    def __init__(self, rows: Any, column: str, places: Sequence[Path]):
-        self.rows, self.column, self.places = rows, column, places
-
-    def __call__(self, index: int) -> np.ndarray:
-        stored = self.rows[index][self.column] or {"bytes": None, "path": None}
-        try:
-            if stored["bytes"] is not None:
-                return decode(stored["bytes"])
-            if stored["path"] is not None:
-                return read_image(stored["path"])
-            raise ValueError("there is no image in this row")
-        except ValueError as error:
-            raise UnreadableImage(self.places[index], str(error)) from error
+    table = open_table(root, split, image, label)
+    source = from_table(root, table, root)
+    assert source.labels is not None  # since a column was named
+    places = [Path(source.place(row)) for row in range(len(source))]
+    identity = _sha256(root, split, table.fingerprint)
+    name = Path(root).expanduser().resolve().name
+    return LabeledSet(name, split, source.labels, source.classes, places, source.read, identity)
 
 
 def _from_arrays(

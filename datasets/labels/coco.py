@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pycocotools.coco import COCO
 
 from skipless.datasets.labels.boxes import BoxSet
 from skipless.datasets.labels.masks import VOID, SegmentationSet, distinct_colors, paired_names, read_names
@@ -175,7 +174,10 @@ def _first_folder(root: Path, what: str, places: list[str]) -> Path:
     raise FileNotFoundError(f"{root}: no folder of {what} there (looked for {', '.join(places)})")
 
 
-def _load(annotations: Path) -> COCO:
+def _load(annotations: Path) -> Any:
+    """The file as pycocotools' COCO."""
+    from pycocotools.coco import COCO
+
     if not annotations.is_file():
         raise FileNotFoundError(f"{annotations}: no such annotation file")
     try:
@@ -191,7 +193,7 @@ def _load(annotations: Path) -> COCO:
 
 
 def _select(
-    coco: COCO, path: Path, name: str, split: str, ids: list[int], images: Path, rounded: bool = False
+    coco: Any, path: Path, name: str, split: str, ids: list[int], images: Path, rounded: bool = False
 ) -> BoxSet:
     boxes, categories = [], []
     try:

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from skipless.datasets.images import PILLOW_FORMATS, UnreadableImage, read_image
+from skipless.datasets.images import UnreadableImage, read_image
+from skipless.datasets.storage.decode import PILLOW_FORMATS
 
 VOID = 255
 """Label of pixels that are ignored: neither trained on nor scored."""

@@ -93,7 +93,7 @@ def voc_segmentation(root: str | Path, split: str) -> SegmentationSet:
 
 
 def scenes_segmentation(root: str | Path, split: str) -> SegmentationSet:
-    """The scenes that `skipless.datasets.scenes.write_scenes` wrote to `root`, split train, val or trainval.
+    """The scenes that `datasets/scenes.py` wrote to `root`, split train, val or trainval.
 
     Classes are background and the lines of classes.txt; there is no void. Raises as `voc_segmentation`.
     """
@@ -119,7 +119,7 @@ def voc_boxes(root: str | Path, split: str, year: Literal[2007, 2012]) -> BoxSet
 
 
 def scenes_boxes(root: str | Path, split: str) -> BoxSet:
-    """Boxes of the scenes that `skipless.datasets.scenes.write_scenes` wrote to `root`, split train, val or trainval.
+    """Boxes of the scenes that `datasets/scenes.py` wrote to `root`, split train, val or trainval.
     Categories are 1, 2, ... in the order of classes.txt. Raises as `voc_boxes`."""
     folder = _find(root, 2012)
     return _boxes("scenes", folder, split, _scene_classes(folder))

@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from skipless.common.pixels import MEAN, STD, normalize
-from skipless.datasets.images import ImageSource, UnreadableImage, decode
+from skipless.datasets.images import ImageSource, UnreadableImage
+from skipless.datasets.storage.decode import decode
 from skipless.ssl.data.crops import Crops, View, apply_view, draw_views, first_readable, smallest_side
 
 CHUNK = 2**25  # largest number of values in a tensor of pixels

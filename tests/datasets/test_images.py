@@ -19,7 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from skipless.datasets.images import Names, UnreadableImage, decode, open_images, read_image
+from skipless.datasets.images import UnreadableImage, open_images, read_image
+from skipless.datasets.storage.decode import decode
+from skipless.datasets.storage.names import Names
 
 HEIGHT, WIDTH = 48, 64
 
@@ -405,7 +407,7 @@ def test_an_archive_written_on_windows_has_the_same_names(tmp_path: Path) -> Non
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for name in ("a\\1.png", "./b/2.png"):
             info = zipfile.ZipInfo("x")
-            info.filename = name  # past the constructor, which would normalise it
+            info.filename = name  # past the constructor, which would normalize it
             archive.writestr(info, FORMATS["PNG"][0])
     images = open_images(tmp_path / "images.zip")
     assert list(images.names) == ["a/1.png", "b/2.png"]
@@ -460,9 +462,9 @@ def test_hugging_face_data_sets_on_disk(tmp_path: Path) -> None:
             assert [source.read(i)[0, 0].tolist() for i in range(3)] == [[0, 0, 0], [1, 2, 3], [2, 4, 6]]
     secret = open_images(f"hf:{tmp_path}/both:test")
     assert (len(secret), secret.labels, secret.classes) == (2, None, ())
-    with pytest.raises(ValueError, match=r"has no split val; choose one of train, test as hf:.*both:SPLIT"):
+    with pytest.raises(ValueError, match=r"both:val has no split val, only train, test$"):
         open_images(f"hf:{tmp_path}/both:val")
-    with pytest.raises(ValueError, match="one holds one Dataset, and no splits; open it as hf:"):
+    with pytest.raises(ValueError, match="one:train holds one Dataset without splits, so train cannot"):
         open_images(f"hf:{tmp_path}/one:train")
 
 

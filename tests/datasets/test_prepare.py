@@ -27,9 +27,8 @@ from skipless.datasets.labels.ade20k import ade20k
 from skipless.datasets.labels.coco import coco20k, coco_stuff
 from skipless.datasets.labels.counts import BOX_COUNTS, COUNTS
 from skipless.datasets.labels.voc import voc_boxes, voc_segmentation
-from skipless.datasets.prepare import main, prepare
-from skipless.datasets.public import downloads
-from skipless.datasets.public import sets as public_sets
+from skipless.datasets.prepare import Settings, main, prepare
+from skipless.datasets.public import building, downloads
 from skipless.datasets.public.downloads import DamagedArchive
 from skipless.datasets.public.sets import DATA_SETS, DataSet, Part
 from skipless.eval import classification, clustering, discovery, segmentation
@@ -287,10 +286,14 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
+def prepare_with(name: str, root: Path, table: Mapping[str, DataSet], **settings: Any) -> None:
+    prepare(Settings(name, root, **settings), table)
+
+
 def make(name: str, tmp_path: Path) -> Path:
     table = miniature(name, tmp_path / "mine")
     before = tree(tmp_path / "mine")
-    prepare(name, tmp_path / "data", archives=tmp_path / "mine", table=table)
+    prepare_with(name, tmp_path / "data", archives=tmp_path / "mine", table=table)
     assert tree(tmp_path / "mine") == before, "somebody else's archives were changed"
     return tmp_path / "data"
 
@@ -327,7 +330,7 @@ def test_voc12_where_voc_is_there_already(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "VOC.zip") as archive:
         archive.extractall(tmp_path / "data")
     (tmp_path / "mine" / "VOCtrainval_11-May-2012.tar").unlink()
-    prepare("voc12", tmp_path / "data", archives=tmp_path / "mine", table=table)
+    prepare_with("voc12", tmp_path / "data", archives=tmp_path / "mine", table=table)
     assert len(voc_segmentation(tmp_path / "data", "trainaug")) == 4
 
 
@@ -394,7 +397,7 @@ def test_second_call_does_nothing(tmp_path: Path, name: str, capsys: pytest.Capt
     first = capsys.readouterr().out.splitlines()
     before = {path: path.stat().st_mtime_ns for path in sorted(root.rglob("*"))}
     assert not [path for path in before if "unfinished" in path.name or path.name == "downloads"]
-    prepare(name, root, table=miniature(name, tmp_path / "other"))
+    prepare_with(name, root, table=miniature(name, tmp_path / "other"))
     second = capsys.readouterr().out.splitlines()
     assert {path: path.stat().st_mtime_ns for path in sorted(root.rglob("*"))} == before
     assert second[0].endswith("Nothing to do.")
@@ -421,7 +424,7 @@ def test_next_command_is_one_that_its_script_accepts(
 def test_dry_run_writes_nothing(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     table = miniature(name, tmp_path / "mine")
     before = tree(tmp_path)
-    prepare(name, tmp_path / "data", archives=tmp_path / "mine", dry_run=True, table=table)
+    prepare_with(name, tmp_path / "data", archives=tmp_path / "mine", dry_run=True, table=table)
     assert tree(tmp_path) == before
     said = capsys.readouterr().out
     assert DATA_SETS[name].terms in said
@@ -506,7 +509,7 @@ def download_from(folder: Path) -> Callable[..., Path]:
 
 def test_archives_that_were_not_fetched_stay_wherever_they_lie(tmp_path: Path) -> None:
     table = miniature("ade20k", tmp_path / "data" / "downloads")
-    prepare("ade20k", tmp_path / "data", table=table)
+    prepare_with("ade20k", tmp_path / "data", table=table)
     assert [path.name for path in (tmp_path / "data" / "downloads").iterdir()] == ["ADEChallengeData2016.zip"]
 
 
@@ -514,7 +517,7 @@ def test_archives_that_were_not_fetched_stay_wherever_they_lie(tmp_path: Path) -
 def test_archives_go_unless_they_are_to_be_kept(tmp_path: Path, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     table = miniature("voc12", tmp_path / "site")
     monkeypatch.setattr(command, "download", download_from(tmp_path / "site"))
-    prepare("voc12", tmp_path / "data", mirror="http://site", keep_archives=keep, table=table)
+    prepare_with("voc12", tmp_path / "data", mirror="http://site", keep_archives=keep, table=table)
     left = [".fetched", "VOCtrainval_11-May-2012.tar", "benchmark.tgz"] if keep else None
     folder = tmp_path / "data" / "downloads"
     assert (sorted(path.name for path in folder.iterdir()) if folder.exists() else None) == left
@@ -523,7 +526,7 @@ def test_archives_go_unless_they_are_to_be_kept(tmp_path: Path, keep: bool, monk
 def test_archives_that_the_user_put_among_the_downloads_stay(tmp_path: Path) -> None:
     folder = tmp_path / "data" / "downloads"
     table = miniature("ade20k", folder)
-    prepare("ade20k", tmp_path / "data", archives=folder, table=table)
+    prepare_with("ade20k", tmp_path / "data", archives=folder, table=table)
     assert [path.name for path in folder.iterdir()] == ["ADEChallengeData2016.zip"]
 
 
@@ -535,7 +538,7 @@ def test_stopped_while_unpacking(
     monkeypatch.setitem(DATA_SETS, "voc07", table["voc07"])
     monkeypatch.setattr(command, "download", download_from(tmp_path / "site"))
     arguments = ["voc07", "--root", str(tmp_path / "data"), "--mirror", "http://site"]
-    unpack = public_sets.unpack
+    unpack = building.unpack
     with monkeypatch.context() as patch:
 
         def stop_at_second(path: Path, *rest: object) -> None:
@@ -543,7 +546,7 @@ def test_stopped_while_unpacking(
             if "test" in path.name:
                 raise KeyboardInterrupt
 
-        patch.setattr(public_sets, "unpack", stop_at_second)
+        patch.setattr(building, "unpack", stop_at_second)
         with pytest.raises(SystemExit) as caught:
             main(arguments)
     assert caught.value.code == 130
@@ -567,17 +570,17 @@ def test_archive_that_lacks_images(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     table = miniature("ade20k", tmp_path / "mine")
     data = table["ade20k"]
     table = {"ade20k": replace(data, parts=(replace(data.parts[0], expected={"train": 3, "val": 1}),))}
-    with pytest.raises(ValueError, match=r"gives 2 of 3 for ADEChallengeData2016 \(train\); the archives were left"):
-        prepare("ade20k", tmp_path / "data", archives=tmp_path / "mine", table=table)
+    with pytest.raises(ValueError, match=r"gives 2 of 3 \(train\) for ADEChallengeData2016; the archives were left"):
+        prepare_with("ade20k", tmp_path / "data", archives=tmp_path / "mine", table=table)
     assert tree(tmp_path / "data") == {}
     monkeypatch.setattr(command, "download", download_from(tmp_path / "mine"))
     # One that fits its published checksum would be the same if it were fetched again.
     with pytest.raises(ValueError, match="the archives were left"):
-        prepare("ade20k", tmp_path / "data", mirror="http://site", table=table)
+        prepare_with("ade20k", tmp_path / "data", mirror="http://site", table=table)
     part = table["ade20k"].parts[0]
     unsure = replace(part, archives=(replace(part.archives[0], checksum=None),))
     with pytest.raises(ValueError, match="zip was removed: run the same command again"):
-        prepare("ade20k", tmp_path / "data", table={"ade20k": replace(data, parts=(unsure,))})
+        prepare_with("ade20k", tmp_path / "data", table={"ade20k": replace(data, parts=(unsure,))})
     assert [path.name for path in (tmp_path / "data" / "downloads").iterdir()] == [".fetched"]
 
 
@@ -586,10 +589,10 @@ def test_wrong_archives_of_the_user_are_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "mine" / "ADEChallengeData2016.zip"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match=r"its md5 is .*; remove or replace it"):
-        prepare("ade20k", tmp_path / "data", archives=tmp_path / "mine", table=table)
+        prepare_with("ade20k", tmp_path / "data", archives=tmp_path / "mine", table=table)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"has [\d,]+ bytes, and .*; remove or replace it"):
-        prepare("ade20k", tmp_path / "data", archives=tmp_path / "mine", table=table)
+        prepare_with("ade20k", tmp_path / "data", archives=tmp_path / "mine", table=table)
     assert path.exists()
     assert not (tmp_path / "data").exists()
 
@@ -599,7 +602,7 @@ def test_incomplete_copy_is_left_alone(tmp_path: Path) -> None:
     (root / "ADEChallengeData2016/annotations/training/ADE_train_00000002.png").unlink()
     before = tree(root)
     with pytest.raises(ValueError, match=r"an incomplete copy, with 1 of 2 \(train\), is left as it is; move it away"):
-        prepare("ade20k", root, archives=tmp_path / "mine", table=miniature("ade20k", tmp_path / "mine"))
+        prepare_with("ade20k", root, archives=tmp_path / "mine", table=miniature("ade20k", tmp_path / "mine"))
     assert tree(root) == before
 
 
@@ -608,7 +611,7 @@ def test_names_of_other_images_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine" / "coco_20k_filenames.txt"
     path.write_bytes(path.read_bytes().replace(b"train2014_", b"valid2014_"))
     with pytest.raises(ValueError, match=r"COCO_valid2014_000000000030\.jpg is no image of COCO's train2014"):
-        prepare("coco20k", tmp_path / "data", archives=tmp_path / "mine", table=table)
+        prepare_with("coco20k", tmp_path / "data", archives=tmp_path / "mine", table=table)
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -661,5 +664,5 @@ def test_annotations_cannot_move_files_elsewhere(tmp_path: Path, line: str) -> N
         packed.writestr("tiny-imagenet-200/val/images/authorized_keys", b"x")
     (tmp_path / "work").mkdir()
     with pytest.raises(DamagedArchive, match=r"names .* of class"):
-        public_sets._build_tiny_imagenet([archive], tmp_path / "work", tmp_path)
+        building.build_tiny_imagenet([archive], tmp_path / "work", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.zip", "work"}

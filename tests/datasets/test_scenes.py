@@ -11,6 +11,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
-from skipless.datasets import scenes
-from skipless.datasets.scenes import write_scenes
+from skipless.common import processes
+from skipless.datasets.synthetic import dataset as scenes
+from skipless.datasets.synthetic.dataset import write_scenes
 from skipless.datasets.synthetic.drawing import CLASSES, Scene, render_scene
 
 TRAIN, VAL, SIZE, SEED = 96, 40, 48, 3
@@ -224,11 +226,11 @@ def test_bytes_do_not_depend_on_the_number_of_processes(
 ) -> None:
     pools = []
 
-    def pool(workers: int, **options: object) -> ProcessPoolExecutor:
+    def pool(workers: int, *options: Any) -> ProcessPoolExecutor:
         pools.append(workers)
-        return ProcessPoolExecutor(workers, **options)  # type: ignore[call-overload]
+        return ProcessPoolExecutor(workers, *options)
 
-    monkeypatch.setattr(scenes, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", pool)
     write_scenes(tmp_path / "two", TRAIN, VAL, SIZE, SEED, workers=2)
     assert pools == [2]
     assert contents(tmp_path / "two") == contents(root)
@@ -304,7 +306,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, messages = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert messages.splitlines()[-1] == "Stopped: nothing was written."
+    assert messages.splitlines()[-1].startswith("interrupted: ")
     assert list(tmp_path.iterdir()) == []
 
 

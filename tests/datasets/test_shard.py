@@ -28,10 +28,12 @@ from PIL import Image
 from skipless.datasets import shard
 from skipless.datasets.images import ImageSource, UnreadableImage, open_images
 from skipless.datasets.labels.classes import class_folders
-from skipless.datasets.shard import main, parse_size, write_shards
-from skipless.datasets.storage import tar as tar_shards
+from skipless.datasets.shard import main, parse_size
+from skipless.datasets.storage import packing, remote
 from skipless.datasets.storage.names import Names
-from skipless.datasets.storage.tar import INDEX, Shards, expand_braces, read_index, scan_shards, write_index
+from skipless.datasets.storage.packing import write_shards
+from skipless.datasets.storage.shards import INDEX, Shards, read_index, write_index
+from skipless.datasets.storage.tar import expand_braces, header_number, members, scan_shards
 
 FILE = Path(shard.__file__ or "")
 LONG = "x" * 90 + "/" + "y" * 120
@@ -208,7 +210,7 @@ def test_a_pack_is_whole_or_not_there(photos: Path, tmp_path: Path, monkeypatch:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for place, name in ((shard, "_close"), (shard, "write_index")):
+    for place, name in ((packing, "_close"), (packing, "write_index")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, full)
             with pytest.raises(OSError, match="No space left"):
@@ -304,7 +306,7 @@ def test_user_errors_are_one_sentence(
 
 def test_the_script_runs_and_explains_itself() -> None:
     run = subprocess.run([sys.executable, FILE, "--help"], capture_output=True, text=True, check=True)
-    for word in ("--short-side", "--quality", "--shard-size", "--workers", "shards.npz", "unreadable.txt"):
+    for word in ("--short_side", "--quality", "--shard_size", "--workers", "shards.npz", "unreadable.txt"):
         assert word in run.stdout
 
 
@@ -422,11 +424,11 @@ PART = st.text(st.sampled_from("ab.é "), min_size=1, max_size=60).filter(lambda
 @example([("é" * 150 + "/" + "b" * 100, 600), ("short", 3)], tarfile.PAX_FORMAT, ["folder"] + ["file"] * 5)
 @settings(max_examples=60)
 def test_headers_are_read_as_pythons_tarfile_reads_them(
-    members: list[tuple[str, int]], form: int, kinds: list[str]
+    files: list[tuple[str, int]], form: int, kinds: list[str]
 ) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=form) as archive:
-        for (name, size), kind in zip(members, kinds, strict=False):
+        for (name, size), kind in zip(files, kinds, strict=False):
             entry = tarfile.TarInfo(name)
             entry.type = {"folder": tarfile.DIRTYPE, "link": tarfile.SYMTYPE, "file": tarfile.REGTYPE}[kind]
             entry.linkname = "z" * 150 if kind == "link" and form != tarfile.USTAR_FORMAT else "z"
@@ -438,17 +440,17 @@ def test_headers_are_read_as_pythons_tarfile_reads_them(
     buffer.seek(0)
     with tarfile.open(fileobj=buffer) as archive:
         expected = [(os.fsencode(m.name), m.offset_data, m.size) for m in archive if m.isreg()]
-    found = [(name.rstrip(b"/"), *place) for name, *place in tar_shards._members(buffer, "a.tar")]
+    found = [(name.rstrip(b"/"), *place) for name, *place in members(buffer, "a.tar")]
     assert found == expected
 
 
 def test_sizes_beyond_octal_digits_are_read() -> None:
     """GNU's base 256, of which no test can write the data: 8 GiB and more."""
     header = bytearray(tarfile.TarInfo("a").tobuf(tarfile.GNU_FORMAT))
-    assert tar_shards._number(bytes(header[124:136])) == 0
+    assert header_number(bytes(header[124:136])) == 0
     entry = tarfile.TarInfo("a")
     entry.size = 9 * 2**30
-    assert tar_shards._number(entry.tobuf(tarfile.GNU_FORMAT)[124:136]) == 9 * 2**30
+    assert header_number(entry.tobuf(tarfile.GNU_FORMAT)[124:136]) == 9 * 2**30
 
 
 def test_a_size_below_zero_is_no_tar(tmp_path: Path) -> None:
@@ -576,7 +578,7 @@ class Server(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[Server]]]:
-    monkeypatch.setattr(tar_shards.time, "sleep", lambda _: None)
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
     handler = type("Handler", (Server,), {"sent": [], "failures": [], "ranges": True})
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=tmp_path)) as running:
         thread = threading.Thread(target=running.serve_forever, daemon=True)
@@ -626,7 +628,7 @@ def test_a_web_server_that_fails(photos: Path, tmp_path: Path, server: tuple[str
 
 
 def test_a_web_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar_shards.time, "sleep", lambda _: None)
+    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
     with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:9/a/shards\.npz: cannot read this index \("):
         open_images("http://127.0.0.1:9/a")
 

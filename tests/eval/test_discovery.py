@@ -26,7 +26,7 @@ from skipless.datasets.labels.boxes import BoxSet
 from skipless.datasets.labels.coco import coco_boxes
 from skipless.datasets.labels.counts import describe_split
 from skipless.datasets.labels.voc import voc_boxes
-from skipless.datasets.scenes import write_scenes
+from skipless.datasets.synthetic.dataset import write_scenes
 from skipless.eval import discovery
 from skipless.eval.backbones import Backbone, load_backbone
 from skipless.eval.discovery import Settings, evaluate, main

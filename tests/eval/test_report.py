@@ -21,7 +21,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from skipless.common import cli
 from skipless.common.precision import has_bf16
-from skipless.datasets.scenes import write_scenes
+from skipless.datasets.synthetic.dataset import write_scenes
 from skipless.eval.page.render import similarity_codes
 from skipless.eval.page.tables import latex_table, markdown_table, table_of
 from skipless.eval.report import Settings, main

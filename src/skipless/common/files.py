@@ -2,7 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,24 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` at the end of the block, and goes where an error ends it before.
+
+    Raises OSError where `path` is there already and is no empty folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.unfinished-{secrets.token_hex(4)}")
+    beside.mkdir()
+    try:
+        yield beside
+        if path.exists():
+            path.rmdir()
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from skipless.datasets.labels.boxes import BoxSet, folder_boxes
 from skipless.datasets.labels.coco import coco20k, coco_boxes
 from skipless.datasets.labels.voc import scenes_boxes, voc_boxes
-from skipless.datasets.scenes import write_scenes
+from skipless.datasets.synthetic.dataset import write_scenes
 
 DATA = os.environ.get("SKIPLESS_TEST_DATA")
 

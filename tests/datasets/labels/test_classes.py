@@ -327,11 +327,11 @@ def test_images_by_path_and_names_on_the_hub(tmp_path: Path, monkeypatch: pytest
     paths = [str(tmp_path / name) for name in ("turned.png", "broken.png", "gone.png")]
     given = {"validation": as_dataset([*paths, None], [0, 1, 2, 0])}
     asked = []
-    monkeypatch.setattr(hf, "load_dataset", lambda name: asked.append(name) or given)
+    monkeypatch.setattr(hf, "load_dataset", lambda name, split: asked.append((name, split)) or given[split])
     found = hugging_face("someone/insects", "validation", "photo", "kind")
-    assert (asked, found.name) == (["someone/insects"], "insects")
+    assert (asked, found.name) == ([("someone/insects", "validation")], "insects")
     np.testing.assert_array_equal(found.read(0), image)
-    for row, words in ((1, "broken.png: the content is not that of"), (2, "gone.png: No such file"), (3, "no image")):
+    for row, words in ((1, "the content is not that of"), (2, "No such file"), (3, "no image")):
         with pytest.raises(UnreadableImage) as caught:
             found.read(row)
         assert str(caught.value).startswith(f"someone/insects/validation[{row}]: ")
@@ -370,13 +370,13 @@ def test_one_split_alone_is_not_taken_for_all(tmp_path: Path) -> None:
     as_dataset([*map(Image.fromarray, pictures(2))], [0, 1]).save_to_disk(str(tmp_path / "saved"))
     for split in ("train", "validation"):
         text = message(ValueError, lambda split=split: hugging_face(str(tmp_path / "saved"), split, "photo", "kind"))  # type: ignore[misc]
-        assert "holds one Dataset; a DatasetDict is needed" in text
+        assert "holds one Dataset without splits" in text
 
 
 def test_data_that_do_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "datasets cannot load this" in message(ValueError, lambda: hugging_face(str(tmp_path), "train"))
 
-    def offline(name: str) -> None:
+    def offline(name: str, split: str) -> None:
         raise ConnectionError("the hub cannot be reached\nand more")
 
     monkeypatch.setattr(hf, "load_dataset", offline)
@@ -391,7 +391,7 @@ def test_without_the_package_a_sentence_says_what_to_install(
     """Also where this project's own folder is found in its place, an empty namespace."""
     monkeypatch.setitem(sys.modules, "datasets", there)
     text = message(ValueError, lambda: hugging_face("someone/insects", "train"))
-    assert text == "Hugging Face data need the package datasets: pip install datasets"
+    assert text == "someone/insects: Hugging Face data need the package datasets: pip install datasets"
 
 
 # What all sources share -----------------------------------------------------------------------------------------------

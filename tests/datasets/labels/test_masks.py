@@ -28,7 +28,7 @@ from skipless.datasets.labels.masks import (
     read_values,
 )
 from skipless.datasets.labels.voc import scenes_segmentation, voc_palette, voc_segmentation
-from skipless.datasets.scenes import write_scenes
+from skipless.datasets.synthetic.dataset import write_scenes
 
 DATA = os.environ.get("SKIPLESS_TEST_DATA")
 HEIGHT, WIDTH = 4, 6

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 
 from skipless.datasets.public import downloads
-from skipless.datasets.public.downloads import Archive, DamagedArchive, download, unpack, verify
+from skipless.datasets.public.downloads import Archive, DamagedArchive, download, verify
+from skipless.datasets.public.unpack import unpack
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 3_000_000, dtype=np.uint8).tobytes()
 NAME = "some.zip"

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional
 
 from skipless.common.pixels import MEAN, STD, normalize
-from skipless.datasets.images import ImageSource, decode, open_images
+from skipless.datasets.images import ImageSource, open_images
+from skipless.datasets.storage.decode import decode
 from skipless.ssl.data import crops as one_by_one
 from skipless.ssl.data import device_crops
 from skipless.ssl.data.crops import CropDataset, Crops, View, apply_view, collate, draw_views, multicrop

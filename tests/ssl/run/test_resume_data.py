@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from skipless.common import distributed
 from skipless.datasets.images import ImageSource, open_images
-from skipless.datasets.shard import write_shards
+from skipless.datasets.storage.packing import write_shards
 from skipless.ssl.data.crops import CropDataset, Crops, collate
 from skipless.ssl.data.loader import StepBatches
 

@@ -1,0 +1,55 @@
+"""Work for several processes."""
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_task: Callable[[Any], Any]
+
+
+def spread(task: Callable[[T], R], items: Iterable[T], processes: int) -> Iterator[R]:
+    """`task` of every item, in order, computed here or, with `processes` > 1, in others, which are a few items ahead.
+    What a task raises comes here. `task` must be picklable, and goes to each process once."""
+    if processes == 1:
+        yield from map(task, items)
+        return
+    # Spawned, not forked: the caller may hold threads or a GPU.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, context, _start, (task,))
+    left = iter(items)
+    waiting: deque[Future[R]] = deque()
+    try:
+        while True:
+            waiting += [pool.submit(_call, item) for item in islice(left, 4 * processes - len(waiting))]
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start(task: Callable[[Any], Any]) -> None:
+    global _task
+    _task = task
+    import cv2
+
+    cv2.setNumThreads(1)
+    # Ctrl-C reaches every process of the terminal: only the parent answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _call(item: Any) -> Any:
+    return _task(item)
+
+
+def available_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
