@@ -1,0 +1,249 @@
+"""The commands that draw figures: PCA pictures, attention maps, similarity."""
+
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import refusal, run
+from PIL import Image
+from sklearn.metrics.pairwise import cosine_similarity
+
+from skipless.eval import attention_maps, pca, similarity
+from skipless.eval.backbones import load_backbone
+from skipless.eval.figures.similarity import patch_similarity
+from skipless.ssl.model.vit import VisionTransformer
+from skipless.ssl.run.checkpoints import export_backbone
+
+MAINS: dict[str, Callable[[list[str]], None]] = {
+    "pca": pca.main,
+    "attention_maps": attention_maps.main,
+    "similarity": similarity.main,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small ViTs of three blocks and a broken one; three images of different proportions, with a mask for each."""
+    root = tmp_path_factory.mktemp("figures")
+    for seed, name in enumerate(("vit", "other", "broken")):
+        torch.manual_seed(seed)
+        model = VisionTransformer(24, 3, 3, patch=8, image_size=32, registers=2)
+        for parameter in model.parameters():
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+        if name == "broken":
+            torch.nn.init.constant_(model.blocks[1].mlp.fc2.bias, 1e30)  # type: ignore[union-attr, arg-type]
+        (root / name).mkdir()
+        export_backbone(root / name, model, {})
+    (root / "images").mkdir()
+    (root / "masks").mkdir()
+    rng = np.random.default_rng(6)
+    for name, size in (("a", (48, 32)), ("b", (30, 50)), ("c", (33, 33))):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        coarse.resize(size, Image.Resampling.NEAREST).save(root / "images" / f"{name}.png")
+        mask = np.zeros(size[::-1], np.uint8)
+        mask[:, : size[0] // 2] = 7
+        Image.fromarray(mask).save(root / "masks" / f"{name}.png")
+    with zipfile.ZipFile(root / "a.zip", "w") as archive:
+        archive.write(root / "images" / "a.png", "a.png")
+    return root
+
+
+def words(folder: Path, command: str, *more: object) -> list[str]:
+    """A command's words for images/a.png; what comes later wins."""
+    images = "--image" if command == "similarity" else "--images"
+    first = ["--ckpt", folder / "vit", images, folder / "images" / "a.png", "--size=32", "--device=cpu"]
+    return [str(word).format(folder=folder) for word in [*first, *more]]
+
+
+# The files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
+@pytest.mark.parametrize("command", MAINS)
+def test_the_same_figure_is_the_same_file(
+    command: str, ending: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the image comes from an archive."""
+    figures = []
+    for name, more in (("one", []), ("two", [] if command == "similarity" else ["--images={folder}/a.zip"])):
+        out = tmp_path / "made" / f"{name}.{ending}"
+        MAINS[command](words(folder, command, "--out", out, *more))
+        assert capsys.readouterr().out == f"written: {out}\n"
+        figures.append(out.read_bytes())
+    assert figures[0] == figures[1]
+    assert not any(word in figures[0] for word in (b"CreationDate", b"dc:date"))
+    if ending == "png":
+        with Image.open(out) as figure:
+            figure.load()
+            assert min(figure.size) > 200
+
+
+# Similarity -----------------------------------------------------------------------------------------------------------
+
+
+def test_similarity_of_points_in_blocks(folder: Path, tmp_path: Path) -> None:
+    """Started from another folder; below each map its smallest value, which matplotlib leaves in an SVG as a comment.
+    The point 47,31 is the last pixel, of the last patch."""
+    more = ["--points", "47,31", "9,7", "--blocks=1,3", "--out=figures/map.svg"]
+    done = run("eval/similarity.py", words(folder, "similarity", *more), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "written: figures/map.svg\n"), done.stderr
+    assert [path.name for path in tmp_path.glob("**/*.*")] == ["map.svg"]
+    backbone = load_backbone(folder / "vit")
+    images = backbone.normalize(np.array(Image.open(folder / "images" / "a.png"))[None])
+    expected = []
+    for row, column in ((3, 5), (0, 1)):
+        for features in backbone.features(images, (0, 2)):
+            patches = features.patches[0].numpy().astype(float)
+            smallest = cosine_similarity(patches[row, column][None], patches.reshape(-1, 24)).min()
+            expected.append(f"<!-- {smallest:.2f} to 1 -->")
+    text = (tmp_path / "figures/map.svg").read_text()
+    assert [text.count(label) for label in expected] == [expected.count(label) for label in expected]
+    assert text.count("block 1 ") == text.count("block 3 ") == 1
+
+
+def test_points_are_pixels_of_the_image_as_it_is(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x to the right and y down; at twice the size an edge of 4 pixels is a patch. At 40, 60 pixels in a row are 7.5
+    patches, that is 8, and 48 pixels of the image 6 each. By default, the center."""
+    asked: list[tuple[int, ...]] = []
+
+    def noted(features: np.ndarray, row: int, column: int) -> np.ndarray:
+        asked.append((*features.shape[:2], row, column))
+        return patch_similarity(features, row, column)
+
+    monkeypatch.setattr("skipless.eval.figures.similarity.patch_similarity", noted)
+    for more in (["--points", "0,0", "7,8", "8,7", "47,31"], ["--size=64", "--points", "3,4"],
+                 ["--size=40", "--points", "47,31", "6,6"], []):  # fmt: skip
+        similarity.main(words(folder, "similarity", "--out", tmp_path / "map.svg", *more))
+    expected = [(4, 6, 0, 0), (4, 6, 1, 0), (4, 6, 0, 1), (4, 6, 3, 5)]
+    assert asked == [*expected, (8, 12, 1, 0), (5, 8, 4, 7), (5, 8, 0, 1), (4, 6, 2, 3)]
+
+
+def test_features_that_are_no_numbers_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [f"--ckpt={folder}/broken", "--out", tmp_path / "map.png"]
+    line = refusal(similarity.main, words(folder, "similarity", *more), capsys)
+    assert f"features of block 3 of {folder}/broken are NaN or infinite" in line
+    assert not list(tmp_path.iterdir())
+
+
+# PCA ------------------------------------------------------------------------------------------------------------------
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def test_blocks_and_images_have_a_column_and_a_row_each(folder: Path, tmp_path: Path) -> None:
+    more = ["--images={folder}/images", "--blocks=1,2", "--out", tmp_path / "a.png"]
+    pca.main(words(folder, "pca", *more))
+    height, width, _ = pixels(tmp_path / "a.png").shape
+    assert width == 3 * 400
+    assert height > 400 * (32 / 48 + 50 / 30 + 1) - 10
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--foreground=pca", "--style=dinov3", "--upsample", "--smooth=0.5"],
+        ["--foreground=mask", "--masks={folder}/masks"],
+        ["--per-image", "--count=2"],
+    ],
+)
+def test_variants(folder: Path, tmp_path: Path, more: list[str]) -> None:
+    pca.main(words(folder, "pca", "--images={folder}/images", "--out", tmp_path / "a.png", *more))
+    assert pixels(tmp_path / "a.png").std() > 10
+
+
+def test_comparison_of_a_model_with_itself_is_the_same_picture_twice(folder: Path, tmp_path: Path) -> None:
+    one, other = str(folder / "vit"), str(folder / "other")
+    flags = ["--images", str(folder / "images" / "c.png"), "--size=32", "--out", str(tmp_path / "same.png")]
+    pca.main(["--compare", one, one, *flags])
+    picture = pixels(tmp_path / "same.png")[60:-20]
+    third = picture.shape[1] // 3
+    assert np.abs(picture[:, third + 20 : 2 * third - 20] - picture[:, 2 * third + 20 : 3 * third - 20]).mean() < 3
+    pca.main(["--compare", one, other, *flags])
+
+
+# What users get wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "sentence"),
+    [
+        ("attention_maps", "--images=/nowhere", "/nowhere: no such folder or zip archive"),
+        ("attention_maps", "--images=broken.png", "broken.png: the content is not that of"),
+        ("attention_maps", "--ckpt=/nowhere/vit.pth", "/nowhere/vit.pth: no such checkpoint"),
+        ("attention_maps", "--out=heads.jpg", "out is heads.jpg; it must end in .png, .pdf, .svg"),
+        ("attention_maps", "--block=4", "block 4 does not exist: .* has blocks 1 to 3"),
+        ("attention_maps", "--block=1,2", "block is '1,2'; choose one"),
+        ("attention_maps", "--block=last4", "block is 'last4'; choose one"),
+        ("attention_maps", "--block=first", "'first'"),
+        ("attention_maps", "--count=0", "count and size must be 1 or more"),
+        ("attention_maps", "--size=0", "count and size must be 1 or more"),
+        ("attention_maps", "--device=tpu", "device is 'tpu'"),
+        ("attention_maps", "--heads=3", "heads"),
+        ("similarity", "--image=/nowhere/photo.jpg", "/nowhere/photo.jpg: no such image file"),
+        ("similarity", "--image=.", ".: no such image file"),
+        ("similarity", "--image=broken.png", "broken.png: the content is not that of"),
+        ("similarity", "--ckpt=/nowhere/vit.pth", "/nowhere/vit.pth: no such checkpoint"),
+        ("similarity", "--out=map.jpg", "out is map.jpg; it must end in .png, .pdf, .svg"),
+        ("similarity", "--points 48,3", "points: 48,3 lies outside of the image, which has 48 x 32 pixels"),
+        ("similarity", "--points 3,32", "points: 3,32 lies outside"),
+        ("similarity", "--points 4,5 -1,3", "points: -1,3 lies outside"),
+        ("similarity", "--points 4", "points: '4' is no point; give x,y in pixels, as in 120,80"),
+        ("similarity", "--points 4,5,6", "points: '4,5,6' is no point"),
+        ("similarity", "--points 4.5,6", "points: '4.5,6' is no point"),
+        ("similarity", "--blocks=4", "block 4 does not exist: .* has blocks 1 to 3"),
+        ("similarity", "--blocks=1,1", "names a block twice"),
+        ("similarity", "--size=0", "size must be 1 or more"),
+        ("similarity", "--device=tpu", "device is 'tpu'"),
+        ("similarity", "--dots=3", "dots"),
+        ("pca", "--ckpt=null", "either --ckpt CKPT or --compare A B"),
+        ("pca", "--images=", "give --images"),
+        ("pca", "--out=a.jpg", "must end in .png, .pdf, .svg"),
+        ("pca", "--images={folder}/none", "no such folder"),
+        ("pca", "--blocks=4", "block 4 does not exist"),
+        ("pca", "--foreground=mask", "belong together"),
+        ("pca", "--ckpt=null --compare {folder}/vit", "compare needs two backbones"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    flags: str,
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    line = refusal(MAINS[command], words(folder, command, *flags.split()), capsys)
+    assert re.search(sentence, line), line
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.png"]
+
+
+@pytest.mark.parametrize(
+    ("command", "sentences"),
+    [
+        (
+            "attention_maps",
+            ["python eval/attention_maps.py --ckpt", "how much of the attention goes to CLS", ".png, .pdf or .svg"],
+        ),
+        (
+            "similarity",
+            ["python eval/similarity.py --ckpt", "--points 120,80 300,200", "pixels of the image", "its center"],
+        ),
+    ],
+)
+def test_help_says_what_is_wanted(command: str, sentences: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        MAINS[command](["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(sentence in text for sentence in sentences)
