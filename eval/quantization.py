@@ -16,7 +16,7 @@ cost less: the claim of arXiv 2605.25880, here for one checkpoint. Reported are
 
 The arithmetic is the simplest that hardware does fast: symmetric, rounded to nearest, one scale for each output channel
 of a weight and one for each layer's input, set by the largest magnitude in 64 training images; what is larger is cut.
-Products are summed without error. Neighbours, and the heads of segmentation, see features of the same arithmetic as the
+Products are summed without error. Neighbors, and the heads of segmentation, see features of the same arithmetic as the
 images they are asked about, so a drop is what remains after refitting. In a residual model the tokens after a block
 contain the skip path, which is never rounded: compare its layers, not its tokens, with a skipless one's. The patch
 embedding, norms, softmax and the products in attention stay in floating point, as is usual.
@@ -74,7 +74,7 @@ class Settings(EvaluationSettings):
     quick: QuickSettings = field(default_factory=QuickSettings)
     """Of the segmentation's protocol."""
     k: int = 20
-    """Neighbours that vote."""
+    """Neighbors that vote."""
     pool: Pooling = "cls"
     """The vector of an image: its CLS token, the mean of its patch tokens, or both side by side."""
     size: int = 224
@@ -122,8 +122,10 @@ def sqnr(exact: Tensor, quantized: Tensor) -> float:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The layers that are quantized, by name: four a block."""
-    found = {name: model.get_submodule(name) for i in range(len(model.blocks)) for name in _names(i)}  # type: ignore[arg-type]
-    return {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}
+    layers: dict[str, nn.Linear] = {}
+    for block in range(len(model.blocks)):  # type: ignore[arg-type]
+        layers |= {name: model.get_submodule(name) for name in _names(block)}  # type: ignore[misc]
+    return layers
 
 
 def _names(block: int) -> list[str]:
@@ -146,16 +148,16 @@ def inputs_seen(model: nn.Module, look: Callable[[str, Tensor], object]) -> Iter
 
 @torch.no_grad()
 def largest_inputs(backbone: Backbone, images: Tensor, batch_size: int = 16) -> dict[str, Tensor]:
-    """Largest magnitude at the input of each linear layer over some images [B, 3, S, S], scalars by name."""
-    found: dict[str, Tensor] = {}
+    """Largest magnitude at the input of each linear layer over images [B, 3, S, S], scalars by name."""
+    largest: dict[str, Tensor] = {}
 
     def look(name: str, x: Tensor) -> None:
-        found[name] = torch.maximum(found.get(name, x.new_zeros(())), x.abs().amax())
+        largest[name] = torch.maximum(largest.get(name, x.new_zeros(())), x.abs().amax())
 
     with inputs_seen(backbone.model, look):
         for batch in images.split(batch_size):
             backbone.features(batch)
-    return found
+    return largest
 
 
 @torch.no_grad()
@@ -185,7 +187,7 @@ def layer_errors(
     """Error of each layer by itself, and what has gathered after each block.
 
     Args:
-        images: normalised [B, 3, S, S]; others than those of `largest`, or the error looks smaller than it is.
+        images: normalized [B, 3, S, S]; others than those of `largest`, or the error looks smaller than it is.
 
     Returns:
         "layers": for each block {layer: SQNR in dB by scheme, in the order of `SCHEMES`; "kurtosis LAYER": of its
@@ -195,13 +197,13 @@ def layer_errors(
     inputs: dict[str, Tensor] = {}
     with inputs_seen(backbone.model, lambda name, x: inputs.__setitem__(name, x.clone())):
         exact = _tokens(backbone, images)
+    layers_by_name = linear_layers(backbone.model)
     layers: list[dict[str, Any]] = []
     for block in range(backbone.depth):
         row: dict[str, Any] = {}
         for short, name in zip(LAYERS, _names(block), strict=True):
-            layer, x = backbone.model.get_submodule(name), inputs[name]
-            assert isinstance(layer, nn.Linear)
-            weight, wide = layer.weight, layer.weight.abs().amax(1, keepdim=True)
+            x, weight = inputs[name], layers_by_name[name].weight
+            wide = weight.abs().amax(1, keepdim=True)
             # The bias is added without error and is no signal that the multiplication has to carry.
             row[short] = [
                 sqnr(x @ weight.T, round_to_bits(x, largest[name], a) @ round_to_bits(weight, wide, w).T)
@@ -222,8 +224,8 @@ def layer_errors(
 
 def _tokens(backbone: Backbone, images: Tensor) -> list[Tensor]:
     """CLS and patch tokens after each block, before the final norm, [B, 1 + N, D]."""
-    found = backbone.features(images, blocks=range(backbone.depth), norm=False)
-    return [torch.cat([f.cls[:, None], f.patches.flatten(1, 2)], dim=1) for f in found]
+    blocks = backbone.features(images, blocks=range(backbone.depth), norm=False)
+    return [torch.cat([block.cls[:, None], block.patches.flatten(1, 2)], dim=1) for block in blocks]
 
 
 def evaluate(settings: Settings) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Images and masks cut, resized and distorted together, as the protocols of linear segmentation want them.
 
 `scale_and_crop` is mmsegmentation's, which DINOv2 and DINOv3 train heads with; `resized_crop` is torchvision's, which
-Leopart and NeCo use. Masks are resized by nearest neighbour, images bilinearly: by OpenCV, which does not antialias
+Leopart and NeCo use. Masks are resized by nearest neighbor, images bilinearly: by OpenCV, which does not antialias
 (mmsegmentation), or by Pillow, which does (the others).
 """
 
@@ -70,7 +70,7 @@ def resize_image(image: np.ndarray, height: int, width: int, library: Library) -
 
 
 def resize_mask(mask: np.ndarray, height: int, width: int, library: Library = "pillow") -> np.ndarray:
-    """uint8 [H, W] -> uint8 [height, width], nearest neighbour: by Pillow the label at the center of each new pixel, by
+    """uint8 [H, W] -> uint8 [height, width], nearest neighbor: by Pillow the label at the center of each new pixel, by
     OpenCV, as mmcv does it, that at its upper left corner."""
     if library == "opencv":
         return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)

@@ -144,7 +144,7 @@ def _merged(parts: Tensor, picture: Tensor, inference: InferenceSettings) -> Ten
 
 
 def nearest_labels(masks: Tensor, size: Sequence[int]) -> Tensor:
-    """int64 labels at another size, by nearest neighbour."""
+    """int64 labels at another size, by nearest neighbor."""
     if tuple(masks.shape[1:]) == tuple(size):
         return masks
     return F.interpolate(masks[:, None].float(), tuple(size), mode="nearest")[:, 0].long()

@@ -150,14 +150,11 @@ def score_heads(
     for position in tqdm(mine, desc=title, unit="image", disable=rank() > 0):
         row = int(rows[position])
         mask = torch.from_numpy(images.read_matched_mask(int(image_of_row[row]))).to(device)
-        logits = [
-            of_head
-            for choice, head in zip(choices, heads, strict=True)
-            for of_head in head(features.read([row], choice).to(device)[0].flatten(0, 1)).unbind(1)  # [P, C]
-        ]
-        for number, of_head in enumerate(logits):
-            prediction = predict(of_head.T.unflatten(1, features.grid), mask.shape)
-            tally.add(number, position, mask, prediction)
+        logits: list[Tensor] = []  # [P, C] of each head
+        for choice, head in zip(choices, heads, strict=True):
+            logits += head(features.read([row], choice).to(device)[0].flatten(0, 1)).unbind(1)
+        for number, patches in enumerate(logits):
+            tally.add(number, position, mask, predict(patches.T.unflatten(1, features.grid), mask.shape))
     return tally.outcome()
 
 

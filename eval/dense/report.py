@@ -59,9 +59,9 @@ def report(result: dict[str, Any], how: str, published: str = "recipe") -> str:
         for entry in details["every_block"]:
             lines.append(f"| {entry['block']} | {100 * entry['miou']:.1f} | {100 * entry['pixel_accuracy']:.1f} |")
         lines.append("")
-    of_block = f" of block {details['blocks'][0]}" if "every_block" in details else ""
+    block = f" of block {details['blocks'][0]}" if "every_block" in details else ""
     empty = "; empty where a class is neither in truth nor in prediction" if None in details["iou"].values() else ""
-    lines += [f"IoU by class{of_block}{empty}:", ""]
+    lines += [f"IoU by class{block}{empty}:", ""]
     columns = 4
     cells = [f"{name} | {'' if iou is None else f'{100 * iou:.1f}'}" for name, iou in details["iou"].items()]
     lines += ["| " + " | ".join(["class | IoU"] * columns) + " |", "|" + "---|---:|" * columns]

@@ -63,12 +63,12 @@ def by_shape(network: Callable[[Tensor], Tensor], images: Sequence[Tensor], batc
         network: [B, 3, H, W] to [B, ...].
         images: [3, H, W], of any sizes.
     """
-    rows_of = defaultdict(list)
+    rows_of_shape = defaultdict(list)
     for row, image in enumerate(images):
-        rows_of[image.shape].append(row)
-    found: dict[int, Tensor] = {}
-    for rows in rows_of.values():
+        rows_of_shape[image.shape].append(row)
+    outputs: dict[int, Tensor] = {}
+    for rows in rows_of_shape.values():
         for first in range(0, len(rows), batch_size):
-            some = rows[first : first + batch_size]
-            found.update(zip(some, network(torch.stack([images[row] for row in some])), strict=True))
-    return [found[row] for row in range(len(images))]
+            batch = rows[first : first + batch_size]
+            outputs.update(zip(batch, network(torch.stack([images[row] for row in batch])), strict=True))
+    return [outputs[row] for row in range(len(images))]

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, make_context, refusal, run_group
+from helpers import make_context, refusal, run, run_group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.preprocessing import StandardScaler
@@ -388,9 +385,7 @@ def test_command_leaves_a_result_and_a_table(data: Path, ckpt: Path, tmp_path: P
     """Started from another folder, with relative paths, on class folders."""
     (tmp_path / "colors").symlink_to(data)
     flags = command(Path("colors"), ckpt, Path("cache"), "--out", "out", "--epochs=20", "--images-per-step=13")
-    script = [sys.executable, str(ROOT / "eval" / "linear.py"), *flags, "--learning-rates", "[0.01,0.1]"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(script, capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
+    done = run("skipless.eval.linear", [*flags, "--learning-rates", "[0.01,0.1]"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["linear.json", "linear.md"]
 

@@ -2,14 +2,13 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from helpers import refusal
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,6 +20,7 @@ from skipless.eval.quantization import (
     largest_inputs,
     layer_errors,
     linear_layers,
+    main,
     quantize,
     round_to_bits,
     sqnr,
@@ -28,8 +28,6 @@ from skipless.eval.quantization import (
 from skipless.ssl.model.initialization import PRESETS, skipless_init_
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.run.checkpoints import export_backbone
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -164,7 +162,9 @@ def test_interval_of_a_drop_in_miou() -> None:
     assert high - low < 4 * (alone[1] - alone[0])
 
 
-def test_command_reports_every_arithmetic(backbone: Backbone, tmp_path: Path) -> None:
+def test_command_reports_every_arithmetic(
+    backbone: Backbone, tiny_voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 6)):
         for i in range(count):
@@ -173,19 +173,19 @@ def test_command_reports_every_arithmetic(backbone: Backbone, tmp_path: Path) ->
             pixels = rng.integers(0, 60, (40, 44, 3), dtype=np.uint8) + np.uint8(0 if i % 2 else 190)
             Image.fromarray(pixels).save(folder / f"{i}.png")
     command = [
-        sys.executable, ROOT / "eval" / "quantization.py", f"--ckpt={tmp_path / 'run'}", "--size=32", "--k=3",
-        "--pool=mean", f"--data.root={tmp_path / 'data'}", f"--cache={tmp_path / 'cache'}", "--device=cpu",
-        f"--out={tmp_path / 'out'}",
+        f"--ckpt={tmp_path / 'run'}", "--size=32", "--k=3", "--pool=mean", f"--data.root={tmp_path / 'data'}",
+        f"--cache={tmp_path / 'cache'}", "--device=cpu",
     ]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    segmentation = ["--segmentation=voc12", f"--segmentation-root={tiny_voc}", "--quick.size=32", "--quick.epochs=2"]
+    main([*command, *segmentation, f"--out={tmp_path / 'out'}"])
     result = json.loads((tmp_path / "out" / "quantization.json").read_text())
     assert result["protocol"] == "data-quantization/3-nn-mean/32px"
-    assert list(result["details"]["knn"]) == ["float", "w8a8", "w4a8", "w4a4"]
+    assert (
+        list(result["details"]["knn"]) == list(result["details"]["segmentation"]) == ["float", "w8a8", "w4a8", "w4a4"]
+    )
     # Dark and light are told apart by anything, in any arithmetic.
     assert result["details"]["knn"]["w8a8"]["top1"] == 1
+    assert result["details"]["segmentation"]["float"]["drop"] == 0 < result["details"]["segmentation"]["float"]["miou"]
+    assert result["details"]["segmentation_images"] == [12, 4]
     assert "W4A4" in (tmp_path / "out" / "quantization.md").read_text()
-    wrong = subprocess.run(list(map(str, [*command[:-1], "--segmentation=voc12"])), capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert "segmentation-root" in wrong.stderr
-    assert len(wrong.stderr.strip().splitlines()) == 1
+    assert "segmentation-root" in refusal(main, [*command, "--segmentation=voc12"], capsys)

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +10,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, refusal, run_group, tiny_vit
-from hypothesis import given
-from hypothesis import strategies as st
+from helpers import ROOT, refusal, run, run_group, tiny_vit
 from PIL import Image
 from safetensors.torch import save_file
 
 from skipless.common import cli
-from skipless.datasets.labels.masks import VOID
-from skipless.eval.dense.labels import label_shares
 from skipless.eval.segmentation import Settings, changed_settings, evaluate, main, recipe
 
 NAMES = ("background", "aeroplane", "bicycle")
@@ -63,9 +57,7 @@ def measure(voc: Path, ckpt: Path, cache: Path, *more: object) -> dict[str, Any]
 
 def test_command_leaves_a_result_a_table_and_pictures(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
     flags = [*QUICK, "--every-block", "--batch-size", "3", "--seed=1", "--out", tmp_path / "out"]
-    script = [sys.executable, ROOT / "eval" / "segmentation.py", *command(voc, ckpt, cache, *flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, script)), capture_output=True, text=True, timeout=120, env=environment)
+    done = run("skipless.eval.segmentation", command(voc, ckpt, cache, *flags))
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == ["pictures.png", "segmentation.json", "segmentation.md"]
@@ -221,44 +213,6 @@ def test_setting_of_the_other_kind_of_protocol_is_refused(protocol: str, flag: s
     settings = parse([f"--protocol={protocol}", *SOURCE, flag])
     with pytest.raises(ValueError, match=f"has no effect on the protocol {protocol}"):
         changed_settings(settings)
-
-
-# Shares of labels -----------------------------------------------------------------------------------------------------
-
-
-def test_shares_by_hand() -> None:
-    """A row of 5 pixels on 2 patches: centers at 0.1, 0.3, 0.5, 0.7 and 0.9 of the side, and 0.5 belongs to the
-    second."""
-    shares = label_shares(np.array([[0, 1, 1, 1, VOID]], np.uint8), 1, 2, 2)
-    np.testing.assert_allclose(shares, [[[1 / 2, 1 / 2], [0, 2 / 3]]])
-    assert shares.dtype == np.float32
-    quarters = np.array([[0, 1, 2, 2], [1, 1, 2, 2], [0, 0, VOID, VOID], [0, 0, VOID, VOID]], np.uint8)
-    expected = [[[0.25, 0.75, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 0]]]
-    np.testing.assert_allclose(label_shares(quarters, 2, 2, 3), expected)
-
-
-def test_shares_of_a_mask_smaller_than_the_grid() -> None:
-    """Two pixels on five patches: their centers, at 1/4 and 3/4, lie in the second and in the fourth."""
-    shares = label_shares(np.array([[1, 0]], np.uint8), 1, 5, 2)
-    np.testing.assert_allclose(shares[0], [[0, 0], [0, 1], [0, 0], [1, 0], [0, 0]])
-
-
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 6), st.integers(1, 6), st.integers(0, 999))
-def test_shares_are_those_of_a_plain_loop(height: int, width: int, h: int, w: int, seed: int) -> None:
-    mask = np.random.default_rng(seed).choice([0, 1, 2, VOID], (height, width)).astype(np.uint8)
-    members: dict[tuple[int, int], list[int]] = {}
-    for y in range(height):
-        for x in range(width):
-            # Exact in integers: the center (y + 1/2) / height lies in patch row p when p / h <= it < (p + 1) / h.
-            row = next(p for p in range(h) if (2 * y + 1) * h < 2 * height * (p + 1))
-            column = next(p for p in range(w) if (2 * x + 1) * w < 2 * width * (p + 1))
-            members.setdefault((row, column), []).append(int(mask[y, x]))
-    shares = label_shares(mask, h, w, 3)
-    for row in range(h):
-        for column in range(w):
-            labels = members.get((row, column), [])
-            expected = [labels.count(label) / max(1, len(labels)) for label in range(3)]
-            np.testing.assert_allclose(shares[row, column], expected, rtol=1e-6)
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
