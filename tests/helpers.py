@@ -182,6 +182,19 @@ def color_pictures(count: int, seed: int) -> np.ndarray:
     return np.clip(colors[:, None, None] + noise, 0, 255).astype(np.uint8)
 
 
+def photo(height: int = 90, width: int = 120, seed: int = 0) -> np.ndarray:
+    """An image with colors of every kind, from smooth to noisy: uint8 [H, W, 3]."""
+    import cv2
+
+    rng = np.random.default_rng(seed)
+    layers = [
+        cv2.resize(rng.integers(0, 256, (side, side, 3), dtype=np.uint8), (width, height)).astype(np.float32)
+        for side in (3, 9, 40)
+    ]
+    mixed = layers[0] * 0.6 + layers[1] * 0.3 + layers[2] * 0.3
+    return cv2.normalize(mixed, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+
+
 def _main(module: str, words: list[str], folder: str, cwd: str, env: dict[str, str]) -> None:
     for number, name in ((1, "out"), (2, "err")):
         with open(Path(folder, name), "a") as file:

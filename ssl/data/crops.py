@@ -298,8 +298,6 @@ class CropDataset(Dataset[Sample]):
     """
 
     def __init__(self, images: ImageSource, crops: Crops, seed: int) -> None:
-        if seed < 0:
-            raise ValueError(f"seed is {seed}: it must be 0 or more")
         self.images = images
         self.crops = crops
         self.seed = seed

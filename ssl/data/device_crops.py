@@ -99,8 +99,6 @@ class DeviceCropDataset(Dataset[DrawnSample]):
     """
 
     def __init__(self, images: ImageSource, crops: Crops, seed: int, jpegs: bool) -> None:
-        if seed < 0:
-            raise ValueError(f"seed is {seed}: it must be 0 or more")
         self.images, self.crops, self.seed, self.jpegs = images, crops, seed, jpegs
         self.min_side = smallest_side(crops)
 

@@ -44,30 +44,22 @@ def whiten_patches_(proj: nn.Conv2d, images: Tensor, seed: int = 0, ridge: float
         The same layer.
 
     Raises:
-        ValueError: no such layer, a negative ridge, images of another shape or with values that are not finite, no
-            patches, or patches that are all the same.
+        ValueError: no such layer; images without a whole patch, with values that are not finite, or all the same.
 
     Example:
         >>> proj = whiten_patches_(nn.Conv2d(3, 8, 4, 4), torch.rand(16, 3, 32, 32))
         >>> tuple(proj(torch.rand(2, 3, 8, 8)).shape)
         (2, 8, 2, 2)
     """
-    if not isinstance(proj, nn.Conv2d):
-        raise ValueError(f"{type(proj)} is no patch embedding; give the layer, as in model.patch_embed.proj")
-    channels, inputs, *sides = proj.weight.shape
-    patch = (sides[0], sides[1])
-    plain = proj.stride == patch and proj.padding == (0, 0) and proj.dilation == (1, 1)
-    if inputs != 3 or proj.bias is None or not plain:
-        raise ValueError(f"{proj} cuts no images into patches, or has no bias; give the layer that does")
-    if ridge < 0:
-        raise ValueError(f"ridge is {ridge:g}; it must be 0 or more")
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not images.isfinite().all():
-        raise ValueError(
-            f"images are {images.dtype} of shape {tuple(images.shape)}; give normalized ones, [B, 3, H, W], all finite"
-        )
+    cuts_patches = isinstance(proj, nn.Conv2d) and proj.stride == proj.kernel_size
+    if not cuts_patches or (proj.in_channels, proj.padding, proj.dilation) != (3, (0, 0), (1, 1)) or proj.bias is None:
+        raise ValueError(f"{proj} is no patch embedding with a bias; give the layer, as in model.patch_embed.proj")
+    patch = (proj.kernel_size[0], proj.kernel_size[1])
+    if not images.isfinite().all():
+        raise ValueError("images hold values that are not finite")
     if not len(images) or images.shape[2] < patch[0] or images.shape[3] < patch[1]:
         raise ValueError(f"images of shape {tuple(images.shape)} hold no patch of {patch[0]} x {patch[1]} pixels")
-    values = 3 * patch[0] * patch[1]
+    channels, values = proj.out_channels, 3 * patch[0] * patch[1]
     total, products, count = torch.zeros(values).double(), torch.zeros(values, values).double(), 0
     for batch in images.split(64):
         patches = F.unfold(batch.cpu().double(), patch, stride=patch).mT.flatten(0, 1)
@@ -107,10 +99,8 @@ def sine_positions_(model: VisionTransformer, std: float = 0.5) -> VisionTransfo
         std: root mean square of all values. Beside whitened patches, of variance 1, ViT's usual 0.02 would be nothing.
 
     Raises:
-        ValueError: a width that is not divisible by 4, or another package's model.
+        ValueError: a width that is not divisible by 4.
     """
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"{type(model)} is of another package; give a skipless.ssl.model.vit.VisionTransformer")
     if model.dim % 4:
         raise ValueError(
             f"sines and cosines of rows and columns need a width divisible by 4, and dim is {model.dim}; "

@@ -94,12 +94,9 @@ def skipless_init_(
     if not depth_scale > 0:
         raise ValueError(f"depth_scale is {depth_scale:g}; it must be positive")
     blocks = block_weights(model)
-    for block in blocks:
+    for block in blocks if mlp == "mirrored" else ():
         hidden, d = block.first.weight.shape
-        if d % block.heads:
-            raise ValueError(f"{block.name}: width {d} is not divisible by {block.heads} heads")
-        if mlp == "mirrored":
-            _check_mirrored(d, hidden, block.activation, block.name)
+        _check_mirrored(d, hidden, block.activation, block.name)
     generator = torch.Generator().manual_seed(seed)
     for number, block in enumerate(blocks):
         hidden, d = block.first.weight.shape
@@ -146,16 +143,12 @@ def choose_beta(
         seed: of the initialization; the same seed and images give the same beta.
 
     Raises:
-        ValueError: a residual model, or another package's; or not even the largest candidate keeps that much.
+        ValueError: a residual model; or not even the largest candidate keeps that much.
 
     Example:
         beta = choose_beta(model, images, PRESETS["small"], seed=0)
         skipless_init_(model, **PRESETS["small"] | {"beta": beta}, seed=0)
     """
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(
-            f"{type(model)} is of another package; choose_beta reads skipless.ssl.model.vit.VisionTransformer alone"
-        )
     if model.architecture["residual"]:
         raise ValueError("the model is residual, and beta is of no consequence there; give one with residual=False")
     model, candidates = copy.deepcopy(model), sorted(betas)

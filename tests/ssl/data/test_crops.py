@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers import photo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,17 +28,6 @@ from skipless.ssl.data import crops as module
 from skipless.ssl.data.crops import CropDataset, Crops, View, apply_view, collate, color_jitter, draw_views, multicrop
 
 PLAIN = {"jitter_probability": 0, "gray_probability": 0, "blur_probability": (0, 0, 0), "solarize_probability": 0}
-
-
-def photo(height: int = 90, width: int = 120) -> np.ndarray:
-    """Colors of every kind, from smooth to noisy."""
-    rng = np.random.default_rng(0)
-    layers = [
-        cv2.resize(rng.integers(0, 256, (side, side, 3), dtype=np.uint8), (width, height)).astype(np.float32)
-        for side in (3, 9, 40)
-    ]
-    mixed = layers[0] * 0.6 + layers[1] * 0.3 + layers[2] * 0.3
-    return cv2.normalize(mixed, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
 
 
 def tensor(image: np.ndarray) -> torch.Tensor:
@@ -506,11 +496,6 @@ def test_loading_leaves_the_other_cores_alone(source: ImageSource) -> None:
     cv2.setNumThreads(4)
     CropDataset(source, SMALL, 0)[0, 0]
     assert cv2.getNumThreads() == 1
-
-
-def test_a_negative_seed_is_refused(source: ImageSource) -> None:
-    with pytest.raises(ValueError, match="seed is -1: it must be 0 or more"):
-        CropDataset(source, SMALL, -1)
 
 
 # Real photographs -----------------------------------------------------------------------------------------------------

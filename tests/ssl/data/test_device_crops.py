@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers import photo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -36,17 +37,6 @@ from skipless.ssl.data.device_crops import (
 CPU = torch.device("cpu")
 SMALL = Crops(global_crops_size=24, local_crops_size=12, local_crops_number=3)
 UNCHANGED = (1.0, 1.0, 1.0, 0.0)
-
-
-def photo(height: int = 90, width: int = 120, seed: int = 0) -> np.ndarray:
-    """Colors of every kind, from smooth to noisy."""
-    rng = np.random.default_rng(seed)
-    layers = [
-        cv2.resize(rng.integers(0, 256, (side, side, 3), dtype=np.uint8), (width, height)).astype(np.float32)
-        for side in (3, 9, 40)
-    ]
-    mixed = layers[0] * 0.6 + layers[1] * 0.3 + layers[2] * 0.3
-    return cv2.normalize(mixed, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
 
 
 def tensor(image: np.ndarray) -> Tensor:
@@ -376,11 +366,6 @@ def test_a_photograph_is_left_to_the_device_unless_it_is_halved(source: ImageSou
     assert dataset[0, 6].data.ndim == 1
     assert np.array_equal(dataset.sample((0, 6), jpegs=False).data, source.read(6))
     assert dataset[0, 6].parameters.shape == (2, 16)
-
-
-def test_a_negative_seed_is_refused(source: ImageSource) -> None:
-    with pytest.raises(ValueError, match="seed is -1: it must be 0 or more"):
-        DeviceCropDataset(source, SMALL, -1, jpegs=True)
 
 
 def test_the_test_picture_tells_right_crops_from_wrong_ones(monkeypatch: pytest.MonkeyPatch) -> None:

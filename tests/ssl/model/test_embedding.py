@@ -83,15 +83,13 @@ def test_seed_decides_and_the_global_state_does_not() -> None:
     ("layer", "images", "message"),
     [
         (nn.Conv2d(3, 8, 4, 4), torch.ones(4, 3, 8, 8), "the 16 patches of 4 images are all the same"),
-        (nn.Conv2d(3, 8, 4, 2), photographs(4), "cuts no images into patches"),
-        (nn.Conv2d(3, 8, 4, 4, padding=1), photographs(4), "cuts no images into patches"),
-        (nn.Conv2d(3, 8, 4, 4, bias=False), photographs(4), "has no bias"),
-        (nn.Conv2d(1, 8, 4, 4), photographs(4), "cuts no images into patches"),
-        (nn.Conv2d(3, 8, 4, 4, dilation=2), photographs(4), "cuts no images into patches"),
+        (nn.Conv2d(3, 8, 4, 2), photographs(4), "is no patch embedding"),
+        (nn.Conv2d(3, 8, 4, 4, padding=1), photographs(4), "is no patch embedding"),
+        (nn.Conv2d(3, 8, 4, 4, bias=False), photographs(4), "is no patch embedding with a bias"),
+        (nn.Conv2d(1, 8, 4, 4), photographs(4), "is no patch embedding"),
+        (nn.Conv2d(3, 8, 4, 4, dilation=2), photographs(4), "is no patch embedding"),
         (nn.Conv2d(3, 8, 4, 4), photographs(4)[:, :, :3], "hold no patch of 4 x 4 pixels"),
-        (nn.Conv2d(3, 8, 4, 4), photographs(4)[0], "give normalized ones"),
-        (nn.Conv2d(3, 8, 4, 4), photographs(4).byte(), "images are torch.uint8"),
-        (nn.Conv2d(3, 8, 4, 4), photographs(4) / 0, "all finite"),
+        (nn.Conv2d(3, 8, 4, 4), photographs(4) / 0, "not finite"),
         (nn.Conv2d(3, 8, 4, 4), photographs(4)[:0], "hold no patch of 4 x 4 pixels"),
     ],
 )
@@ -102,20 +100,16 @@ def test_what_cannot_be_whitened_is_named(layer: nn.Conv2d, images: Tensor, mess
     assert torch.equal(layer.weight, before)
 
 
-def test_a_model_in_place_of_its_layer_is_named() -> None:
+def test_a_model_in_place_of_its_layer_is_refused() -> None:
     model = VisionTransformer(8, 1, 2, patch=4, image_size=8)
-    with pytest.raises(ValueError, match="VisionTransformer'> is no patch embedding"):
+    with pytest.raises(ValueError, match="is no patch embedding"):
         whiten_patches_(model, torch.rand(4, 3, 8, 8))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="Conv2d'> is of another package"):
-        sine_positions_(nn.Conv2d(3, 8, 4, 4))  # type: ignore[arg-type]
 
 
 def test_gray_images_have_fewer_components_and_no_infinite_weights() -> None:
     gray = photographs().mean(1, keepdim=True).expand(-1, 3, -1, -1)
     proj = whiten_patches_(nn.Conv2d(3, 30, 4, 4), gray, ridge=0)
     assert torch.linalg.matrix_rank(proj.weight.flatten(1), tol=1e-4) == 16  # 4 x 4 values instead of 48
-    with pytest.raises(ValueError, match="ridge is -1"):
-        whiten_patches_(proj, gray, ridge=-1)
 
 
 def test_tokens_of_whitened_patches_differ_in_more_directions() -> None:
