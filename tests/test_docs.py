@@ -123,6 +123,10 @@ def test_there_are_commands_to_check() -> None:
     assert len(COMMANDS) > 150
 
 
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
 @pytest.mark.parametrize(("page", "words"), COMMANDS)
 @pytest.mark.usefixtures("only_parsed")
 def test_command_is_accepted(page: str, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
