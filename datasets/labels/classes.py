@@ -97,8 +97,8 @@ def class_folders(root: str | Path, split: str) -> LabeledSet:
     if path is None:
         if not root.is_dir():
             raise FileNotFoundError(f"{root}: no such folder; it should hold {split}/CLASS/ or {split}.zip")
-        there = sorted(p.name for p in root.iterdir() if p.is_dir() or p.suffix == ".zip")
-        named = ", ".join(there if len(there) <= 8 else [*there[:8], "..."]) or "no folders"
+        others = sorted(p.name for p in root.iterdir() if p.is_dir() or p.suffix == ".zip")
+        named = ", ".join(others if len(others) <= 8 else [*others[:8], "..."]) or "no folders"
         raise FileNotFoundError(f"{root / split}: no such split; {root} holds {named}")
     images = open_images(path)
     if images.labels is None:

@@ -92,12 +92,10 @@ def coco_stuff(root: str | Path, split: Literal["train", "val"], classes: Litera
     Every image needs its map and every map its image. Files NAME_labelTrainIds.png, which mmsegmentation writes beside
     the maps, are left out. The authors give colors to stuff only, so colors are `distinct_colors`.
 
-    Raises FileNotFoundError for a missing folder, image or map, ValueError for another split or number of classes.
+    Raises FileNotFoundError for a missing folder, image or map, ValueError for another split.
     """
     if split not in ("train", "val"):
         raise ValueError(f"COCO-Stuff has the splits train and val, not {split}")
-    if classes not in (27, 171):
-        raise ValueError(f"COCO-Stuff has 27 or 171 classes, not {classes}")
     root, folder = Path(root).expanduser(), f"{split}2017"
     images = _first_folder(root, "images", [f"images/{folder}", folder])
     zipped = "stuffthingmaps_trainval2017"
@@ -210,7 +208,7 @@ def _select(
         raise ValueError(
             f"{path}: cannot be read as COCO instances ({type(error).__name__}: {error}); give an instances file"
         ) from error
-    flags = tuple(np.zeros(len(of_image), bool) for of_image in boxes)
+    flags = tuple(np.zeros(len(objects), bool) for objects in boxes)
     return BoxSet(
         name,
         split,

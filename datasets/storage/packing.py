@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
-from skipless.common.files import whole_folder
+from skipless.common.files import holds_already, whole_folder
 from skipless.common.processes import available_cores, spread
 from skipless.datasets.images import ImageSource, UnreadableImage
 from skipless.datasets.storage.decode import decode
@@ -25,6 +25,7 @@ from skipless.datasets.storage.shards import INDEX, Shards, read_index, write_in
 from skipless.datasets.storage.tar import BLOCK, split_key
 
 QUALITY = 90
+UNREADABLE = "unreadable.txt"
 # Unreadable images, as a share of all, above which something else must be wrong, as a disk that fails. Ten may be.
 MOST_UNREADABLE = 0.01
 IMAGES_PER_TASK = 16
@@ -99,10 +100,11 @@ def write_shards(
         "quality": quality if short_side else None,
         "shard_size": shard_size,
     }
-    pack = _already_there(out, about)
-    if pack is not None:
+    if holds_already(out, INDEX, lambda path: read_index(str(path.parent))[1], about, "shards"):
         print(f"{out} already holds this pack: nothing to do", file=sys.stderr)
-        return pack
+        record = out / UNREADABLE
+        unreadable = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
+        return len(source) - len(unreadable), unreadable
     with whole_folder(out) as folder:
         tasks = -(-len(source) // IMAGES_PER_TASK)
         # Starting a process takes as long as some hundred images.
@@ -118,7 +120,7 @@ def write_shards(
                 f"{100 * MOST_UNREADABLE:g} %, the first being {unreadable[0]}; nothing was written"
             )
         if unreadable:
-            (folder / "unreadable.txt").write_text("\n".join(unreadable) + "\n", encoding="utf-8")
+            (folder / UNREADABLE).write_text("\n".join(unreadable) + "\n", encoding="utf-8")
         write_index(folder, shards, about)
     return len(shards.names), unreadable
 
@@ -203,23 +205,3 @@ def _close(archive: tarfile.TarFile) -> None:
     archive.close()
     with open(str(archive.name), "rb+") as file:
         os.fsync(file.fileno())
-
-
-def _already_there(out: Path, about: dict[str, Any]) -> tuple[int, list[str]] | None:
-    """What `write_shards` returned when it wrote this pack; None for a new or an empty folder; else ValueError."""
-    if not out.exists():
-        return None
-    if not out.is_dir():
-        raise ValueError(f"{out} is a file: shards are written as a folder; choose another path")
-    if not (out / INDEX).exists():
-        if any(out.iterdir()):
-            raise ValueError(f"{out} holds other files: choose a new or an empty folder")
-        return None
-    shards, earlier = read_index(str(out))
-    differing = [
-        f"{key} {earlier.get(key)} (asked for: {value})" for key, value in about.items() if earlier.get(key) != value
-    ]
-    if differing:
-        raise ValueError(f"{out} holds another pack, with {', '.join(differing)}: delete it, or choose another folder")
-    record = out / "unreadable.txt"
-    return len(shards.names), record.read_text(encoding="utf-8").splitlines() if record.exists() else []

@@ -20,17 +20,17 @@ def list_archive(path: Path) -> tuple[list[str], np.ndarray]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            found = {plain(info.filename): info for info in archive.infolist() if not info.is_dir()}
+            members = {plain(info.filename): info for info in archive.infolist() if not info.is_dir()}
     except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, ValueError, struct.error) as error:
         if path.suffix.lower() == ".zip":
             raise ValueError(f"{path}: damaged zip archive ({error})") from error
         raise ValueError(
             f"{path}: is a file, but not a zip archive; give a folder, a .zip or a .tar of images"
         ) from error
-    names = sorted(filter(is_image, found))
+    names = sorted(filter(is_image, members))
     table = []
     for name in names:
-        info = found[name]
+        info = members[name]
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(
                 f"{path}: {name} is encrypted or compressed by a method other than deflate; "

@@ -6,19 +6,21 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
-from skipless.common.files import whole_folder
+from skipless.common.files import holds_already, whole_folder
 from skipless.common.processes import available_cores, spread
 from skipless.datasets.labels.voc import voc_palette
 from skipless.datasets.synthetic.drawing import CLASSES, MIN_SIZE, Scene, render_scene
 
 # Raised with every change of the drawing, so that a folder made by an older one is never mistaken for a new one.
 VERSION = 2
+RECORD = "scenes.json"
 SPLITS = ("train", "val")
 SCENES_PER_TASK = 16
 PALETTE = voc_palette().ravel().tolist()
@@ -57,7 +59,7 @@ def write_scenes(
     root = Path(root).expanduser().resolve()
     counts = {"train": train, "val": val}
     settings = {"version": VERSION, "seed": seed, **counts, "size": size}
-    if _already_written(root, settings):
+    if holds_already(root, RECORD, _read_settings, settings, "scenes"):
         print(f"{root} already holds these scenes: nothing to do.", file=sys.stderr)
         return
     tasks = [
@@ -75,10 +77,10 @@ def write_scenes(
             _write_lists(folder / "VOCdevkit" / "VOC2012", counts)
             for done in spread(partial(_write_range, folder, size, seed), tasks, processes):
                 progress.update(done)
-            (folder / "scenes.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            (folder / RECORD).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     except OSError:
         # Another process (the next rank, say) may have written the same scenes meanwhile.
-        if not _already_written(root, settings):
+        if not holds_already(root, RECORD, _read_settings, settings, "scenes"):
             raise
 
 
@@ -96,34 +98,12 @@ def _write_lists(voc: Path, counts: dict[str, int]) -> None:
     (voc / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES), encoding="utf-8")
 
 
-def _already_written(root: Path, settings: dict[str, int]) -> bool:
-    """Whether `root` holds the scenes of `settings`; ValueError if it holds anything else."""
-    if not root.exists():
-        return False
-    if not root.is_dir():
-        raise ValueError(f"{root} is a file: scenes are written as a folder; choose another path.")
-    record = root / "scenes.json"
-    if not record.exists():
-        if any(root.iterdir()):
-            raise ValueError(f"{root} holds files other than scenes: choose a new or an empty folder.")
-        return False
+def _read_settings(record: Path) -> dict[str, Any]:
     try:
-        earlier = json.loads(record.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{record} cannot be read ({error}): delete {root} or choose another folder.") from error
-    if not isinstance(earlier, dict):
-        raise ValueError(f"{record} does not hold the settings of scenes: delete {root} or choose another folder.")
-    differing = [
-        f"{field} = {earlier.get(field)} (asked for: {value})"
-        for field, value in settings.items()
-        if earlier.get(field) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"{root} already holds scenes with {', '.join(differing)}: delete it, choose another folder, "
-            "or ask for the same settings."
-        )
-    return True
+        settings = json.loads(record.read_text(encoding="utf-8"))
+        return dict(settings.items())
+    except (ValueError, OSError, AttributeError) as error:
+        raise ValueError(f"{record} cannot be read ({error}): delete the folder, or choose another") from error
 
 
 def _save_mask(mask: npt.NDArray[np.uint8], path: Path) -> None:

@@ -105,9 +105,8 @@ def _distance(label: int, u: Float, v: Float) -> Float:
             return _heart_distance(u, v)
         case "spoked_gear":
             return np.hypot(u, v) - (0.82 + 0.14 * np.clip(2.5 * np.sin(8 * np.arctan2(v, u)), -1, 1))
-        case "speckled_ring":
+        case _:  # speckled_ring
             return np.abs(np.hypot(u, v) - 0.64) - 0.30
-    raise AssertionError(label)
 
 
 # Textures: a pattern in -1..1, soft at its edges, for points [h, w] in units of the texture's period.
@@ -150,10 +149,8 @@ def _texture(label: int, rng: np.random.Generator, x: Float, y: Float, period: f
         case "spoked_gear":
             spokes = rng.integers(6, 10)
             edge = (0.25 - _lattice(np.arctan2(y, x) * np.float32(spokes / (2 * np.pi)) + phase_x)) * 1.5
-        case "speckled_ring":
+        case _:  # speckled_ring
             return np.clip(4 * _noise(rng, x.shape, 4 + round(5 / period)), -1, 1)
-        case _:
-            raise AssertionError(label)
     return np.clip(10 * edge, -1, 1)
 
 

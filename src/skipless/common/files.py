@@ -40,6 +40,37 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def holds_already(folder: Path, record: str, read: Callable[[Path], Any], wanted: dict[str, Any], what: str) -> bool:
+    """Whether a folder was filled before by the same settings; False where it is new or empty.
+
+    Args:
+        record: file in it that tells the settings, `read` gets them from there.
+        wanted: the settings asked for.
+        what: the folder holds, for messages.
+
+    Raises ValueError for a file, and for a folder of anything else.
+    """
+    if not folder.exists():
+        return False
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file: {what} are written as a folder; choose another path")
+    if not (folder / record).exists():
+        if any(folder.iterdir()):
+            raise ValueError(f"{folder} holds other files: choose a new or an empty folder")
+        return False
+    earlier = read(folder / record)
+    differing = [
+        f"{field} {earlier.get(field)} (asked for: {value})"
+        for field, value in wanted.items()
+        if earlier.get(field) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} already holds {what} with {', '.join(differing)}: delete it, or choose another folder"
+        )
+    return True
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically."""
     write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
