@@ -1,14 +1,12 @@
 """Reading images from folders and archives: what is found, in which order, and which pixels come out."""
 
 import io
-import multiprocessing
 import os
 import pickle
 import struct
 import sys
 import types
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -388,19 +386,6 @@ def test_an_archive_reads_as_the_folder_it_holds(tmp_path: Path, method: int) ->
     assert np.array_equal(packed.labels, folder.labels)
     for index in range(len(folder)):
         assert np.array_equal(packed.read(index), folder.read(index))
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_an_archive_is_read_by_several_processes_at_once(tmp_path: Path, method: str) -> None:
-    if method not in multiprocessing.get_all_start_methods():
-        pytest.skip(f"no {method} on this system")
-    with zipfile.ZipFile(tmp_path / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for number in range(40):
-            archive.writestr(f"{number:02}.png", encode(np.full((9, 9, 3), number, np.uint8), "PNG"))
-    images = open_images(tmp_path / "images.zip")
-    images.read(0)  # so that anything kept open would be shared
-    with ProcessPoolExecutor(2, multiprocessing.get_context(method)) as pool:
-        assert [image[0, 0, 0] for image in pool.map(images.read, range(40))] == list(range(40))
 
 
 def test_an_archive_written_on_windows_has_the_same_names(tmp_path: Path) -> None:
