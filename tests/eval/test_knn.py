@@ -20,7 +20,6 @@ from sklearn.neighbors import KNeighborsClassifier
 import datasets as hf
 from skipless.common import cli
 from skipless.common.pixels import center_crop
-from skipless.common.precision import has_bf16
 from skipless.datasets.images import read_image
 from skipless.datasets.labels.classes import class_folders
 from skipless.eval.backbones import Backbone, choose_blocks, load_backbone
@@ -90,6 +89,12 @@ def test_vectors_without_length_are_like_nothing() -> None:
 def test_more_neighbors_than_there_are_is_an_error(k: int) -> None:
     with pytest.raises(ValueError, match=f"k is {k}, and there are 3 vectors to choose from"):
         nearest(np.eye(3), np.eye(3), k)
+
+
+def test_without_faiss_nothing_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ValueError, match="faiss-cpu"):
+        nearest(np.eye(3), np.eye(3), 1)
 
 
 # Votes ----------------------------------------------------------------------------------------------------------------
@@ -236,14 +241,6 @@ def test_a_vector_that_no_loss_has_seen_is_named(
         assert (f"--pool {trained} measures" in said) == expected
 
 
-def test_every_block_gives_what_each_block_gives_alone(data: Path, ckpt: Path, cache: Path) -> None:
-    together = evaluate(cli.parse(Settings, command(data, ckpt, cache, "--every-block")))["details"]["every_block"]
-    for entry in together:
-        alone = evaluate(cli.parse(Settings, command(data, ckpt, cache, f"--blocks={entry['block']}")))
-        assert alone["details"]["blocks"] == [entry["block"]]
-        assert alone["value"] == entry["top1"]
-
-
 def test_figures_are_of_the_labels_not_of_chance(data: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
     """With the classes of the training images renamed in a circle, every hit is a miss."""
     arrays = "--data.name=arrays"
@@ -252,12 +249,6 @@ def test_figures_are_of_the_labels_not_of_chance(data: Path, ckpt: Path, cache: 
         with np.load(data / f"{split}.npz") as file:
             np.savez(tmp_path / f"{split}.npz", images=file["images"], labels=(file["labels"] + shift) % 3)
     assert evaluate(cli.parse(Settings, command(tmp_path, ckpt, cache, arrays)))["value"] < 0.2
-
-
-def test_untrained_weights_are_others(data: Path, ckpt: Path, cache: Path) -> None:
-    found = evaluate(cli.parse(Settings, command(data, ckpt, cache, "--untrained", "--seed=3")))
-    assert found["checkpoint"]["path"] == f"untrained twin of {ckpt}"
-    assert found["checkpoint"]["sha256"] != load_backbone(ckpt).sha256
 
 
 def test_images_that_find_themselves_are_warned_of(
@@ -300,25 +291,17 @@ def test_defaults_are_the_published_ones() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--data.root=/nowhere"], ["/nowhere: no such folder"]),
         (["--data.split=tset"], ["tset: no such split", "holds train, val"]),
         (["--data.name=arrays", "--data.split=tset"], ["tset.npz: no such file"]),
         (["--data.name=cifar10"], ["CIFAR-10's Python version is not there"]),
         (["--data.name=huggingface"], ["datasets cannot load this"]),
-        (["--data.name=imagenet"], ["data.name", "imagenet"]),
-        (["--ckpt=/nowhere/vit.pth"], ["/nowhere/vit.pth", "no such checkpoint"]),
         (["--k=[31]"], ["k is 31, and", "train has 30 images", "--k 20"]),
         (["--k=[]"], ["k and size must be 1 or more"]),
         (["--k=[5,0]"], ["k and size must be 1 or more"]),
         (["--size=0"], ["k and size must be 1 or more"]),
         (["--temperature=0"], ["temperature above 0"]),
         (["--temperature=.nan"], ["temperature above 0"]),
-        (["--workers=-1"], ["workers and seed 0 or more"]),
-        (["--blocks=3"], ["block 3 does not exist", "1 to 2"]),
-        (["--blocks=1", "--every-block"], ["every-block", "leave out blocks"]),
         (["--pool=max"], ["pool", "max"]),
-        (["--device=tpu"], ["device is 'tpu'"]),
-        (["--neighbors=3"], ["neighbors"]),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_exit_code_2(
@@ -349,66 +332,6 @@ def test_unreadable_image_is_named(data: Path, ckpt: Path, tmp_path: Path, capsy
     last = refusal(main, command(tmp_path, ckpt, tmp_path / "cache", "--k=[1]", "--out", tmp_path / "out"), capsys)
     assert "val/b/1.png: the content is not that of" in last
     assert not (tmp_path / "out").exists()
-
-
-def test_without_faiss_a_sentence_says_what_to_install(
-    data: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before features are computed."""
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    assert "pip install faiss-cpu" in refusal(main, command(data, ckpt, tmp_path / "cache"), capsys)
-    assert not (tmp_path / "cache").exists()
-    with pytest.raises(ValueError, match="faiss-cpu"):
-        nearest(np.eye(3), np.eye(3), 1)
-
-
-def test_other_results_are_kept(
-    data: Path, ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = command(data, ckpt, cache, "--out", tmp_path / "out")
-    main([*flags, "--k=[3]"])
-    before = (tmp_path / "out" / "knn.json").read_bytes()
-    assert "holds another result (" in refusal(main, flags, capsys)
-    assert (tmp_path / "out" / "knn.json").read_bytes() == before
-    main([*flags, "--k=[3]", "--batch-size=2"])
-
-
-def test_the_precision_is_recorded_and_results_without_one_are_of_float32(
-    data: Path, ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out" / "knn.json"
-    flags = command(data, ckpt, cache, "--out", tmp_path / "out", "--k=[3]")
-    main(flags)
-    result = json.loads(out.read_text())
-    assert result["settings"]["precision"] == result["precision"] == "fp32"
-    del result["settings"]["precision"], result["precision"]
-    out.write_text(json.dumps(result))
-    main([*flags, "--precision=fp32"])
-    if not has_bf16(torch.device("cpu")):
-        return  # bf16 would be the same there
-    refused = refusal(main, [*flags, "--precision=bf16"], capsys)
-    assert "holds another result (" in refused
-    assert "which differs in precision: give another --out" in refused
-    main([*flags[: flags.index("--out")], "--out", str(tmp_path / "low"), "--k=[3]", "--precision=bf16"])
-    low = json.loads((tmp_path / "low" / "knn.json").read_text())
-    assert low["settings"]["precision"] == "bf16"
-    assert low["precision"] == "fp32, products of linear layers in bf16"
-    assert low["protocol"] == result["protocol"] + "/bf16"
-
-
-def test_help_says_what_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--help"])
-    assert ended.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for words in (
-        "python eval/knn.py --ckpt",
-        "exp(similarity / 0.07)",
-        "train/CLASS/*.jpg",
-        "save_to_disk",
-        "20 10",
-    ):
-        assert words in text
 
 
 # Real photographs -----------------------------------------------------------------------------------------------------

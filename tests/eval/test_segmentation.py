@@ -93,18 +93,6 @@ def test_command_leaves_a_result_a_table_and_pictures(voc: Path, ckpt: Path, cac
         assert min(picture.size) > 200
 
 
-def test_every_block_gives_what_each_block_gives_alone(voc: Path, ckpt: Path, cache: Path) -> None:
-    together = measure(voc, ckpt, cache, *QUICK, "--every_block")
-    entries = together["details"]["every_block"]
-    assert [entry["block"] for entry in entries] == [1, 2]
-    assert entries[-1]["miou"] == together["value"]
-    assert entries[0]["miou"] != entries[1]["miou"]
-    for entry in entries:
-        alone = measure(voc, ckpt, cache, *QUICK, f"--blocks={entry['block']}")
-        assert alone["value"] == pytest.approx(entry["miou"], abs=1e-9)
-        assert alone["details"]["blocks"] == [entry["block"]]
-
-
 def test_same_seed_same_result(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
     """Also with features from the cache, and with other batches of the backbone."""
     flags = [*QUICK, "--blocks=last4"]
@@ -138,17 +126,16 @@ def test_figures_are_of_the_labels_not_of_chance(voc: Path, ckpt: Path, cache: P
     assert measure(data, ckpt, cache, *QUICK)["value"] < 0.4
 
 
-def test_two_processes_are_as_good_as_one(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
-    """Same heads, same running statistics, same counts: with void pixels that are unevenly spread, too."""
-    for name, flags in (("quick", QUICK), ("mmseg", SHORT)):
-        words = command(voc, ckpt, tmp_path / "cache", *flags, "--seed=5", "--out", tmp_path / name)
-        run_group("skipless.eval.segmentation", words)
-        two = json.loads((tmp_path / name / "segmentation.json").read_text())
-        one = measure(voc, ckpt, cache, "--out", tmp_path / f"one_{name}", *flags, "--seed=5")
-        assert (two["processes"], one["processes"]) == (2, 1)
-        assert two["value"] == pytest.approx(one["value"], abs=2e-3)
-        assert two["details"]["pixel_accuracy"] == pytest.approx(one["details"]["pixel_accuracy"], abs=2e-3)
-    heads = [torch.load(tmp_path / name / "head.pt", weights_only=True) for name in ("mmseg", "one_mmseg")]
+def test_two_processes_train_the_head_of_one(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+    """Same head, same running statistics, same counts: with void pixels that are unevenly spread, too."""
+    words = command(voc, ckpt, cache, *SHORT, "--seed=5", "--out", tmp_path / "two")
+    run_group("skipless.eval.segmentation", words)
+    two = json.loads((tmp_path / "two" / "segmentation.json").read_text())
+    one = measure(voc, ckpt, cache, "--out", tmp_path / "one", *SHORT, "--seed=5")
+    assert (two["processes"], one["processes"]) == (2, 1)
+    assert two["value"] == pytest.approx(one["value"], abs=2e-3)
+    assert two["details"]["pixel_accuracy"] == pytest.approx(one["details"]["pixel_accuracy"], abs=2e-3)
+    heads = [torch.load(tmp_path / name / "head.pt", weights_only=True) for name in ("two", "one")]
     torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-4)
 
 
@@ -176,17 +163,10 @@ def test_printed_settings_are_those_of_the_protocol(capsys: pytest.CaptureFixtur
     assert printed["training"]["optimizer"]["iterations"] is None
 
 
-def test_other_blocks_are_named_in_the_id_and_other_results_are_kept(
-    voc: Path, ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = [*QUICK, "--out", tmp_path / "out"]
-    result = measure(voc, ckpt, cache, *flags, "--blocks=1,2")
+def test_other_blocks_are_named_in_the_id(voc: Path, ckpt: Path, cache: Path) -> None:
+    result = measure(voc, ckpt, cache, *QUICK, "--blocks=1,2")
     assert result["protocol"] == "voc12-linear/quick/blocks-1-2 (changed)"
     assert "training" not in result["settings"]
-    before = (tmp_path / "out" / "segmentation.json").read_bytes()
-    line = refusal(main, command(voc, ckpt, cache, *flags), capsys)
-    assert "holds another result (voc12-linear/quick/blocks-1-2 (changed) of " in line
-    assert (tmp_path / "out" / "segmentation.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -223,21 +203,13 @@ def test_setting_of_the_other_kind_of_protocol_is_refused(protocol: str, flag: s
     [
         (["--data.root=/nowhere/VOCdevkit"], ["/nowhere/VOCdevkit", "no such folder"]),
         (["--data.root={empty}"], ["{empty}", "holds no PASCAL VOC 2012"]),
-        (["--data.name=voc07"], ["data.name", "voc07", "voc12"]),
         (["--data.split=tset"], ["tset.txt", "train, val"]),
-        (["--ckpt=/nowhere/vit.pth"], ["/nowhere/vit.pth", "no such checkpoint"]),
         (["--protocol=mmsg"], ["protocol", "mmsg", "neco"]),
-        (["--blocks=99"], ["block 99 does not exist", "1 to 2"]),
         (["--blocks=0"], ["block 0 does not exist"]),
-        (["--blocks=first"], ["'first'", "last4"]),
-        (["--blocks=1,2,1"], ["names a block twice"]),
-        (["--blocks=1", "--every-block"], ["every-block", "leave out blocks"]),
         (["--quick.sise=64"], ["sise"]),
         (["--quick.size=0"], ["quick.size"]),
         (["--training.inference.stride=999"], ["training.inference.stride is 999"]),
         (["--training.head.dropout=0.1"], ["training.head.dropout has no effect on the protocol quick"]),
-        (["--workers=-1"], ["workers and seed 0 or more"]),
-        (["--device=tpu"], ["device is 'tpu'"]),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_exit_code_2(
