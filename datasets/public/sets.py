@@ -12,9 +12,8 @@ from skipless.datasets.labels.ade20k import ade20k
 from skipless.datasets.labels.classes import class_folders
 from skipless.datasets.labels.coco import coco20k, coco_boxes, coco_stuff
 from skipless.datasets.labels.counts import BOX_COUNTS, COUNTS
-from skipless.datasets.labels.masks import list_folder
 from skipless.datasets.labels.voc import voc_boxes, voc_segmentation
-from skipless.datasets.public import archives, building, counting
+from skipless.datasets.public import archives, builders, counters
 from skipless.datasets.public.downloads import Archive
 
 
@@ -50,95 +49,77 @@ class DataSet:
 _COCO_TERMS = "https://cocodataset.org/#termsofuse"
 IMAGENET_TERMS = "https://www.image-net.org/download.php"
 _VOC_TERMS = "http://host.robots.ox.ac.uk/pascal/VOC"  # "Database Rights" of each year
+_SBD_TERMS = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
+
+_PRETRAIN = "python ssl/pretrain.py --config configs/imagenette_cpu.yaml --data.path {root}"
+
+
+def _counts(name: str, *splits: str) -> dict[str, int]:
+    return {split: COUNTS[name, split] for split in splits}
 
 
 def _annotations(name: str, archive: Archive, disk: float) -> Part:
     file = f"annotations/instances_{name}.json"
-    return Part(f"coco/{file}", (archive,), disk, building.build_folder(file), counting.count_file, {"annotations": 1})
+    return Part(f"coco/{file}", (archive,), disk, builders.folder(file), counters.file, {"annotations": 1})
 
 
+def _open_classes(name: str) -> Callable[[Path], object]:
+    return lambda root: [class_folders(root / name, split) for split in ("train", "val")]
+
+
+def _open_voc12(root: Path) -> object:
+    masks = [voc_segmentation(root / "VOCdevkit", split) for split in ("train", "val", "trainaug")]
+    return masks, voc_boxes(root / "VOCdevkit", "trainval", 2012)
+
+
+# fmt: off
 _VAL2017 = Part(
-    "coco/val2017",
-    (archives.COCO_VAL2017,),
-    0.83e9,
-    building.build_folder("val2017"),
-    counting.count_images("val2017"),
-    {"val2017": COUNTS["coco", "val2017"]},
+    "coco/val2017", (archives.COCO_VAL2017,), 0.83e9, builders.folder("val2017"), counters.images("val2017"),
+    _counts("coco", "val2017"),
 )
-
 
 DATA_SETS = {
     "voc07": DataSet(
         f"{_VOC_TERMS}/voc2007/",
         (
             Part(
-                "VOCdevkit/VOC2007",
-                (archives.VOC07_TRAINVAL, archives.VOC07_TEST),
-                1.0e9,
-                building.build_voc(2007),
-                counting.count_voc(trainval="Main", test="Main"),
-                {split: COUNTS["voc07", split] for split in ("trainval", "test")},
+                "VOCdevkit/VOC2007", (archives.VOC07_TRAINVAL, archives.VOC07_TEST), 1.0e9, builders.voc(2007),
+                counters.voc(trainval="Main", test="Main"), _counts("voc07", "trainval", "test"),
             ),
         ),
         lambda root: [voc_boxes(root / "VOCdevkit", split, 2007) for split in ("trainval", "test")],
         "python eval/discovery.py --method tokencut --ckpt RUN --data.name voc07 --data.root {root}/VOCdevkit",
     ),
     "voc12": DataSet(
-        f"{_VOC_TERMS}/voc2012/ and https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/",
+        f"{_VOC_TERMS}/voc2012/ and {_SBD_TERMS}",
         (
             Part(
-                building.VOC12,
-                (archives.VOC12_TRAINVAL,),
-                2.1e9,
-                building.build_voc(2012),
-                counting.count_voc(train="Segmentation", val="Segmentation", trainval="Main"),
-                {
-                    "train": COUNTS["voc12", "train"],
-                    "val": COUNTS["voc12", "val"],
-                    "trainval": BOX_COUNTS["voc12", "trainval"],
-                },
+                builders.VOC12, (archives.VOC12_TRAINVAL,), 2.1e9, builders.voc(2012),
+                counters.voc(train="Segmentation", val="Segmentation", trainval="Main"),
+                _counts("voc12", "train", "val") | {"trainval": BOX_COUNTS["voc12", "trainval"]},
             ),
             Part(
-                building.AUGMENTED,
-                (archives.SBD,),
-                0.15e9,
-                building.build_augmented,
-                lambda place, root: {"masks": sum(name.endswith(".png") for name in list_folder(place))},
+                builders.AUGMENTED, (archives.SBD,), 0.15e9, builders.augmented, counters.images("masks", ".png"),
                 {"masks": 11355},  # 8,498 of SBD's train and 2,857 of its val
             ),
             Part(
-                building.TRAINAUG,
-                (),
-                0.2e6,
-                building.build_trainaug,
-                counting.count_names("trainaug"),
-                {"trainaug": COUNTS["voc12", "trainaug"]},
+                builders.TRAINAUG, (), 0.2e6, builders.trainaug, counters.names("trainaug"),
+                _counts("voc12", "trainaug"),
             ),
         ),
-        lambda root: [
-            *(voc_segmentation(root / "VOCdevkit", split) for split in ("train", "val", "trainaug")),
-            voc_boxes(root / "VOCdevkit", "trainval", 2012),
-        ],
+        _open_voc12,
         "python eval/segmentation.py --protocol quick --ckpt RUN --data.name voc12 --data.root {root}/VOCdevkit",
     ),
     "coco20k": DataSet(
         _COCO_TERMS,
         (
             Part(
-                f"coco/{archives.COCO20K_NAMES.name}",
-                (archives.COCO20K_NAMES,),
-                0.9e6,
-                building.build_names,
-                counting.count_names("names"),
-                {"names": COUNTS["coco20k", "train2014"]},
+                f"coco/{archives.COCO20K_NAMES.name}", (archives.COCO20K_NAMES,), 0.9e6, builders.names,
+                counters.names("names"), {"names": COUNTS["coco20k", "train2014"]},
             ),
             Part(
-                "coco/train2014",
-                (archives.COCO_TRAIN2014,),
-                3.3e9,
-                building.build_coco20k,
-                counting.count_coco20k,
-                {"train2014": COUNTS["coco20k", "train2014"]},
+                "coco/train2014", (archives.COCO_TRAIN2014,), 3.3e9, builders.coco20k, counters.coco20k,
+                _counts("coco20k", "train2014"),
             ),
             _annotations("train2014", archives.COCO_BOXES2014, 0.34e9),
         ),
@@ -156,36 +137,24 @@ DATA_SETS = {
         f"{_COCO_TERMS} and https://github.com/nightrome/cocostuff#licensing",
         (
             Part(
-                "coco/train2017",
-                (archives.COCO_TRAIN2017,),
-                19.6e9,
-                building.build_folder("train2017"),
-                counting.count_images("train2017"),
-                {"train2017": COUNTS["coco", "train2017"]},
+                "coco/train2017", (archives.COCO_TRAIN2017,), 19.6e9, builders.folder("train2017"),
+                counters.images("train2017"), _counts("coco", "train2017"),
             ),
             _VAL2017,
             Part(
-                "coco/stuffthingmaps",
-                (archives.COCO_STUFF_MAPS,),
-                1.0e9,
-                building.build_stuff,
-                counting.count_stuff,
-                {split: COUNTS["coco-stuff-27", split] for split in ("train", "val")},
+                "coco/stuffthingmaps", (archives.COCO_STUFF_MAPS,), 1.0e9, builders.stuff, counters.stuff,
+                _counts("coco-stuff-27", "train", "val"),
             ),
         ),
         lambda root: [coco_stuff(root / "coco", "train", 27), coco_stuff(root / "coco", "val", 171)],
         "python eval/clustering.py --ckpt RUN --data.name coco-stuff-27 --data.root {root}/coco",
     ),
     "ade20k": DataSet(
-        "https://groups.csail.mit.edu/vision/datasets/archives.ADE20K/terms/",
+        "https://groups.csail.mit.edu/vision/datasets/ADE20K/terms/",
         (
             Part(
-                "ADEChallengeData2016",
-                (archives.ADE20K,),
-                1.1e9,
-                building.build_folder("ADEChallengeData2016"),
-                counting.count_ade20k,
-                {split: COUNTS["ade20k", split] for split in ("train", "val")},
+                "ADEChallengeData2016", (archives.ADE20K,), 1.1e9, builders.folder("ADEChallengeData2016"),
+                counters.ade20k, _counts("ade20k", "train", "val"),
             ),
         ),
         lambda root: [ade20k(root, "train"), ade20k(root, "val")],
@@ -196,56 +165,38 @@ DATA_SETS = {
         f"https://github.com/fastai/imagenette and, for the photographs, {IMAGENET_TERMS}",
         (
             Part(
-                "imagenette",
-                (archives.IMAGENETTE,),
-                0.38e9,
-                building.build_folder("imagenette2-320"),
-                counting.count_classes("train", "val"),
-                {"train": 9469, "val": 3925},
+                "imagenette", (archives.IMAGENETTE,), 0.38e9, builders.folder("imagenette2-320"),
+                counters.classes("train", "val"), {"train": 9469, "val": 3925},
             ),
         ),
-        lambda root: [class_folders(root / "imagenette", split) for split in ("train", "val")],
-        "python ssl/pretrain.py --config configs/imagenette_cpu.yaml --data.path {root}/imagenette/train "
-        "--out runs/imagenette",
+        _open_classes("imagenette"),
+        f"{_PRETRAIN}/imagenette/train --out runs/imagenette",
     ),
     "tiny-imagenet": DataSet(
         IMAGENET_TERMS,
         (
             Part(
-                "tiny-imagenet",
-                (archives.TINY_IMAGENET,),
-                0.5e9,
-                building.build_tiny_imagenet,
-                counting.count_classes("train", "val"),
-                {"train": 100_000, "val": 10_000},
+                "tiny-imagenet", (archives.TINY_IMAGENET,), 0.5e9, builders.tiny_imagenet,
+                counters.classes("train", "val"), {"train": 100_000, "val": 10_000},
             ),
         ),
-        lambda root: [class_folders(root / "tiny-imagenet", split) for split in ("train", "val")],
-        "python ssl/pretrain.py --config configs/imagenette_cpu.yaml --data.path {root}/tiny-imagenet/train "
-        "--out runs/tiny-imagenet",
+        _open_classes("tiny-imagenet"),
+        f"{_PRETRAIN}/tiny-imagenet/train --out runs/tiny-imagenet",
     ),
     "imagenet": DataSet(
         IMAGENET_TERMS,
         (
             # The smaller one first: a damaged devkit is found in minutes.
             Part(
-                "imagenet/val",
-                (archives.IMAGENET_VAL, archives.IMAGENET_DEVKIT),
-                6.9e9,
-                building.build_imagenet_val,
-                counting.count_classes("val"),
-                {"val": 50_000},
+                "imagenet/val", (archives.IMAGENET_VAL, archives.IMAGENET_DEVKIT), 6.9e9, builders.imagenet_val,
+                counters.classes("val"), {"val": 50_000},
             ),
             Part(
-                "imagenet/train",
-                (archives.IMAGENET_TRAIN,),
-                151e9,
-                building.build_imagenet_train,
-                counting.count_classes("train"),
+                "imagenet/train", (archives.IMAGENET_TRAIN,), 151e9, builders.imagenet_train, counters.classes("train"),
                 {"train": 1_281_167},
             ),
         ),
-        lambda root: [class_folders(root / "imagenet", split) for split in ("train", "val")],
+        _open_classes("imagenet"),
         "torchrun --nproc-per-node 8 ssl/pretrain.py --config configs/vits16_skipless_soap.yaml --data.path "
         "{root}/imagenet/train --out runs/imagenet",
     ),

@@ -12,19 +12,9 @@ import numpy.typing as npt
 # float32 throughout; numpy's annotations widen what mixes it with Python numbers.
 Float = npt.NDArray[np.floating]
 
-CLASSES: tuple[str, ...] = (
-    "striped_disc",
-    "checkered_square",
-    "dotted_triangle",
-    "ringed_star",
-    "zigzag_cross",
-    "bricked_hexagon",
-    "woven_crescent",
-    "marbled_heart",
-    "spoked_gear",
-    "speckled_ring",
+CLASSES = tuple(
+    ["striped_disc", "checkered_square", "dotted_triangle", "ringed_star", "zigzag_cross", "bricked_hexagon", "woven_crescent", "marbled_heart", "spoked_gear", "speckled_ring"]
 )
-
 MIN_SIZE = 32
 
 # Visible share of an object's full area, image border and occluders taken together.

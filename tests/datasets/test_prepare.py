@@ -28,7 +28,7 @@ from skipless.datasets.labels.coco import coco20k, coco_stuff
 from skipless.datasets.labels.counts import BOX_COUNTS, COUNTS
 from skipless.datasets.labels.voc import voc_boxes, voc_segmentation
 from skipless.datasets.prepare import Settings, main, prepare
-from skipless.datasets.public import building, downloads
+from skipless.datasets.public import builders, downloads
 from skipless.datasets.public.downloads import DamagedArchive
 from skipless.datasets.public.sets import DATA_SETS, DataSet, Part
 from skipless.eval import classification, clustering, discovery, segmentation
@@ -538,7 +538,7 @@ def test_stopped_while_unpacking(
     monkeypatch.setitem(DATA_SETS, "voc07", table["voc07"])
     monkeypatch.setattr(command, "download", download_from(tmp_path / "site"))
     arguments = ["voc07", "--root", str(tmp_path / "data"), "--mirror", "http://site"]
-    unpack = building.unpack
+    unpack = builders.unpack
     with monkeypatch.context() as patch:
 
         def stop_at_second(path: Path, *rest: object) -> None:
@@ -546,7 +546,7 @@ def test_stopped_while_unpacking(
             if "test" in path.name:
                 raise KeyboardInterrupt
 
-        patch.setattr(building, "unpack", stop_at_second)
+        patch.setattr(builders, "unpack", stop_at_second)
         with pytest.raises(SystemExit) as caught:
             main(arguments)
     assert caught.value.code == 130
@@ -664,5 +664,5 @@ def test_annotations_cannot_move_files_elsewhere(tmp_path: Path, line: str) -> N
         packed.writestr("tiny-imagenet-200/val/images/authorized_keys", b"x")
     (tmp_path / "work").mkdir()
     with pytest.raises(DamagedArchive, match=r"names .* of class"):
-        building.build_tiny_imagenet([archive], tmp_path / "work", tmp_path)
+        builders.tiny_imagenet([archive], tmp_path / "work", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.zip", "work"}

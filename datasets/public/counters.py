@@ -11,56 +11,52 @@ from skipless.datasets.labels.masks import list_folder, read_names
 from skipless.datasets.public.archives import COCO20K_NAMES
 
 
-def count_voc(**splits: str) -> Callable[[Path, Path], dict[str, int]]:
+def voc(**splits: str) -> Callable[[Path, Path], dict[str, int]]:
     """Counts the names in ImageSets/FOLDER/SPLIT.txt whose image is there, and annotation or mask."""
 
-    def count(place: Path, root: Path) -> dict[str, int]:
+    def counted(place: Path, root: Path) -> dict[str, int]:
         images = list_folder(place / "JPEGImages")
         labels = {
             "Main": {name.replace(".xml", ".jpg") for name in list_folder(place / "Annotations")},
             "Segmentation": {name.replace(".png", ".jpg") for name in list_folder(place / "SegmentationClass")},
         }
         return {
-            split: count_listed(place / "ImageSets" / lists / f"{split.partition(' ')[0]}.txt", images & labels[lists])
+            split: _listed(place / "ImageSets" / lists / f"{split}.txt", images & labels[lists])
             for split, lists in splits.items()
         }
 
-    return count
+    return counted
 
 
-def count_listed(path: Path, images: set[str]) -> int:
+def _listed(path: Path, images: set[str]) -> int:
     """How many of the names in a list, with or without folder and .jpg, are among images, which have .jpg."""
     names = read_names(path) if path.is_file() else ()
     return sum(f"{name.rpartition('/')[2].removesuffix('.jpg')}.jpg" in images for name in names)
 
 
-def count_names(split: str) -> Callable[[Path, Path], dict[str, int]]:
+def names(split: str) -> Callable[[Path, Path], dict[str, int]]:
     return lambda place, root: {split: len(read_names(place))}
 
 
-def count_jpg(place: Path, split: str) -> dict[str, int]:
-    return {split: sum(name.endswith(".jpg") for name in list_folder(place))}
+def images(split: str, extension: str = ".jpg") -> Callable[[Path, Path], dict[str, int]]:
+    return lambda place, root: {split: sum(name.endswith(extension) for name in list_folder(place))}
 
 
-def count_images(split: str) -> Callable[[Path, Path], dict[str, int]]:
-    return lambda place, root: count_jpg(place, split)
-
-
-def count_file(place: Path, root: Path) -> dict[str, int]:
+def file(place: Path, root: Path) -> dict[str, int]:
     return {"annotations": int(place.is_file())}
 
 
-def count_coco20k(place: Path, root: Path) -> dict[str, int]:
+def coco20k(place: Path, root: Path) -> dict[str, int]:
     names = root / "coco" / COCO20K_NAMES.name
-    return {"train2014": count_listed(names, list_folder(place))} if names.exists() else count_jpg(place, "train2014")
+    return {"train2014": _listed(names, list_folder(place))} if names.exists() else images("train2014")(place, root)
 
 
-def count_stuff(place: Path, root: Path) -> dict[str, int]:
+def stuff(place: Path, root: Path) -> dict[str, int]:
     maps = {split: list_folder(place / f"{split}2017") for split in ("train", "val")}
     return {split: sum(name.endswith(".png") for name in names) for split, names in maps.items()}
 
 
-def count_ade20k(place: Path, root: Path) -> dict[str, int]:
+def ade20k(place: Path, root: Path) -> dict[str, int]:
     counts = {}
     for split, folder in (("train", "training"), ("val", "validation")):
         images, masks = (list_folder(place / kind / folder) for kind in ("images", "annotations"))
@@ -68,19 +64,18 @@ def count_ade20k(place: Path, root: Path) -> dict[str, int]:
     return counts
 
 
-def count_classes(*splits: str) -> Callable[[Path, Path], dict[str, int]]:
+def classes(*splits: str) -> Callable[[Path, Path], dict[str, int]]:
     """Images in class folders below each split; with one split, below the place itself."""
 
-    def count(place: Path, root: Path) -> dict[str, int]:
-        counts = {}
-        for split in splits:
-            folder = place / split if len(splits) > 1 else place
-            try:
-                images = open_images(folder)
-            except (FileNotFoundError, ValueError):
-                counts[split] = 0
-            else:
-                counts[split] = len(images) if images.labels is not None else 0
-        return counts
+    def counted(place: Path, root: Path) -> dict[str, int]:
+        return {split: _labeled(place / split if len(splits) > 1 else place) for split in splits}
 
-    return count
+    return counted
+
+
+def _labeled(folder: Path) -> int:
+    try:
+        images = open_images(folder)
+    except (FileNotFoundError, ValueError):
+        return 0
+    return len(images) if images.labels is not None else 0

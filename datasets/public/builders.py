@@ -25,16 +25,16 @@ AUGMENTED = f"{VOC12}/SegmentationClassAug"
 TRAINAUG = f"{VOC12}/ImageSets/Segmentation/trainaug.txt"
 
 
-def build_voc(year: int) -> Callable[[Sequence[Path], Path, Path], Path]:
-    def build(archives: Sequence[Path], work: Path, root: Path) -> Path:
+def voc(year: int) -> Callable[[Sequence[Path], Path, Path], Path]:
+    def unpacked(archives: Sequence[Path], work: Path, root: Path) -> Path:
         for archive in archives:
             unpack(archive, work)
         return work / "VOCdevkit" / f"VOC{year}"
 
-    return build
+    return unpacked
 
 
-def build_augmented(archives: Sequence[Path], work: Path, root: Path) -> Path:
+def augmented(archives: Sequence[Path], work: Path, root: Path) -> Path:
     """SBD's masks as PNG with VOC's palette. In cls/NAME.mat GTcls.Segmentation holds 0 and 1..20."""
     from scipy.io import loadmat
 
@@ -49,7 +49,7 @@ def build_augmented(archives: Sequence[Path], work: Path, root: Path) -> Path:
     return masks
 
 
-def build_trainaug(archives: Sequence[Path], work: Path, root: Path) -> Path:
+def trainaug(archives: Sequence[Path], work: Path, root: Path) -> Path:
     """VOC's train and all of SBD without VOC's val: the 10,582 names that are known as trainaug."""
     lists = root / VOC12 / "ImageSets" / "Segmentation"
     names = {name.removesuffix(".png") for name in list_folder(root / AUGMENTED) if name.endswith(".png")}
@@ -59,36 +59,36 @@ def build_trainaug(archives: Sequence[Path], work: Path, root: Path) -> Path:
     return path
 
 
-def build_folder(folder: str) -> Callable[[Sequence[Path], Path, Path], Path]:
+def folder(folder: str) -> Callable[[Sequence[Path], Path, Path], Path]:
     """One folder or file of the archive."""
 
-    def build(archives: Sequence[Path], work: Path, root: Path) -> Path:
+    def unpacked(archives: Sequence[Path], work: Path, root: Path) -> Path:
         unpack(archives[0], work, keep=lambda name: name == folder or name.startswith(f"{folder}/"))
         return work / folder
 
-    return build
+    return unpacked
 
 
-def build_names(archives: Sequence[Path], work: Path, root: Path) -> Path:
+def names(archives: Sequence[Path], work: Path, root: Path) -> Path:
     wrong = [n for n in read_names(archives[0]) if not re.fullmatch(r"train2014/COCO_train2014_\d{12}\.jpg", n)]
     if wrong:
         raise DamagedArchive(f"{archives[0]}: {wrong[0]} is no image of COCO's train2014")
     return Path(shutil.copy(archives[0], work))
 
 
-def build_coco20k(archives: Sequence[Path], work: Path, root: Path) -> Path:
+def coco20k(archives: Sequence[Path], work: Path, root: Path) -> Path:
     """Of train2014 only the images that are named: a quarter of the disk."""
     names = set(read_names(root / "coco" / COCO20K_NAMES.name))
     unpack(archives[0], work, keep=names.__contains__)
     return work / "train2014"
 
 
-def build_stuff(archives: Sequence[Path], work: Path, root: Path) -> Path:
+def stuff(archives: Sequence[Path], work: Path, root: Path) -> Path:
     unpack(archives[0], work / "stuffthingmaps")
     return work / "stuffthingmaps"
 
 
-def build_tiny_imagenet(archives: Sequence[Path], work: Path, root: Path) -> Path:
+def tiny_imagenet(archives: Sequence[Path], work: Path, root: Path) -> Path:
     """Validation images move from one folder into those of their classes; the test images have no labels."""
     wanted = re.compile(r"tiny-imagenet-200/(train/n\d+/images/\w+\.JPEG|val/.*|wnids\.txt|words\.txt)")
     unpack(archives[0], work, keep=lambda name: wanted.fullmatch(name) is not None)
@@ -104,7 +104,7 @@ def build_tiny_imagenet(archives: Sequence[Path], work: Path, root: Path) -> Pat
     return folder
 
 
-def build_imagenet_train(archives: Sequence[Path], work: Path, root: Path) -> Path:
+def imagenet_train(archives: Sequence[Path], work: Path, root: Path) -> Path:
     """A tar of a tar for each class. They are unpacked from where they lie, so that nothing is on disk twice."""
     path, train = archives[0], work / "train"
     try:
@@ -124,7 +124,7 @@ def build_imagenet_train(archives: Sequence[Path], work: Path, root: Path) -> Pa
     return train
 
 
-def build_imagenet_val(archives: Sequence[Path], work: Path, root: Path) -> Path:
+def imagenet_val(archives: Sequence[Path], work: Path, root: Path) -> Path:
     """Into class folders: line i of the devkit's ground truth is the class of image i, as ILSVRC2012_ID of meta.mat."""
     from scipy.io import loadmat
 
