@@ -12,9 +12,11 @@ import numpy.typing as npt
 # float32 throughout; numpy's annotations widen what mixes it with Python numbers.
 Float = npt.NDArray[np.floating]
 
-CLASSES = tuple(
-    ["striped_disc", "checkered_square", "dotted_triangle", "ringed_star", "zigzag_cross", "bricked_hexagon", "woven_crescent", "marbled_heart", "spoked_gear", "speckled_ring"]
-)
+CLASSES = (
+    "striped_disc", "checkered_square", "dotted_triangle", "ringed_star", "zigzag_cross", "bricked_hexagon",
+    "woven_crescent", "marbled_heart", "spoked_gear", "speckled_ring",
+)  # fmt: skip
+
 MIN_SIZE = 32
 
 # Visible share of an object's full area, image border and occluders taken together.
