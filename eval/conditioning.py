@@ -13,9 +13,7 @@ smallest singular value of an attention Jacobian, and so the condition number, c
 patches (--pixels 64 with a ViT-S), and often only as a bound for larger ones.
 """
 
-import hashlib
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,6 +29,7 @@ from skipless.common.files import write_result
 from skipless.common.provenance import provenance
 from skipless.datasets.images import ImageSource, open_images
 from skipless.datasets.storage.names import dataset_name
+from skipless.eval.backbones import load_backbone
 from skipless.eval.figures.conditioning import BOUNDS, LEGEND, Statistics, draw_conditioning, table
 from skipless.eval.figures.pictures import check_out
 from skipless.eval.spectra import jacobian_conditioning
@@ -120,40 +117,11 @@ def fresh_models(size: str, images: Tensor, seed: int) -> Iterator[Candidate]:
         yield Candidate(name, model.eval(), {"initialization": arguments, "whitened": whitened})
 
 
-def load_model(path: Path) -> tuple[VisionTransformer, str]:
-    """The backbone that a pretraining run exported, and the SHA-256 of its file.
-
-    Args:
-        path: the run's folder, or its backbone.safetensors with backbone.json beside it.
-
-    Raises:
-        ValueError: no such backbone, a damaged one, or one with NaN or infinite weights.
-    """
-    weights = path / "backbone.safetensors" if path.is_dir() else path
-    about = weights.with_suffix(".json")
-    if weights.suffix != ".safetensors" or not weights.is_file() or not about.is_file():
-        raise ValueError(
-            f"{path} is no backbone of a pretraining run: give the folder of a finished run, or its "
-            "backbone.safetensors with backbone.json beside it"
-        )
-    try:
-        model = VisionTransformer(**json.loads(about.read_text())["architecture"], attention="sdpa")
-        model.load_state_dict(load_file(weights))
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} cannot be loaded ({reason}): {weights.name} and {about.name} do not fit") from None
-    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-    if broken:
-        raise ValueError(f"{path} has NaN or infinite weights, in {broken[0]} and {len(broken) - 1} more")
-    with open(weights, "rb") as file:
-        return model.eval(), hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def trained_models(paths: Sequence[str]) -> list[Candidate]:
     """The backbones of runs; their names are those of the runs' folders, longer where they are alike.
 
     Raises:
-        ValueError: see `load_model`; or the same run twice.
+        ValueError, FileNotFoundError: see `load_backbone`; another project's checkpoint; or the same run twice.
     """
     folders = [path.resolve() if path.is_dir() else path.resolve().parent for path in map(Path, paths)]
     if len(set(folders)) < len(folders):
@@ -161,8 +129,10 @@ def trained_models(paths: Sequence[str]) -> list[Candidate]:
     parts = next(n for n in itertools.count(1) if len({f.parts[-n:] for f in folders}) == len(folders))
     candidates = []
     for path, folder in zip(paths, folders, strict=True):
-        model, sha256 = load_model(Path(path))
-        candidates.append(Candidate("/".join(folder.parts[-parts:]), model, {"sha256": sha256}))
+        backbone = load_backbone(path)
+        if backbone.family != "skipless":
+            raise ValueError(f"{path} is no backbone of a pretraining run: give the folder of a finished run")
+        candidates.append(Candidate("/".join(folder.parts[-parts:]), backbone.model, {"sha256": backbone.sha256}))
     return candidates
 
 

@@ -76,28 +76,25 @@ class Crops:
     same, to a tenth of a gray level on average. (What runs on CUDA is tested on a CPU; it has not run on a GPU.)"""
 
     def __post_init__(self) -> None:
+        def check(name: str, fits: bool, rule: str) -> None:
+            if not fits:
+                raise ValueError(f"crops.{name} is {getattr(self, name)}: {rule}")
+
         for name in ("global_crops_size", "local_crops_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"crops.{name} is {getattr(self, name)}: it must be at least 1 pixel")
-        if self.local_crops_number < 0:
-            raise ValueError(f"crops.local_crops_number is {self.local_crops_number}: it must be 0 or more")
+            check(name, getattr(self, name) >= 1, "it must be at least 1 pixel")
+        check("local_crops_number", self.local_crops_number >= 0, "it must be 0 or more")
         for name in ("global_crops_scale", "local_crops_scale"):
             low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"crops.{name} is ({low}, {high}): it must be two rising shares of the area in (0, 1]")
-        for strength, limit in zip(self.color_jitter, (math.inf, math.inf, math.inf, 0.5), strict=True):
-            if not 0 <= strength <= limit:
-                raise ValueError(
-                    f"crops.color_jitter is {self.color_jitter}: "
-                    "each of its four strengths must be 0 or more, the last (hue) at most 0.5"
-                )
+            check(name, 0 < low <= high <= 1, "it must be two rising shares of the area in (0, 1]")
+        jitter, limits = self.color_jitter, (math.inf, math.inf, math.inf, 0.5)
+        fits = all(0 <= strength <= limit for strength, limit in zip(jitter, limits, strict=True))
+        check("color_jitter", fits, "each of its four strengths must be 0 or more, the last (hue) at most 0.5")
         for name in ("jitter_probability", "gray_probability", "blur_probability", "solarize_probability"):
             value = getattr(self, name)
-            if not all(0 <= share <= 1 for share in (value if isinstance(value, Sequence) else (value,))):
-                raise ValueError(f"crops.{name} is {value}: probabilities must be in [0, 1]")
+            shares = value if isinstance(value, Sequence) else (value,)
+            check(name, all(0 <= share <= 1 for share in shares), "probabilities must be in [0, 1]")
         low, high = self.blur_sigma
-        if not 0 < low <= high < math.inf:
-            raise ValueError(f"crops.blur_sigma is ({low}, {high}): it must be two rising positive numbers of pixels")
+        check("blur_sigma", 0 < low <= high < math.inf, "it must be two rising positive numbers of pixels")
 
 
 class View(NamedTuple):
@@ -153,10 +150,8 @@ def multicrop(image: np.ndarray, crops: Crops, rng: np.random.Generator) -> list
     """Random views of one image: [global 1, global 2, local 1, ...], each uint8 [S, S, 3] of its own size S.
 
     `image`: uint8 [H, W, 3] RGB of any size, left as it is. Draws from `rng` alone: the same state gives the same
-    views. Raises ValueError for another dtype or shape.
+    views.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ValueError(f"the image is {image.dtype} {list(image.shape)}: crops are cut from uint8 [H, W, 3]")
     rows, columns = image.shape[:2]
     views = draw_views(crops, rows, columns, rng)
     sizes = [crops.global_crops_size] * 2 + [crops.local_crops_size] * crops.local_crops_number

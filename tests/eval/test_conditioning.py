@@ -40,7 +40,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two exported backbones in folders of the same name, a damaged one, and one with weights that are no numbers."""
+    """Exported backbones in folders of the same name, damaged ones among them, and a checkpoint of DINO's."""
     root = tmp_path_factory.mktemp("runs")
     folders = {name: root / name / "run" for name in ("residual", "skipless", "damaged", "nan")}
     for name, folder in folders.items():
@@ -50,7 +50,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             torch.nn.init.constant_(model.cls_token, math.nan)
         export_backbone(folder, model, {"step": 1})
     (folders["damaged"] / "backbone.safetensors").write_bytes(b"nothing")
-    return folders
+    torch.save(VisionTransformer(192, 1, 3, patch=8, image_size=16).state_dict(), root / "dino.pth")
+    return folders | {"dino": root / "dino.pth"}
 
 
 def test_command_compares_trained_models(
@@ -121,10 +122,11 @@ def test_table_marks_bounds() -> None:
         ("--images {photos} --seed -1", "--seed is -1"),
         ("--images {photos} --pixels 50", "a multiple of their patch, 16"),
         ("--images {photos} --figure figure.bmp", "must end in .png"),
-        ("--images {photos} --ckpt nowhere", "nowhere is no backbone of a pretraining run"),
+        ("--images {photos} --ckpt nowhere", "nowhere: no such checkpoint"),
         ("--images {photos} --ckpt {residual} {residual}", "names a run twice"),
         ("--images {photos} --ckpt {residual} --pixels 30", "a multiple of its patch, 4"),
-        ("--images {photos} --ckpt {damaged}", "cannot be loaded"),
+        ("--images {photos} --ckpt {damaged}", "is damaged"),
+        ("--images {photos} --ckpt {dino}", "is no backbone of a pretraining run"),
         ("--images {photos} --ckpt {nan}", "NaN or infinite weights"),
         ("--images {photos} --ckpt {residual} --size tiny", "give one of them"),
     ],

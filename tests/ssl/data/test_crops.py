@@ -4,7 +4,6 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 
@@ -270,62 +269,6 @@ def test_a_whole_view_is_the_image_or_its_mirror_image() -> None:
     assert binomtest(flipped, 600, 0.5).pvalue > 1e-3
 
 
-def share_of(change: dict[str, object], changed: Callable[[np.ndarray], bool], views: slice) -> tuple[int, int]:
-    """How many of the views satisfy `changed`, of how many."""
-    image = photo(16, 16)
-    crops = Crops(
-        **{
-            **dict(
-                global_crops_size=16,
-                global_crops_scale=(1, 1),
-                local_crops_size=16,
-                local_crops_scale=(1, 1),
-                local_crops_number=3,
-            ),
-            **PLAIN,
-            **change,
-        }
-    )
-    seen = [view for number in range(200) for view in multicrop(image, crops, rng(6, number))[views]]
-    return sum(changed(view) for view in seen), len(seen)
-
-
-def is_changed(view: np.ndarray) -> bool:
-    image = photo(16, 16)
-    return not (np.array_equal(view, image) or np.array_equal(view, image[:, ::-1]))
-
-
-def is_gray(view: np.ndarray) -> bool:
-    return bool((view[..., 0] == view[..., 1]).all() and (view[..., 1] == view[..., 2]).all())
-
-
-SMOOTHER = {"blur_sigma": (1.0, 2.0)}  # every sigma of this range changes the picture
-FIRST, SECOND, LOCAL = slice(0, 1), slice(1, 2), slice(2, None)
-
-
-@pytest.mark.parametrize(
-    ("change", "changed", "views", "probability"),
-    [
-        ({"gray_probability": 0.2}, is_gray, slice(None), 0.2),
-        ({"jitter_probability": 0.8}, is_changed, slice(None), 0.8),
-        ({"blur_probability": (1.0, 0.1, 0.5), **SMOOTHER}, is_changed, FIRST, 1.0),
-        ({"blur_probability": (1.0, 0.1, 0.5), **SMOOTHER}, is_changed, SECOND, 0.1),
-        ({"blur_probability": (1.0, 0.1, 0.5), **SMOOTHER}, is_changed, LOCAL, 0.5),
-        ({"solarize_probability": 0.2}, is_changed, SECOND, 0.2),
-        ({"solarize_probability": 1.0}, is_changed, FIRST, 0.0),
-        ({"solarize_probability": 1.0}, is_changed, LOCAL, 0.0),
-    ],
-)
-def test_each_operation_has_its_probability(
-    change: dict[str, object], changed: Callable[[np.ndarray], bool], views: slice, probability: float
-) -> None:
-    count, total = share_of(change, changed, views)
-    if probability in (0.0, 1.0):
-        assert count == probability * total
-    else:
-        assert binomtest(count, total, probability).pvalue > 1e-3
-
-
 # Views ----------------------------------------------------------------------------------------------------------------
 
 
@@ -363,12 +306,6 @@ def test_read_only_images_are_fine() -> None:
     views = multicrop(image, crops, rng(0))
     views[0][:] = 0
     assert image.any()
-
-
-@pytest.mark.parametrize("image", [photo()[..., 0], photo().astype(np.float32), photo()[:0], np.dstack([photo()] * 2)])
-def test_other_images_are_refused(image: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"crops are cut from uint8 \[H, W, 3\]"):
-        multicrop(image, Crops(), rng(0))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ def gradient(shape: Shape, step: int, number: int) -> Tensor:
 
 def set_gradients(of: list[nn.Parameter], step: int, missing: Callable[[int, int], bool] = lambda s, n: False) -> None:
     for number, parameter in enumerate(of):
-        found = None if missing(step, number) else gradient(tuple(parameter.shape), step, number).to(parameter.dtype)
-        parameter.grad = found
+        drawn = gradient(tuple(parameter.shape), step, number).to(parameter.dtype)
+        parameter.grad = None if missing(step, number) else drawn
 
 
 def two_groups(of: list[nn.Parameter]) -> list[dict[str, Any]]:
@@ -74,6 +74,14 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Another one every step; the second group is frozen at first."""
     optimizer.param_groups[0]["lr"] = 1e-2 * (1 + step % 7)
     optimizer.param_groups[1]["lr"] = 0.0 if step < 5 else 2e-2
+
+
+def advance(optimizer: torch.optim.Optimizer, of: list[nn.Parameter], steps: Iterable[int]) -> None:
+    """Steps with changing rates and missing gradients."""
+    for step in steps:
+        set_learning_rates(optimizer, step)
+        set_gradients(of, step, sometimes)
+        optimizer.step()
 
 
 def assert_equal(found: list[nn.Parameter], expected: list[nn.Parameter], tolerance: float, step: int = -1) -> None:
@@ -95,10 +103,8 @@ def test_trajectories_are_the_librarys() -> None:
         if step == 20:
             a.add_param_group({"params": late})
             b.add_param_group({"params": late_too})
-        for optimizer, of in ((a, [*ours, *late]), (b, [*theirs, *late_too])):
-            set_learning_rates(optimizer, step)
-            set_gradients(of, step, sometimes)
-            optimizer.step()
+        advance(a, [*ours, *late], [step])
+        advance(b, [*theirs, *late_too], [step])
         assert_equal([*ours, *late], [*theirs, *late_too], 1e-10, step)
     assert min((p - q).abs().max() for p, q in zip(ours, parameters(SHAPES), strict=True)) > 0.1
 
@@ -304,47 +310,36 @@ def test_goes_on_from_the_librarys_checkpoint(tmp_path: Path, stop: int) -> None
     ours, theirs = parameters(SHAPES), parameters(SHAPES)
     options: dict[str, Any] = {"betas": (0.9, 0.95), "precondition_frequency": 8, "max_precondition_dim": 12}
     library = LibrarySOAP(two_groups(theirs), **options)
-    for step in range(stop):
-        set_learning_rates(library, step)
-        set_gradients(theirs, step, sometimes)
-        library.step()
+    advance(library, theirs, range(stop))
     for a, b in zip(ours, theirs, strict=True):
         a.data.copy_(b.data)
     optimizer = SOAP(two_groups(ours), **options)
     optimizer.load_state_dict(through_a_file(library.state_dict(), tmp_path / "state.pt"))
     for step in range(stop, 50):
-        for each, of in ((optimizer, ours), (library, theirs)):
-            set_learning_rates(each, step)
-            set_gradients(of, step, sometimes)
-            each.step()
+        advance(optimizer, ours, [step])
+        advance(library, theirs, [step])
         assert_equal(ours, theirs, 1e-10, step)
 
 
 @pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("stop", [0, 1, 2, 7])
 def test_resumed_is_bit_identical(tmp_path: Path, spread: bool, stop: int) -> None:
-    def steps(of: list[nn.Parameter], optimizer: SOAP, first: int, last: int) -> None:
-        for step in range(first, last):
-            set_learning_rates(optimizer, step)
-            set_gradients(of, step, sometimes)
-            optimizer.step()
-
     def make(of: list[nn.Parameter]) -> SOAP:
         return SOAP(two_groups(of), precondition_frequency=5, max_precondition_dim=12, spread=spread)
 
     whole, first, second = (parameters(SHAPES, torch.float32) for _ in range(3))
-    steps(whole, make(whole), 0, 20)
+    advance(make(whole), whole, range(20))
     stopped = make(first)
-    steps(first, stopped, 0, stop)
+    advance(stopped, first, range(stop))
     state = through_a_file({"parameters": first, "optimizer": stopped.state_dict()}, tmp_path / "state.pt")
-    steps(first, stopped, stop, 20)  # to save disturbs nothing
+    advance(stopped, first, range(stop, 20))  # to save disturbs nothing
     for a, b in zip(second, state["parameters"], strict=True):
         a.data.copy_(b)
     resumed = make(second)
     resumed.load_state_dict(state["optimizer"])
     # Loaded and saved again, before any step.
     resumed.load_state_dict(through_a_file(resumed.state_dict(), tmp_path / "again.pt"))
-    steps(second, resumed, stop, 20)
+    advance(resumed, second, range(stop, 20))
     for a, b, c in zip(whole, first, second, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
