@@ -1,4 +1,4 @@
-"""What CLS looks at: its attention over the image, head by head, in any block.
+"""Attention of CLS over an image, head by head, in any block.
 
     python eval/attention_maps.py --ckpt runs/photos --images photos --out attention.png
     python eval/attention_maps.py --ckpt dino_vits16.pth --images photo.jpg --block 9 --size 480 --out heads.pdf

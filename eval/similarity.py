@@ -1,10 +1,10 @@
-"""What resembles a patch: the cosine similarity of one patch's features to all others, in any blocks.
+"""Cosine similarity of one patch's features to those of all others, in any blocks.
 
     python eval/similarity.py --ckpt runs/photos --image photo.jpg --points 120,80 300,200 --out similarity.png
     python eval/similarity.py --ckpt runs/photos --image photo.jpg --points 120,80 --blocks 3,6,9,12 --out blocks.pdf
 
 Points are x,y in pixels of the image, from its top left corner. Rows are points, columns blocks; colors run from the
-smallest similarity in a map to 1, both written below it. The report page (eval/report.py) has the same for pointing at.
+smallest similarity in a map to 1, both written below it. On the page of eval/report.py you point at patches instead.
 """
 
 from collections.abc import Sequence

@@ -22,8 +22,8 @@ from skipless.datasets.labels.boxes import BoxSet
 from skipless.datasets.labels.masks import VOID, SegmentationSet, label_table, list_folder, read_names, require_files
 
 CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
-    "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 """The 20 object classes; in masks class n of this list, counted from 1, has label n, and background has 0."""
 

@@ -1,4 +1,4 @@
-"""What a classifier sees of labeled images: random crops, RandAugment, erasing, mixing; central ones to validate."""
+"""Augmentation for classification: random crops, RandAugment, erasing and mixing; central crops for validation."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A Vision Transformer with a linear classifier, and what of its tokens the classifier reads."""
+"""A Vision Transformer with a linear classifier, and how its tokens are pooled for it."""
 
 from typing import Literal
 
