@@ -115,7 +115,6 @@ def extract(
     Under torchrun the shards are dealt out to the processes, which must see the same cache folder.
 
     Args:
-        backbone: on the device to use.
         paths: the files; where they lie, their sizes and their times tell the data set from others.
         read: image i of them as uint8 [H, W, 3]: its plain content, since the cache is not named after `read`.
         size: side in pixels of the squares that the network sees, a multiple of the patch. Images are resized to it,
@@ -123,8 +122,6 @@ def extract(
         blocks: which blocks, from 0; negative ones count from the end.
         cache: folder of caches.
         kind: see `Backbone.features`; tokens are normed.
-        batch_size: images in one forward pass.
-        workers: processes that read images.
         title: of the progress bar.
         resize: short side in pixels, of which the central square of `size` is cut out.
         pooled: keep CLS and the mean of the patches alone.
