@@ -4,8 +4,6 @@ import itertools
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import run_group, start
 from PIL import Image
 
 from skipless.common.pixels import center_crop, resample
@@ -97,8 +96,7 @@ def stored(folder: Path) -> dict[str, bytes]:
 # Values ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["tokens", "keys", "keys_without_bias"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("kind", "workers"), [("tokens", 0), ("keys", 2), ("keys_without_bias", 0)])
 def test_values_are_those_of_the_backbone(
     backbone: Backbone, photos: list[Path], tmp_path: Path, kind: Any, workers: int
 ) -> None:
@@ -115,12 +113,9 @@ def test_values_are_those_of_the_backbone(
     torch.testing.assert_close(found.read([3], (0,))[0], found.read(range(10), (0,))[3])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_pooled_features_are_class_tokens_and_means(
-    backbone: Backbone, photos: list[Path], tmp_path: Path, workers: int
-) -> None:
+def test_pooled_features_are_class_tokens_and_means(backbone: Backbone, photos: list[Path], tmp_path: Path) -> None:
     """Of central crops: the short side becomes 28, and 24 x 24 pixels are cut out."""
-    found = run(backbone, photos, tmp_path / "cache", (0, -1), resize=28, pooled=True, batch_size=3, workers=workers)
+    found = run(backbone, photos, tmp_path / "cache", (0, -1), resize=28, pooled=True, batch_size=3, workers=1)
     assert (found.images, found.blocks, found.grid, found.dim) == (10, (0, 2), (1, 1), DIM)
     rows = [9, 0, 4, 4]
     images = backbone.normalize(np.stack([center_crop(read_image(photos[row]), 24, 28) for row in rows]))
@@ -301,8 +296,7 @@ def test_a_gpu_gets_the_cores_to_read_and_a_cpu_keeps_them(monkeypatch: pytest.M
 # Interrupted ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-@pytest.mark.parametrize("after", [0, 3, 4, 9])
+@pytest.mark.parametrize(("after", "pooled"), [(0, False), (3, True), (4, False), (9, True)])
 def test_interrupted_extraction_goes_on_where_it_stopped(
     backbone: Backbone, photos: list[Path], tmp_path: Path, after: int, pooled: bool
 ) -> None:
@@ -318,35 +312,33 @@ def test_interrupted_extraction_goes_on_where_it_stopped(
 
 
 CHILD = """
-import sys, time
+import time
 from pathlib import Path
-import numpy as np, torch
+import numpy as np
 from skipless.datasets.images import read_image
 from skipless.eval import features
 from skipless.eval.backbones import load_backbone
 from skipless.common import distributed
 
-checkpoint, photos, cache, log = map(Path, sys.argv[1:5])
-hang_at = int(sys.argv[5])
-paths = [photos / f"{i}.png" for i in range(10)]
-save, saved = np.save, 0
+def main(words):
+    checkpoint, photos, cache, log = map(Path, words[:4])
+    paths = [photos / f"{i}.png" for i in range(10)]
+    save, saved = np.save, []
 
-def slow_save(file, array):
-    global saved
-    saved += 1
-    if saved == hang_at:
-        file.write(b"half of a file")
-        file.flush()
-        Path(f"{log}.hangs").touch()
-        time.sleep(60)
-    save(file, array)
+    def slow_save(file, array):
+        saved.append(array)
+        if len(saved) == int(words[4]):
+            file.write(b"half of a file")
+            file.flush()
+            Path(f"{log}.hangs").touch()
+            time.sleep(60)
+        save(file, array)
 
-def read(index):
-    with open(f"{log}.{distributed.rank()}", "a") as file:
-        file.write(f"{index}\\n")
-    return read_image(paths[index])
+    def read(index):
+        with open(f"{log}.{distributed.rank()}", "a") as file:
+            file.write(f"{index}\\n")
+        return read_image(paths[index])
 
-if __name__ == "__main__":
     features.SHARD, np.save = 4, slow_save
     distributed.start("cpu")
     features.extract(load_backbone(checkpoint), paths, read, 24, (0, 2), cache)
@@ -355,20 +347,12 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def child(backbone: Backbone, photos: list[Path], tmp_path: Path) -> Callable[..., list[str]]:
-    """The command of a process that extracts blocks 0 and 2 of the photos."""
+def child(backbone: Backbone, photos: list[Path], tmp_path: Path) -> tuple[str, list[object]]:
+    """A script that extracts blocks 0 and 2 of the photos, and its words but for the write during which it hangs."""
     (tmp_path / "child.py").write_text(CHILD)
     state = {"teacher": backbone.model.state_dict(), "architecture": backbone.model.architecture}
     torch.save(state, tmp_path / "tiny.pt")
-
-    def command(cache: Path, hang_at: int = 0, processes: int = 1) -> list[str]:
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        arguments = [tmp_path / "child.py", tmp_path / "tiny.pt", photos[0].parent, cache, tmp_path / "log", hang_at]
-        return [*launcher, *map(str, arguments)]
-
-    return command
+    return str(tmp_path / "child.py"), [tmp_path / "tiny.pt", photos[0].parent, tmp_path / "cache", tmp_path / "log"]
 
 
 def read_by(rank: int, tmp_path: Path) -> list[int]:
@@ -376,18 +360,16 @@ def read_by(rank: int, tmp_path: Path) -> list[int]:
 
 
 def test_killed_extraction_goes_on_where_it_stopped(
-    backbone: Backbone, photos: list[Path], tmp_path: Path, child: Callable[..., list[str]]
+    backbone: Backbone, photos: list[Path], tmp_path: Path, child: tuple[str, list[object]]
 ) -> None:
     """Killed with half of the second shard's second block written."""
-    process = subprocess.Popen(
-        child(tmp_path / "cache", hang_at=4), stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    script, words = child
+    running = start(script, [*words, 4])
     deadline = time.monotonic() + 60
-    while not (tmp_path / "log.hangs").exists() and process.poll() is None and time.monotonic() < deadline:
+    while not (tmp_path / "log.hangs").exists() and running.process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors.decode()
+    running.process.kill()
+    assert running.wait().returncode == -signal.SIGKILL
     assert read_by(0, tmp_path) == list(range(8))
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
     assert len(written) == 3
@@ -405,13 +387,10 @@ def test_killed_extraction_goes_on_where_it_stopped(
 
 
 def test_two_processes_share_the_work_and_leave_the_same_cache(
-    backbone: Backbone, photos: list[Path], tmp_path: Path, child: Callable[..., list[str]]
+    backbone: Backbone, photos: list[Path], tmp_path: Path, child: tuple[str, list[object]]
 ) -> None:
-    command = child(tmp_path / "cache", processes=2)
-    result = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert result.returncode == 0, result.stderr
+    script, words = child
+    run_group(script, [*words, 0])
     assert sorted(read_by(0, tmp_path)) == [0, 1, 2, 3, 8, 9]
     assert sorted(read_by(1, tmp_path)) == [4, 5, 6, 7]
     one = run(backbone, photos, tmp_path / "one", (0, 2))
