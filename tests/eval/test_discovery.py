@@ -3,19 +3,15 @@
 import json
 import os
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers import run_group
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -30,13 +26,12 @@ from skipless.datasets.synthetic.dataset import write_scenes
 from skipless.eval import discovery
 from skipless.eval.backbones import Backbone, load_backbone
 from skipless.eval.discovery import Settings, evaluate, main
-from skipless.eval.metrics import bootstrap_interval, box_iou, corloc
+from skipless.eval.metrics import bootstrap_interval
 from skipless.eval.objects import search
 from skipless.eval.objects.localization import Localization, box_in_pixels, lost, tokencut
 from skipless.eval.objects.scores import coco_ap, detections
 from skipless.ssl.model.vit import VisionTransformer
 
-ROOT = Path(__file__).parent.parent.parent
 PATCH = 8
 METHODS = ("lost", "tokencut", "maskcut")
 FILES = ["detections.json", "discovery.json", "discovery.md", "pictures.png"]
@@ -170,52 +165,8 @@ def enclosing(mask: np.ndarray) -> list[int]:
 # Scores ---------------------------------------------------------------------------------------------------------------
 
 
-def test_corloc_by_hand() -> None:
-    """10 x 10 against its left half is exactly 0.5, against four columns 0.4; the second of two boxes may be the one;
-    an image without boxes is left out."""
-    box = np.array([[0, 0, 10, 10]] * 5, float)
-    truth = [[[0, 0, 5, 10]], [[0, 0, 4, 10]], [[20, 20, 30, 30], [1, 0, 11, 10]], [], [[10, 0, 20, 10]]]
-    hits = corloc(box, [np.array(boxes, float).reshape(-1, 4) for boxes in truth])
-    assert hits.dtype == bool
-    assert hits.tolist() == [True, False, True, False]
-    assert corloc(np.zeros((1, 4)), [np.zeros((0, 4))]).shape == (0,)
-    assert corloc(np.zeros((1, 4)), [np.zeros((1, 4))]).tolist() == [False]
-
-
 def pixels(box: tuple[int, int, int, int]) -> set[tuple[int, int]]:
     return {(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])}
-
-
-a_box = st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(1, 6), st.integers(1, 6)).map(
-    lambda box: (box[0], box[1], box[0] + box[2], box[1] + box[3])
-)
-
-
-@given(st.lists(st.tuples(a_box, st.lists(a_box, max_size=3)), min_size=1, max_size=5))
-@settings(max_examples=100)
-def test_corloc_is_that_of_counted_pixels(images: list[tuple[Any, list[Any]]]) -> None:
-    expected = []
-    for box, truth in images:
-        ious = [Fraction(len(pixels(box) & pixels(one)), len(pixels(box) | pixels(one))) for one in truth]
-        if truth:
-            expected.append(any(iou >= Fraction(1, 2) for iou in ious))
-            np.testing.assert_allclose(box_iou(np.array(box), np.array(truth)), [float(iou) for iou in ious])
-    boxes = np.array([box for box, _ in images], float)
-    assert corloc(boxes, [np.array(truth, float).reshape(-1, 4) for _, truth in images]).tolist() == expected
-
-
-@pytest.mark.parametrize(("count", "share"), [(300, 0.62), (40, 0.9)])
-def test_bootstrap_is_scipys(count: int, share: float) -> None:
-    hits = np.arange(count) < round(share * count)
-    scipys = scipy.stats.bootstrap(
-        (hits.astype(float),), np.mean, n_resamples=10000, method="percentile", rng=np.random.default_rng(1)
-    )
-    # One image more or less, where the quantile lies between two shares.
-    np.testing.assert_allclose(bootstrap_interval(hits), scipys.confidence_interval, atol=1.01 / count)
-    assert bootstrap_interval(hits, 3) == bootstrap_interval(hits, 3)
-    many = {bootstrap_interval(hits, seed) for seed in range(20)}
-    assert count == 40 or len(many) > 1
-    assert bootstrap_interval(np.ones(9, bool)) == (1, 1)
 
 
 def test_a_part_of_a_split_is_called_so() -> None:
@@ -650,11 +601,7 @@ def test_leftovers_of_another_run_are_not_mixed_in(
 
 
 def test_two_processes_find_what_one_does(
-    voc: Path,
-    ckpt: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    run_two: Callable[[Sequence[object]], list[tuple[str, str]]],
+    voc: Path, ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From what one process left when it was interrupted, with the last line cut off."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -662,11 +609,10 @@ def test_two_processes_find_what_one_does(
     interrupt(voc, ckpt, two, monkeypatch, 4)
     path = two / "found-0.jsonl"
     path.write_text(path.read_text()[:-30])
-    words = [sys.executable, ROOT / "eval" / "discovery.py", *command(voc, ckpt, "--batch-size=1", "--out", two)]
-    (printed, bars), (quiet, _) = run_two(words)
-    assert "voc07-tokencut" in printed
-    assert "voc07" not in quiet
-    assert "| 2/2 [" in bars  # of d, e and f; a, b and c were there
+    first, second = run_group("skipless.eval.discovery", command(voc, ckpt, "--batch-size=1", "--out", two))
+    assert "voc07-tokencut" in first.stdout
+    assert "voc07" not in second.stdout
+    assert "| 2/2 [" in first.stderr  # of d, e and f; a, b and c were there
     assert sorted(path.name for path in two.iterdir()) == FILES
     result = json.loads((two / "discovery.json").read_text())
     assert result["processes"] == 2

@@ -1,7 +1,11 @@
 """Scores of segmentations against scikit-learn, sliding windows against a plain reference, resizing by hand."""
 
+from fractions import Fraction
+from typing import Any
+
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -12,7 +16,7 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion
 from skipless.datasets.labels.masks import VOID
 from skipless.eval.dense.labels import resize_logits
 from skipless.eval.dense.windows import by_shape, cut_windows, mean_of_windows, windows
-from skipless.eval.metrics import confusion_matrix, segmentation_scores
+from skipless.eval.metrics import bootstrap_interval, box_iou, confusion_matrix, corloc, segmentation_scores
 
 # Scores ---------------------------------------------------------------------------------------------------------------
 
@@ -68,6 +72,57 @@ def test_maps_that_cannot_be_compared_are_refused() -> None:
         confusion_matrix(labels, torch.zeros(2, 3, dtype=torch.long), 2)
     with pytest.raises(ValueError, match="predictions are 0 to 2, with 2 classes"):
         confusion_matrix(labels, torch.tensor([[0, 1], [2, 0]]), 2)
+
+
+# Boxes ----------------------------------------------------------------------------------------------------------------
+
+
+def test_corloc_by_hand() -> None:
+    """10 x 10 against its left half is exactly 0.5, against four columns 0.4; the second of two boxes may be the one;
+    an image without boxes is left out."""
+    box = np.array([[0, 0, 10, 10]] * 5, float)
+    truth = [[[0, 0, 5, 10]], [[0, 0, 4, 10]], [[20, 20, 30, 30], [1, 0, 11, 10]], [], [[10, 0, 20, 10]]]
+    hits = corloc(box, [np.array(boxes, float).reshape(-1, 4) for boxes in truth])
+    assert hits.dtype == bool
+    assert hits.tolist() == [True, False, True, False]
+    assert corloc(np.zeros((1, 4)), [np.zeros((0, 4))]).shape == (0,)
+    assert corloc(np.zeros((1, 4)), [np.zeros((1, 4))]).tolist() == [False]
+
+
+def pixels(box: tuple[int, int, int, int]) -> set[tuple[int, int]]:
+    return {(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])}
+
+
+a_box = st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(1, 6), st.integers(1, 6)).map(
+    lambda box: (box[0], box[1], box[0] + box[2], box[1] + box[3])
+)
+
+
+@given(st.lists(st.tuples(a_box, st.lists(a_box, max_size=3)), min_size=1, max_size=5))
+@settings(max_examples=100)
+def test_corloc_is_that_of_counted_pixels(images: list[tuple[Any, list[Any]]]) -> None:
+    expected = []
+    for box, truth in images:
+        ious = [Fraction(len(pixels(box) & pixels(one)), len(pixels(box) | pixels(one))) for one in truth]
+        if truth:
+            expected.append(any(iou >= Fraction(1, 2) for iou in ious))
+            np.testing.assert_allclose(box_iou(np.array(box), np.array(truth)), [float(iou) for iou in ious])
+    boxes = np.array([box for box, _ in images], float)
+    assert corloc(boxes, [np.array(truth, float).reshape(-1, 4) for _, truth in images]).tolist() == expected
+
+
+@pytest.mark.parametrize(("count", "share"), [(300, 0.62), (40, 0.9)])
+def test_bootstrap_is_scipys(count: int, share: float) -> None:
+    hits = np.arange(count) < round(share * count)
+    scipys = scipy.stats.bootstrap(
+        (hits.astype(float),), np.mean, n_resamples=10000, method="percentile", rng=np.random.default_rng(1)
+    )
+    # One image more or less, where the quantile lies between two shares.
+    np.testing.assert_allclose(bootstrap_interval(hits), scipys.confidence_interval, atol=1.01 / count)
+    assert bootstrap_interval(hits, 3) == bootstrap_interval(hits, 3)
+    many = {bootstrap_interval(hits, seed) for seed in range(20)}
+    assert count == 40 or len(many) > 1
+    assert bootstrap_interval(np.ones(9, bool)) == (1, 1)
 
 
 # Windows --------------------------------------------------------------------------------------------------------------

@@ -403,7 +403,7 @@ def test_settings_out_of_range() -> None:
 def test_real_images() -> None:
     root = Path(DATA or "")
     backbone = load_backbone(root / "weights" / "vit_small_patch14_saliency.safetensors")
-    for path in sorted((root / "VOCdevkit" / "VOC2007" / "JPEGImages").glob("*.jpg"))[::60]:
+    for path in sorted((root / "VOCdevkit" / "VOC2007" / "JPEGImages").glob("*.jpg"))[:2]:
         images = pad_to_patch(backbone.normalize(read_image(path)[None]), backbone.patch)
         with torch.inference_mode():
             keys = backbone.features(images, kind="keys_without_bias")[0].patches
