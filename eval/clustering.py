@@ -24,33 +24,27 @@ The same seed gives the same bits on the same machine. Under torchrun the runs o
 processes. An interrupted run is continued by the same command, which finds the features in the cache.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from skipless.common import cli, distributed
+from skipless.common import cli
 from skipless.common.distributed import gather_objects, rank, world_size
-from skipless.common.files import write_result
-from skipless.common.settings import plain
-from skipless.datasets.labels.counts import COUNTS, describe_split
+from skipless.datasets.labels.counts import COUNTS
 from skipless.datasets.labels.masks import SegmentationSet
-from skipless.eval.backbones import Precision, Weights, choose_blocks, load_backbone, untrained
-from skipless.eval.dense.data import DATA, image_of_pair
-from skipless.eval.dense.report import PICTURES, draw, report
-from skipless.eval.evaluation import keep_other_result, result_of
-from skipless.eval.features import Features, default_cache, extract
+from skipless.eval.dense.data import SplitSettings, described, open_split, square_features
+from skipless.eval.dense.report import choose_shown, draw, protocol_id, report
+from skipless.eval.evaluation import FeatureSettings, announce, finish, prepare
+from skipless.eval.features import Features
 from skipless.eval.metrics import segmentation_scores
 from skipless.eval.neighbors import require_faiss
-from skipless.ssl.data.loader import leave_signals_to_main, loader_workers
+from skipless.eval.reading import read_batches
 
 COMPONENTS = 50
 POINTS = 100  # in a column and in a row of an image
@@ -58,25 +52,10 @@ CHUNK = 16  # images whose features are read at a time
 
 
 @dataclass
-class ClusteredData:
-    """What is segmented."""
-
-    name: Literal["voc12", "coco-stuff-27", "coco-stuff-171", "ade20k", "scenes"]
-    """Data set: PASCAL VOC 2012 (21 classes), COCO-Stuff (27 coarse or 171 classes), ADE20K (150), or the scenes that
-    datasets/scenes.py writes."""
-    root: str
-    """Its folder, laid out as its authors ship it: VOCdevkit, COCO's, ADEChallengeData2016, or the scenes' folder."""
-    split: str = "val"
-    """Split that is clustered."""
-
-
-@dataclass
-class Settings:
+class Settings(FeatureSettings):
     """Unsupervised segmentation."""
 
-    ckpt: str
-    """Backbone: the folder of a run; a .pt, .pth or .safetensors of ours, DINO, DINOv2 or timm; or timm:NAME."""
-    data: ClusteredData
+    data: SplitSettings
     clusters: int | None = None
     """Clusters; by default as many as classes, and never fewer."""
     seeds: int = 5
@@ -84,35 +63,11 @@ class Settings:
     size: int = 448
     """Side in pixels of the squares that images are resized to. For a patch that does not divide it, the multiple of
     the patch below it is used."""
-    weights: Weights = "teacher"
-    """Which half of a training checkpoint that holds a teacher and a student."""
-    untrained: bool = False
-    """Measure the checkpoint's architecture with random weights: the floor its figure stands on."""
-    blocks: str = "last"
-    """Blocks whose patch features are concatenated: last, last4, or numbers from 1, as in 3,6,9,12. Named in the
-    figure's id where they are not the last."""
-    every_block: bool = False
-    """Cluster each block by itself, and report mIoU block by block."""
-    out: str | None = None
-    """Folder for clustering.json, clustering.md and pictures.png; by default nothing is written."""
-    cache: str | None = None
-    """Folder for features; by default ~/.cache/skipless/features. Safe to delete."""
-    seed: int = 0
-    """Of the first run of k-means (and of random weights)."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N. k-means itself runs on the CPU."""
-    precision: Precision = "fp32"
-    """In which the network computes features: fp32, or bf16 where the device is fast in it. bf16 saves time on a GPU;
-    a model without skips feels the rounding. The figure's id then ends in /bf16."""
-    batch_size: int = 16
-    """Images in one forward pass of the backbone. Changes speed and memory alone."""
-    workers: int | None = None
-    """Processes that read images; by default all cores shared out with a GPU, and none on a CPU, which needs them
-    itself."""
 
     def __post_init__(self) -> None:
-        if min(self.size, self.seeds, self.batch_size) < 1 or min(self.workers or 0, self.seed) < 0:
-            raise ValueError("size, seeds and batch-size must be 1 or more, workers and seed 0 or more")
+        super().__post_init__()
+        if min(self.size, self.seeds) < 1:
+            raise ValueError("size and seeds must be 1 or more")
 
 
 def evaluate(settings: Settings) -> dict[str, Any]:
@@ -121,70 +76,41 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used, or no faiss.
     """
-    device = distributed.start(settings.device)
-    began = time.perf_counter()
     require_faiss()
-    backbone = load_backbone(settings.ckpt, settings.weights)
-    if settings.untrained:
-        backbone = untrained(backbone, settings.seed)
-    backbone = backbone.to(device, settings.precision)
-    workers = loader_workers(settings.workers, device)
-    choices = choose_blocks(settings.blocks, settings.every_block, backbone)
-    data = settings.data
-    val = DATA[data.name](data.root, data.split)
-    classes = len(val.classes)
+    context = prepare(settings, "clustering")
+    val = open_split(settings.data, settings.data.split)
+    classes, patch = len(val.classes), context.backbone.patch
     clusters = classes if settings.clusters is None else settings.clusters
     if clusters < classes:
-        raise ValueError(f"clusters is {clusters}, fewer than the {classes} classes of {data.name}; give more")
-    size = max(settings.size // backbone.patch, 1) * backbone.patch
-    if clusters > (count := len(val) * (size // backbone.patch) ** 2):
+        raise ValueError(f"clusters is {clusters}, fewer than the {classes} classes of {val.name}; give more")
+    size = max(settings.size // patch, 1) * patch
+    if clusters > (count := len(val) * (size // patch) ** 2):
         raise ValueError(f"clusters is {clusters}, and {val.name} {val.split} has {count:,} patches of {size} pixels")
-    default = Settings.size
-    changed = {} if settings.size == default else {"size": [default, settings.size]}
-    protocol = f"{data.name}-clustering/kmeans-{clusters}"
-    if not settings.every_block and settings.blocks != "last":
-        protocol += "/blocks-" + "-".join(str(block + 1) for block in choices[-1])
-    protocol += " (changed)" if changed else ""
-    recorded = plain(settings) | {"precision": backbone.precision}
-    out = Path(settings.out) if settings.out else None
-    if out:
-        keep_other_result(out / "clustering.json", recorded)
-    first = rank() == 0
-    if first:
-        on = f"on {device}, {backbone.described_precision}"
-        print(f"{protocol}: {backbone.architecture} ({backbone.path}) {on}", flush=True)
-        print(describe_split(data.name, val.split, len(val)), flush=True)
-        if out:
-            out.mkdir(parents=True, exist_ok=True)
+    changed = {} if settings.size == Settings.size else {"size": [Settings.size, settings.size]}
+    protocol = protocol_id(context, f"{val.name}-clustering/kmeans-{clusters}", bool(changed))
+    announce(context, protocol, described(val))
 
-    cache = Path(settings.cache).expanduser() if settings.cache else default_cache()
-    blocks = sorted({block for choice in choices for block in choice})
-    features = extract(
-        backbone, val.images, partial(image_of_pair, val), size, blocks, cache, "tokens",
-        settings.batch_size, workers, f"features, {val.split}",
-    )  # fmt: skip
-    labels = sample_labels(val, workers)
-    shown = np.linspace(0, len(val) - 1, min(PICTURES, len(val))).round().astype(int).tolist()
+    features = square_features(context, val, size)
+    labels, shown = sample_labels(val, context.workers), choose_shown(val)
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    runs = []  # [choice][seed] -> scores
-    for choice in choices:
+    scores = []  # [choice][seed]
+    for choice in context.choices:
         x = standardized_components(features, choice)
         mine = {}
         for seed in tqdm(seeds[rank() :: world_size()], desc="k-means", unit="run", disable=rank() > 0):
-            of_patch = kmeans(x, clusters, seed).reshape(-1, *features.grid)
-            confusion = cluster_confusion(labels, sample_grid(of_patch), classes, clusters)
+            assigned = kmeans(x, clusters, seed).reshape(-1, *features.grid)  # [N, h, w]
+            confusion = cluster_confusion(labels, sample_grid(assigned), classes, clusters)
             class_of = match_clusters(confusion)
-            scores = segmentation_scores(torch.from_numpy(merge_clusters(confusion, class_of)))
-            mine[seed] = scores, {i: class_of[of_patch[i]].astype(np.uint8) for i in shown}
-        found = {seed: run for part in gather_objects(mine) for seed, run in part.items()}
-        runs.append([found[seed][0] for seed in seeds])
-        predictions = found[seeds[0]][1]
-    main = runs[-1]
-    figures = [_summary([s.miou for s in scores], [s.pixel_accuracy for s in scores]) for scores in runs]
-    iou = np.array([scores.iou for scores in main])
+            score = segmentation_scores(torch.from_numpy(merge_clusters(confusion, class_of)))
+            mine[seed] = score, {image: class_of[assigned[image]].astype(np.uint8) for image in shown}
+        runs = {seed: run for part in gather_objects(mine) for seed, run in part.items()}
+        scores.append([runs[seed][0] for seed in seeds])
+        predictions = runs[seeds[0]][1]
+    means = [_mean([s.miou for s in run_scores], [s.pixel_accuracy for s in run_scores]) for run_scores in scores]
+    iou = np.array([s.iou for s in scores[-1]])
     details: dict[str, Any] = {
-        "blocks": [block + 1 for block in choices[-1]],
-        "pixel_accuracy": figures[-1]["pixel_accuracy"],
+        "blocks": [block + 1 for block in context.choices[-1]],
+        "pixel_accuracy": means[-1]["pixel_accuracy"],
         "iou": {
             name: None if np.isnan(column).all() else float(np.nanmean(column))
             for name, column in zip(val.classes, iou.T, strict=True)
@@ -192,48 +118,39 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         "clusters": clusters,
         "matching": "one to one" if clusters == classes else "many to one",
         "image_size": size,
-        "std": figures[-1]["std"],
+        "std": means[-1]["std"],
         "runs": [
             {"seed": seed, "miou": s.miou, "pixel_accuracy": s.pixel_accuracy}
-            for seed, s in zip(seeds, main, strict=True)
+            for seed, s in zip(seeds, scores[-1], strict=True)
         ],
         "changed_settings": changed,
     }
     if settings.every_block:
         details["every_block"] = [
-            {"block": choice[0] + 1, **figure} for choice, figure in zip(choices, figures, strict=True)
+            {"block": choice[0] + 1, **mean} for choice, mean in zip(context.choices, means, strict=True)
         ]
-    result = result_of(
-        "clustering", protocol, val.name, val.split, len(val), "mIoU", figures[-1]["miou"], details, backbone, recorded,
-        settings.seed, time.perf_counter() - began, device, COUNTS.get((val.name, val.split)),
-    )  # fmt: skip
-    if first:
-        text = report(result, how(details), "published")
-        if out:
-            draw(val, predictions, out / "pictures.png")
-            write_result(out / "clustering", result, text)
-        print("\n" + text, end="")
-        if out:
-            print(f"\nwritten: {out / 'clustering.json'}, clustering.md, pictures.png")
-    return result
+    to_text = partial(report, how=how(details), published="published")
+    files = {"pictures.png": partial(draw, val, predictions)}
+    official = COUNTS.get((val.name, val.split))
+    return finish(context, protocol, val, "mIoU", means[-1]["miou"], details, to_text, files, official)
 
 
 def standardized_components(features: Features, blocks: Sequence[int]) -> np.ndarray:
     """Patch features, each channel at mean 0 and standard deviation 1 over all patches, in their first principal
     components (50, or all channels where there are fewer), float32 [N * h * w, 50]."""
-    rows = np.array_split(np.arange(features.images), -(-features.images // CHUNK))
+    chunks = np.array_split(np.arange(features.images), -(-features.images // CHUNK))
 
-    def read(some: np.ndarray) -> np.ndarray:
-        return features.read(some, blocks).flatten(0, 2).numpy().astype(np.float64)
+    def read(images: np.ndarray) -> np.ndarray:
+        return features.read(images, blocks).flatten(0, 2).numpy().astype(np.float64)
 
     count = features.images * features.grid[0] * features.grid[1]
-    mean = sum(read(some).sum(0) for some in rows) / count
-    covariance = np.asarray(sum((x := read(some) - mean).T @ x for some in rows)) / count
+    mean = sum(read(images).sum(0) for images in chunks) / count
+    covariance = np.asarray(sum((x := read(images) - mean).T @ x for images in chunks)) / count
     # The floor keeps a channel that never changes from being blown up.
     std = np.sqrt(np.maximum(np.diag(covariance), 1e-12))
     _, vectors = np.linalg.eigh(covariance / std[:, None] / std)
     projection = vectors[:, ::-1][:, :COMPONENTS] / std[:, None]
-    return np.concatenate([((read(some) - mean) @ projection).astype(np.float32) for some in rows])
+    return np.concatenate([((read(images) - mean) @ projection).astype(np.float32) for images in chunks])
 
 
 def kmeans(x: np.ndarray, clusters: int, seed: int) -> np.ndarray:
@@ -254,17 +171,17 @@ def sample_grid(grid: np.ndarray, points: int = POINTS) -> np.ndarray:
     return grid[..., rows[:, None], columns]
 
 
-def cluster_confusion(labels: np.ndarray, found: np.ndarray, classes: int, clusters: int) -> np.ndarray:
+def cluster_confusion(labels: np.ndarray, assigned: np.ndarray, classes: int, clusters: int) -> np.ndarray:
     """Points by class (rows) and cluster (columns), int64 [classes, clusters].
 
     Args:
         labels: uint8 of any shape; values from `classes` on, such as VOID, are left out.
-        found: integers in 0..clusters - 1, of the same shape.
+        assigned: integers in 0..clusters - 1, of the same shape.
     """
     confusion = np.zeros(classes * clusters, np.int64)
-    for truth, of_image in zip(labels, found, strict=True):
+    for truth, cluster in zip(labels, assigned, strict=True):
         counted = truth < classes
-        pairs = truth[counted].astype(np.int64) * clusters + of_image[counted]
+        pairs = truth[counted].astype(np.int64) * clusters + cluster[counted]
         confusion += np.bincount(pairs, minlength=classes * clusters)
     return confusion.reshape(classes, clusters)
 
@@ -283,10 +200,7 @@ def match_clusters(confusion: np.ndarray) -> np.ndarray:
     if clusters > classes:
         return confusion.argmax(0)
     union = confusion.sum(0) + confusion.sum(1, keepdims=True) - confusion
-    matched, of_cluster = linear_sum_assignment((confusion / np.maximum(union, 1)).T, maximize=True)
-    class_of = np.empty(clusters, np.int64)
-    class_of[matched] = of_cluster
-    return class_of
+    return linear_sum_assignment((confusion / np.maximum(union, 1)).T, maximize=True)[1]
 
 
 def merge_clusters(confusion: np.ndarray, class_of: np.ndarray) -> np.ndarray:
@@ -298,35 +212,15 @@ def merge_clusters(confusion: np.ndarray, class_of: np.ndarray) -> np.ndarray:
 
 def sample_labels(images: SegmentationSet, workers: int) -> np.ndarray:
     """The labels that are scored, uint8 [N, 100, 100]. Raises ValueError for an unreadable mask."""
-    loader = DataLoader(
-        _Points(images), batch_size=None, num_workers=workers, collate_fn=None, worker_init_fn=leave_signals_to_main
-    )
-    labels = np.empty((len(images), POINTS, POINTS), np.uint8)
-    for index, found in enumerate(tqdm(loader, desc="labels", unit="image", disable=rank() > 0)):
-        if isinstance(found, str):
-            raise ValueError(found)
-        labels[index] = found
-    return labels
+    batches = tqdm([[index] for index in range(len(images))], desc="labels", unit="image", disable=rank() > 0)
+    return np.stack([points for (points,) in read_batches(partial(_points, images), batches, workers)])
 
 
-class _Points(Dataset):
-    """uint8 [100, 100] for each image: its labels. For an unreadable mask, the sentence that says so: an exception
-    would reach the main process without its type."""
-
-    def __init__(self, images: SegmentationSet):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor | str:
-        try:
-            return torch.from_numpy(sample_grid(self.images.read_matched_mask(index)))
-        except (ValueError, OSError) as error:
-            return str(error)
+def _points(images: SegmentationSet, index: int) -> np.ndarray:
+    return sample_grid(images.read_matched_mask(index))
 
 
-def _summary(miou: Sequence[float], accuracy: Sequence[float]) -> dict[str, Any]:
+def _mean(miou: Sequence[float], accuracy: Sequence[float]) -> dict[str, Any]:
     """Means over runs, and the standard deviation (of a sample) of mIoU, None for a single run."""
     std = float(np.std(miou, ddof=1)) if len(miou) > 1 else None
     return {"miou": float(np.mean(miou)), "std": std, "pixel_accuracy": float(np.mean(accuracy))}

@@ -21,14 +21,12 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from skipless.common.distributed import any_process, rank, world_size
@@ -36,7 +34,7 @@ from skipless.common.files import write_atomically, write_text
 from skipless.common.pixels import center_crop, resample
 from skipless.datasets.images import UnreadableImage
 from skipless.eval.backbones import Backbone, FeatureKind
-from skipless.ssl.data.loader import leave_signals_to_main
+from skipless.eval.reading import read_batches
 
 SHARD = 32  # images
 POOLED_SHARD = 256  # these are small
@@ -155,7 +153,7 @@ def extract(
     features = Features(folder, len(paths), numbers, grid, backbone.dim, shard)
 
     missing = {index: blocks for index in range(features.shards) if (blocks := features.missing_blocks(index))}
-    to_do = sum(len(features.rows(index)) for index in missing)
+    done = len(paths) - sum(len(features.rows(index)) for index in missing)
     bytes_of_image = (1 + grid[0] * grid[1]) * backbone.dim * 2
     _make_room(cache, bytes_of_image * sum(len(features.rows(index)) * len(missing[index]) for index in missing))
     # Every process must have looked before one of them writes.
@@ -166,12 +164,8 @@ def extract(
         if rank() == 0:
             write_text(folder / "about.json", json.dumps({**about, "path": backbone.path}, indent=1) + "\n")
         mine = {index: missing[index] for index in list(missing)[rank() :: world_size()]}
-        images = _Squares(paths, read, size, resize)
-        with tqdm(
-            total=len(paths) - to_do + sum(len(features.rows(index)) for index in mine),
-            initial=len(paths) - to_do, desc=title, unit="image", disable=rank() > 0,
-        ) as progress:  # fmt: skip
-            _fill_shards(features, mine, backbone, images, kind, pooled, batch_size, workers, progress)
+        square = partial(_read_square, paths, read, size, resize)
+        _fill_shards(features, mine, backbone, paths, square, kind, pooled, batch_size, workers, title, done)
     any_process(False)  # wait for the others
     for index in missing:
         if features.missing_blocks(index):
@@ -183,14 +177,16 @@ def _fill_shards(
     features: Features,
     missing: dict[int, list[int]],
     backbone: Backbone,
-    images: "_Squares",
+    paths: Sequence[Path],
+    read: Callable[[int], np.ndarray],
     kind: FeatureKind,
     pooled: bool,
     batch_size: int,
     workers: int,
-    progress: Any,
+    title: str,
+    done: int,
 ) -> None:
-    """Compute and write shards, given the blocks that each of them lacks."""
+    """Compute and write shards, given the blocks that each of them lacks; `done` images are there already."""
     # What goes through the network together is read together, by one worker: the first batch is there soon, and those
     # that are read ahead fit into memory.
     batches = [
@@ -198,25 +194,21 @@ def _fill_shards(
         for index in missing
         for i in range(0, len(features.rows(index)), batch_size)
     ]
-    loader = DataLoader(
-        images,
-        batch_sampler=[list(rows) for _, rows in batches],
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=leave_signals_to_main,
-    )
-    for (index, rows), pictures in zip(batches, loader, strict=True):
-        shard, blocks = features.rows(index), missing[index]
-        first = rows[0] - shard[0]
-        if first == 0:
-            shape = (len(blocks), len(shard), 1 + features.grid[0] * features.grid[1], features.dim)
-            tokens = np.empty(shape, np.float16)
-        places = [images.paths[row] for row in rows]
-        tokens[:, first : first + len(rows)] = _tokens(backbone, pictures, blocks, kind, pooled, places)
-        if rows[-1] == shard[-1]:
-            for block, array in zip(blocks, tokens, strict=True):
-                write_atomically(features.path(block, index), lambda beside, array=array: _save(beside, array))  # type: ignore[misc]
-        progress.update(len(rows))
+    loader = read_batches(read, [rows for _, rows in batches], workers)
+    total = done + sum(len(features.rows(index)) for index in missing)
+    with tqdm(total=total, initial=done, desc=title, unit="image", disable=rank() > 0) as progress:
+        for (index, rows), pictures in zip(batches, loader, strict=True):
+            shard, blocks = features.rows(index), missing[index]
+            first = rows[0] - shard[0]
+            if first == 0:
+                shape = (len(blocks), len(shard), 1 + features.grid[0] * features.grid[1], features.dim)
+                tokens = np.empty(shape, np.float16)
+            places = [paths[row] for row in rows]
+            tokens[:, first : first + len(rows)] = _tokens(backbone, pictures, blocks, kind, pooled, places)
+            if rows[-1] == shard[-1]:
+                for block, array in zip(blocks, tokens, strict=True):
+                    write_atomically(features.path(block, index), lambda beside, array=array: _save(beside, array))  # type: ignore[misc]
+            progress.update(len(rows))
 
 
 def default_cache() -> Path:
@@ -224,35 +216,28 @@ def default_cache() -> Path:
     return Path.home() / ".cache" / "skipless" / "features"
 
 
-class _Squares(Dataset):
-    """Square images, uint8 [S, S, 3]; for an unreadable one, the sentence that says so: an exception would reach the
-    main process without its type."""
-
-    def __init__(self, paths: Sequence[Path], read: Callable[[int], np.ndarray], size: int, resize: int | None):
-        self.paths, self.read, self.size, self.resize = paths, read, size, resize
-
-    def __getitem__(self, index: int) -> np.ndarray | str:
-        try:
-            image = self.read(index)
-            if self.resize is not None:
-                return center_crop(image, self.size, self.resize)
-            return resample(image, self.size, self.size)
-        except (ValueError, OSError) as error:
-            return str(error) if isinstance(error, UnreadableImage) else f"{self.paths[index]}: {error}"
+def _read_square(
+    paths: Sequence[Path], read: Callable[[int], np.ndarray], size: int, resize: int | None, index: int
+) -> np.ndarray:
+    """uint8 [size, size, 3]. Raises ValueError or OSError, naming the image."""
+    try:
+        image = read(index)
+        return resample(image, size, size) if resize is None else center_crop(image, size, resize)
+    except UnreadableImage:  # names it
+        raise
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{paths[index]}: {error}") from None
 
 
 def _tokens(
     backbone: Backbone,
-    pictures: list[np.ndarray | str],
+    pictures: list[np.ndarray],
     blocks: list[int],
     kind: FeatureKind,
     pooled: bool,
     paths: Sequence[Path],
 ) -> np.ndarray:
     """float16 [blocks, B, 1 + h * w, D], CLS first; pooled, the mean of the patches stands in their place."""
-    for picture in pictures:
-        if isinstance(picture, str):
-            raise ValueError(picture)
     outputs = backbone.features(backbone.normalize(np.stack(pictures)), blocks, kind)
     patches = [output.patches.flatten(1, 2) for output in outputs]
     if pooled:

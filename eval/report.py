@@ -18,9 +18,9 @@ import contextlib
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,40 +29,27 @@ from skipless.common.files import write_text
 from skipless.common.settings import plain
 from skipless.datasets.images import read_image
 from skipless.eval import classification, clustering, discovery, knn, linear, retrieval, segmentation
-from skipless.eval.backbones import (
-    Backbone,
-    FeatureKind,
-    Precision,
-    Weights,
-    load_backbone,
-    untrained,
-    usable_precision,
-)
+from skipless.eval.backbones import Backbone, FeatureKind, Precision, load_backbone, untrained, usable_precision
 from skipless.eval.classification import Pooling
-from skipless.eval.dense.data import DATA, DataSettings
+from skipless.eval.dense import data as dense
 from skipless.eval.dense.quick import QuickSettings
-from skipless.eval.evaluation import INCIDENTAL, LATER
+from skipless.eval.evaluation import LATER, EvaluationSettings, differing_settings
 from skipless.eval.figures.pictures import pick_images
-from skipless.eval.objects.data import DataSettings as BoxData
-from skipless.eval.objects.data import open_data
+from skipless.eval.objects import data as objects
 from skipless.eval.page.render import write_page
 from skipless.eval.page.tables import latex_table, markdown_table, table_of
+
+T = TypeVar("T")
 
 TASKS = ("knn", "linear", "segmentation", "retrieval", "clustering", "lost", "tokencut")
 
 
 @dataclass
-class ClassificationData:
+class ClassificationData(classification.DataSettings):
     """Data of knn and linear; see eval/knn.py."""
 
     root: str = ""
     """Where they lie; left out, the tasks are left out."""
-    name: Literal["folder", "cifar10", "cifar100", "arrays", "huggingface"] = "folder"
-    """Where they come from."""
-    split: str | None = None
-    """Split that is classified; by default val, for CIFAR test, for huggingface validation."""
-    train_split: str = "train"
-    """Split whose labels are known."""
     pool: Pooling = "cls"
     """The vector of an image: its CLS token, the mean of its patch tokens, or both."""
     size: int = 224
@@ -70,16 +57,14 @@ class ClassificationData:
 
 
 @dataclass
-class SegmentationData:
+class SegmentationData(dense.DataSettings):
     """Data of segmentation, retrieval and clustering; see eval/segmentation.py."""
 
+    name: dense.DataName = "voc12"
+    """Data set."""
     root: str = ""
     """Folder, laid out as its authors ship it; left out, the tasks are left out."""
-    name: Literal["voc12", "coco-stuff-27", "coco-stuff-171", "ade20k", "scenes"] = "voc12"
-    """Data set."""
-    split: str = "val"
-    """Split whose mIoU is measured."""
-    train_split: str = "train"
+    train_split: str | None = "train"
     """Split that heads are trained on and memories are filled from."""
     size: int = 448
     """Side in pixels of the squares that images are resized to, for all three: features are computed once."""
@@ -88,29 +73,25 @@ class SegmentationData:
 
 
 @dataclass
-class DiscoveryData:
+class DiscoveryData(objects.DataSettings):
     """Data of lost and tokencut; see eval/discovery.py."""
 
+    name: objects.DataName = "voc07"
+    """Data set."""
     root: str = ""
     """Folder, laid out as its authors ship it; left out, the tasks are left out."""
-    name: Literal["voc07", "voc12", "coco", "scenes", "folder"] = "voc07"
-    """Data set."""
-    split: str | None = None
-    """Split; by default as in eval/discovery.py."""
     features: FeatureKind = "keys"
     """What patches are compared by: keys, or keys_without_bias where a trained bias makes all keys alike."""
 
 
 @dataclass
-class Settings:
+class Settings(EvaluationSettings):
     """One page that compares checkpoints."""
 
-    ckpt: tuple[str, ...]
+    ckpt: tuple[str, ...]  # type: ignore[assignment]
     """Backbones: folders of runs; .pt, .pth or .safetensors of ours, DINO, DINOv2 or timm; or timm:NAME."""
     names: tuple[str, ...] = ()
     """Names to show them under, as many; by default those of the files or folders."""
-    out: str = "report"
-    """Folder for report.html, report.md, report.tex and results/."""
     images: str = ""
     """Images to look at: a folder, zip archive or image file; by default those of the first data set that is given."""
     count: int = 16
@@ -128,26 +109,19 @@ class Settings:
     """Data of lost and tokencut."""
     collect: tuple[str, ...] = ()
     """Folders with results that the evaluations wrote; those of the same checkpoints join the table."""
+    _: KW_ONLY
+    out: str = "report"
+    """Folder for report.html, report.md, report.tex and results/."""
     untrained: bool = False
     """Add the first checkpoint's architecture with random weights: the floor that figures stand on."""
-    weights: Weights = "teacher"
-    """Which half of a training checkpoint that holds a teacher and a student."""
     cache: str | None = None
     """Folder for features; by default ~/.cache/skipless/features. Safe to delete."""
-    seed: int = 0
-    """Of all that is random."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
     precision: Precision = "fp32"
     """In which the network computes features: fp32, or bf16 where the device is fast in it. bf16 saves time on a GPU;
     a model without skips feels the rounding. The figure's id then ends in /bf16."""
-    batch_size: int = 16
-    """Images in one forward pass of the backbone. Changes speed and memory alone."""
-    workers: int | None = None
-    """Processes that read images; by default all cores shared out with a GPU, and none on a CPU, which needs them
-    itself."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.ckpt:
             raise ValueError("give one checkpoint or more: --ckpt A B")
         if self.names and len(self.names) != len(self.ckpt):
@@ -167,6 +141,17 @@ class Candidate:
     ckpt: str
     untrained: bool
     backbone: Backbone
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """An evaluation of one checkpoint."""
+
+    name: str
+    settings: Any
+    evaluate: Callable[[Any], Any]
+    result: Path
+    """The file that it leaves."""
 
 
 def make_report(settings: Settings) -> Path:
@@ -189,28 +174,21 @@ def make_report(settings: Settings) -> Path:
         if not Path(folder_name).expanduser().is_dir():
             raise FileNotFoundError(f"collect: {folder_name}: no such folder")
     for candidate in candidates:
-        for task, theirs, _ in planned(settings, candidate, out / "results" / candidate.name):
-            measured(result_path(out, candidate, task), theirs, candidate.backbone)
+        for task in planned(settings, candidate, out / "results" / candidate.name):
+            measured(task, candidate.backbone)
     results: dict[str, list[dict[str, Any]]] = {}
     for number, candidate in enumerate(candidates, 1):
         folder = out / "results" / candidate.name
-        found = []
-        for task, theirs, evaluate in planned(settings, candidate, folder):
-            path = result_path(out, candidate, task)
-            old = measured(path, theirs, candidate.backbone)
-            if old is None:
-                print(f"{candidate.name} ({number} of {len(candidates)}): {task}", flush=True)
-                said = io.StringIO()
-                with contextlib.redirect_stdout(said):
-                    evaluate(theirs)
-                warnings = [line for line in said.getvalue().splitlines() if line.lower().startswith("warning")]
-                print("\n".join(warnings), end="\n" if warnings else "", flush=True)
-                old = measured(path, theirs, candidate.backbone)
-                assert old is not None
-            old["pictures"] = folder / task / "pictures.png"
-            found.append(old)
-        found += collected(settings, candidate, found)
-        results[candidate.name] = found
+        measurements = []
+        for task in planned(settings, candidate, folder):
+            if measured(task, candidate.backbone) is None:
+                print(f"{candidate.name} ({number} of {len(candidates)}): {task.name}", flush=True)
+                run_quietly(task)
+            result = measured(task, candidate.backbone)
+            assert result is not None
+            result["pictures"] = folder / task.name / "pictures.png"
+            measurements.append(result)
+        results[candidate.name] = measurements + collected(settings, candidate, measurements)
     table = table_of(results)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "report.md", markdown_table(table))
@@ -249,92 +227,91 @@ def short_name(ckpt: str) -> str:
     return path.resolve().name if path.is_dir() else path.stem
 
 
-def planned(settings: Settings, candidate: Candidate, folder: Path) -> list[tuple[str, Any, Callable[[Any], Any]]]:
-    """(task, the settings of its evaluation, its function) for each task whose data are given."""
+def planned(settings: Settings, candidate: Candidate, folder: Path) -> list[Task]:
+    """The tasks whose data are given, each of which writes into its own folder in `folder`."""
+    plan: list[Task] = []
+    common: dict[str, Any] = {
+        "ckpt": candidate.ckpt, "weights": settings.weights, "untrained": candidate.untrained, "seed": settings.seed,
+        "device": settings.device, "batch_size": settings.batch_size, "workers": settings.workers,
+    }  # fmt: skip
+    on_features = {**common, "cache": settings.cache, "precision": settings.precision}
 
-    def common(task: str) -> dict[str, Any]:
-        return {
-            "ckpt": candidate.ckpt, "weights": settings.weights, "untrained": candidate.untrained,
-            "out": str(folder / task), "seed": settings.seed, "device": settings.device,
-            "batch_size": settings.batch_size, "workers": settings.workers,
-        }  # fmt: skip
+    def add(name: str, command: Any, **own: Any) -> None:
+        stem = "discovery" if command is discovery else name
+        task_settings = command.Settings(**own, out=str(folder / name))
+        plan.append(Task(name, task_settings, command.evaluate, folder / name / f"{stem}.json"))
 
-    on_features: dict[str, Any] = {"cache": settings.cache, "precision": settings.precision}
-    plan: list[tuple[str, Any, Callable[[Any], Any]]] = []
     c, s, d = settings.classification, settings.segmentation, settings.discovery
     if c.root:
-        images = classification.DataSettings(c.root, c.name, c.split, c.train_split)
-        more: dict[str, Any] = {"data": images, "pool": c.pool, "size": c.size, **on_features}
-        plan.append(("knn", knn.Settings(k=(20,), every_block=True, **common("knn"), **more), knn.evaluate))
-        plan.append(("linear", linear.Settings(**common("linear"), **more), linear.evaluate))
+        images = part(classification.DataSettings, c)
+        add("knn", knn, data=images, pool=c.pool, size=c.size, k=(20,), every_block=True, **on_features)
+        add("linear", linear, data=images, pool=c.pool, size=c.size, **on_features)
     if s.root:
-        masks = DataSettings(s.name, s.root, s.split, s.train_split)
+        masks = part(dense.DataSettings, s)
         quick = QuickSettings(size=s.size, max_images=s.max_images)
-        theirs: Any = segmentation.Settings(
-            data=masks, protocol="quick", every_block=True, quick=quick, **common("segmentation"), **on_features
-        )
-        plan.append(("segmentation", theirs, segmentation.evaluate))
-        memory = retrieval.MemoryData(s.name, s.root, s.split, s.train_split)
-        theirs = retrieval.Settings(data=memory, size=s.size, **common("retrieval"), **on_features)
-        plan.append(("retrieval", theirs, retrieval.evaluate))
-        clustered = clustering.ClusteredData(s.name, s.root, s.split)
-        theirs = clustering.Settings(data=clustered, size=s.size, **common("clustering"), **on_features)
-        plan.append(("clustering", theirs, clustering.evaluate))
+        add("segmentation", segmentation, data=masks, protocol="quick", every_block=True, quick=quick, **on_features)
+        add("retrieval", retrieval, data=masks, size=s.size, **on_features)
+        add("clustering", clustering, data=part(dense.SplitSettings, s), size=s.size, **on_features)
     if d.root:
-        boxes = BoxData(d.name, d.root, d.split)
+        boxes = part(objects.DataSettings, d)
         for method in ("lost", "tokencut"):
-            theirs = discovery.Settings(
-                data=boxes, method=method, features=d.features, every_block=True, **common(method)
-            )
-            plan.append((method, theirs, discovery.evaluate))
-    return [entry for entry in plan if entry[0] in settings.tasks]
+            add(method, discovery, data=boxes, method=method, features=d.features, every_block=True, **common)
+    return [task for task in plan if task.name in settings.tasks]
 
 
-def measured(path: Path, settings: Any, backbone: Backbone) -> dict[str, Any] | None:
-    """The result in `path`, if it is of these settings and weights.
+def part(kind: type[T], settings: Any) -> T:
+    """The fields that `settings` inherits from `kind`, as one of that kind."""
+    return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def run_quietly(task: Task) -> None:
+    """Measure, and print nothing but warnings."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        task.evaluate(task.settings)
+    for line in output.getvalue().splitlines():
+        if line.lower().startswith("warning"):
+            print(line, flush=True)
+
+
+def measured(task: Task, backbone: Backbone) -> dict[str, Any] | None:
+    """The result of a task, if it is there.
 
     Raises:
-        ValueError: it is of others, and measuring would overwrite it.
+        ValueError: what is there is of other settings or weights, and measuring would overwrite it.
     """
-    if not path.exists():
+    if not task.result.exists():
         return None
     try:
-        old = json.loads(path.read_text())
-        same = old["checkpoint"]["sha256"] == backbone.sha256
-        theirs = LATER | old["settings"]
+        result: dict[str, Any] = json.loads(task.result.read_text())
+        same = result["checkpoint"]["sha256"] == backbone.sha256
+        differing = differing_settings(result["settings"], plain(task.settings))
+        # What had no effect is not recorded; where the checkpoint lies does not matter.
+        differing = [name for name in differing if name in LATER | result["settings"] and name != "ckpt"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged or no result: delete it, and it is measured again") from None
-    ours = LATER | plain(settings)
-    differing = [k for k in theirs if k not in (*INCIDENTAL, "ckpt") and theirs[k] != ours.get(k)]
+        raise ValueError(f"{task.result} is damaged or no result: delete it, and it is measured again") from None
     if not same or differing:
         why = f"other settings ({', '.join(differing)})" if differing else "other weights"
-        raise ValueError(f"{path} is of {why}: give another --out or other --names, or delete its folder")
-    return old
+        raise ValueError(f"{task.result} is of {why}: give another --out or other --names, or delete its folder")
+    return result
 
 
 def collected(settings: Settings, candidate: Candidate, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Results of this checkpoint in the folders to collect from, other than those that are known."""
-    seen = {(old["protocol"], old["dataset"], old["split"]) for old in known}
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for folder in settings.collect:
-        for path in sorted(Path(folder).expanduser().rglob("*.json")):
-            try:
-                old = json.loads(path.read_text())
-                ours = old["checkpoint"]["sha256"] == candidate.backbone.sha256 and old["value"] is not None
-                ours = ours and old["settings"].get("weights", "teacher") == settings.weights
-                key = (old["protocol"], old["dataset"], old["split"])
-            except (ValueError, KeyError, TypeError):
-                continue  # another kind of file
-            # Of several with one figure, the one that also has it block by block.
-            if ours and key not in seen and (key not in found or "every_block" in old["details"]):
-                found[key] = {**old, "pictures": path.parent / "pictures.png"}
-    return list(found.values())
-
-
-def result_path(out: Path, candidate: Candidate, task: str) -> Path:
-    """Where the result of a task lies."""
-    stem = "discovery" if task in ("lost", "tokencut") else task
-    return out / "results" / candidate.name / task / f"{stem}.json"
+    seen = {(result["protocol"], result["dataset"], result["split"]) for result in known}
+    others: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for path in (path for folder in settings.collect for path in sorted(Path(folder).expanduser().rglob("*.json"))):
+        try:
+            result = json.loads(path.read_text())
+            same = result["checkpoint"]["sha256"] == candidate.backbone.sha256 and result["value"] is not None
+            same = same and result["settings"].get("weights", "teacher") == settings.weights
+            key = (result["protocol"], result["dataset"], result["split"])
+        except (ValueError, KeyError, TypeError):
+            continue  # another kind of file
+        # Of several with one figure, the one that also has it block by block.
+        if same and key not in seen and (key not in others or "every_block" in result["details"]):
+            others[key] = {**result, "pictures": path.parent / "pictures.png"}
+    return list(others.values())
 
 
 def pictured(settings: Settings) -> list[tuple[str, np.ndarray]]:
@@ -343,9 +320,9 @@ def pictured(settings: Settings) -> list[tuple[str, np.ndarray]]:
         return pick_images(settings.images, settings.count)
     c, s, d = settings.classification, settings.segmentation, settings.discovery
     if s.root:
-        files = DATA[s.name](s.root, s.split).images
+        files = dense.open_split(s, s.split).images
     elif d.root:
-        files = open_data(BoxData(d.name, d.root, d.split))[0].images
+        files = objects.open_data(d)[0].images
     elif c.root and c.name == "folder":
         return pick_images(Path(c.root) / (c.split or "val"), settings.count)
     else:

@@ -8,12 +8,14 @@ from skipless.datasets.labels.boxes import BoxSet, folder_boxes
 from skipless.datasets.labels.coco import coco20k, coco_boxes
 from skipless.datasets.labels.voc import scenes_boxes, voc_boxes
 
+DataName = Literal["voc07", "voc12", "coco20k", "coco", "scenes", "folder"]
+
 
 @dataclass
 class DataSettings:
     """Where objects are looked for."""
 
-    name: Literal["voc07", "voc12", "coco20k", "coco", "scenes", "folder"]
+    name: DataName
     """Data set. coco is any instances file of COCO; folder is any folder of images, without a score."""
     root: str
     """Its folder, laid out as its authors ship it: VOCdevkit, COCO's, the scenes' or the images' folder."""

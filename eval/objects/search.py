@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from skipless.common import distributed
@@ -23,7 +22,7 @@ from skipless.datasets.labels.boxes import BoxSet
 from skipless.eval.backbones import Backbone, FeatureKind, pad_to_patch
 from skipless.eval.features import data_sha256
 from skipless.eval.objects.localization import Localization, lost, maskcut, tokencut
-from skipless.ssl.data.loader import leave_signals_to_main
+from skipless.eval.reading import Unreadable, read_batches_leniently
 
 Method = Literal["lost", "tokencut", "maskcut"]
 
@@ -69,13 +68,7 @@ def find_objects(
         os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
     rest = [index for index in range(len(images)) if index not in known]
     batches = _batches(images, rest, backbone.patch, search)[distributed.rank() :: distributed.world_size()]
-    loader = DataLoader(
-        _Pictures(images, search.size),
-        batch_sampler=batches,
-        num_workers=search.workers,
-        collate_fn=list,
-        worker_init_fn=leave_signals_to_main,
-    )
+    loader = read_batches_leniently(partial(_read_picture, images, search.size), batches, search.workers)
     threshold: dict[str, Any] = {} if search.tau is None else {"tau": search.tau}
     locate = {"lost": lost, "tokencut": partial(tokencut, **threshold), "maskcut": partial(maskcut, **threshold)}
     mine: list[dict[str, Any]] = []
@@ -102,16 +95,16 @@ def _search_batch(
     shown: list[int],
 ) -> list[dict[str, Any]]:
     """Entries of the images of a batch, given what the loader made of them."""
-    unreadable = [(i, picture) for i, picture in zip(batch, pictures, strict=True) if isinstance(picture, str)]
-    # A set with labels is scored as a whole; any folder of photographs has damaged ones.
-    if unreadable and images.name != "folder":
-        raise ValueError(unreadable[0][1])
-    entries: list[dict[str, Any]] = [{"index": index, "unreadable": message} for index, message in unreadable]
+    entries: list[dict[str, Any]] = []
     # It is one group, unless a header told another size than the picture has: an EXIF orientation does.
     groups: dict[tuple[int, int], list[Any]] = defaultdict(list)
     for index, picture in zip(batch, pictures, strict=True):
-        if not isinstance(picture, str):
+        if not isinstance(picture, Unreadable):
             groups[_padded(picture[0].shape, backbone.patch)].append((index, *picture))
+        elif images.name == "folder":
+            entries.append({"index": index, "unreadable": picture.reason})
+        else:  # a set with labels is scored as a whole; any folder of photographs has damaged ones
+            raise ValueError(picture.reason)
     for group in groups.values():
         entries += _search_group(backbone, images, group, search, locate, shown)
     return entries
@@ -233,16 +226,8 @@ def _padded(shape: Sequence[int], patch: int) -> tuple[int, int]:
     return -(-shape[0] // patch), -(-shape[1] // patch)
 
 
-class _Pictures(Dataset):
-    """(uint8 [H, W, 3] as the network takes it, original (H, W)); for an unreadable one, the sentence that says so."""
-
-    def __init__(self, images: BoxSet, size: int | None):
-        self.images, self.size = images, size
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, tuple[int, int]] | str:
-        try:
-            picture = self.images.read_image(index)
-        except (ValueError, OSError) as error:
-            return str(error)
-        original = (picture.shape[0], picture.shape[1])
-        return (picture if self.size is None else resample(picture, self.size, self.size)), original
+def _read_picture(images: BoxSet, size: int | None, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """uint8 [H, W, 3] as the network takes it, and the original (H, W)."""
+    picture = images.read_image(index)
+    original = (picture.shape[0], picture.shape[1])
+    return (picture if size is None else resample(picture, size, size)), original

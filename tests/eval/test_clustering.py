@@ -2,20 +2,17 @@
 
 import itertools
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import DATA, few_of_voc, refusal, run_group, write_voc
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import save_file
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
@@ -32,44 +29,16 @@ from skipless.eval.clustering import (
     sample_grid,
     standardized_components,
 )
-from skipless.ssl.model.vit import VisionTransformer
 
-ROOT = Path(__file__).parent.parent.parent
-DATA = os.environ.get("SKIPLESS_TEST_DATA")
-COLOUR_OF = np.array([(30, 30, 200), (210, 40, 40), (40, 200, 60)], np.uint8)
 NAMES = ("background", "disc", "star")
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The layout of scenes, 6 pictures of 64 x 64: blocks of three colours, each a class."""
-    root = tmp_path_factory.mktemp("data") / "VOCdevkit"
-    folder = root / "VOC2012"
-    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (folder / name).mkdir(parents=True)
-    (folder / "classes.txt").write_text("disc\nstar\n")
-    rng = np.random.default_rng(0)
-    names = [f"val{index:02}" for index in range(6)]
-    for name in names:
-        labels = np.kron(rng.integers(0, 3, (4, 4)), np.ones((16, 16))).astype(np.uint8)
-        Image.fromarray(COLOUR_OF[labels]).save(folder / f"JPEGImages/{name}.jpg", quality=95, subsampling=0)
-        Image.fromarray(labels).save(folder / f"SegmentationClass/{name}.png")
-    (folder / "ImageSets/Segmentation/val.txt").write_text("".join(f"{name}\n" for name in names))
+    """The layout of scenes, 6 pictures of 64 x 64: blocks of three colors, each a class."""
+    root = write_voc(tmp_path_factory.mktemp("data") / "VOCdevkit", {"val": 6}, blocks=(4, 4), void=False)
+    (root / "VOC2012/classes.txt").write_text("disc\nstar\n")
     return root
-
-
-@pytest.fixture(scope="module")
-def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random ViT of two blocks."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("ckpt") / "tiny.safetensors"
-    save_file(VisionTransformer(dim=192, depth=2, heads=3, patch=8, image_size=64).state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 def command(root: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
@@ -138,8 +107,8 @@ def test_void_is_not_counted() -> None:
 # Points, components, clusters -----------------------------------------------------------------------------------------
 
 
-def test_points_are_the_centres_of_cells() -> None:
-    """Centres of 2 cells on 3 and on 5 pixels: at 1/4 and 3/4 of the side, so in pixels 0 and 2, and in 1 and 3."""
+def test_points_are_the_centers_of_cells() -> None:
+    """Centers of 2 cells on 3 and on 5 pixels: at 1/4 and 3/4 of the side, so in pixels 0 and 2, and in 1 and 3."""
     grid = np.arange(15).reshape(3, 5)
     np.testing.assert_array_equal(sample_grid(grid, 2), [[1, 3], [11, 13]])
     several = np.stack([grid, grid + 100])
@@ -191,14 +160,15 @@ def test_as_many_clusters_as_vectors() -> None:
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-def test_command_leaves_a_result_a_table_and_pictures(scenes: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
-    flags = ["--every-block", "--seed=7", "--batch-size", "3", "--workers=1", "--out", tmp_path / "out"]
-    script = [sys.executable, ROOT / "eval" / "clustering.py", *command(scenes, ckpt, cache, *flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, script)), capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "WARNING" not in done.stderr + done.stdout
+def test_command_leaves_a_result_a_table_and_pictures(
+    scenes: Path, tiny_ckpt: Path, cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
+    main(
+        command(scenes, tiny_ckpt, cache, "--every-block", "--seed=7", "--batch-size", "3", "--workers=1", "--out", out)
+    )
+    printed = capfd.readouterr()
+    assert "WARNING" not in printed.err + printed.out  # faiss's of small sets
     assert sorted(path.name for path in out.iterdir()) == ["clustering.json", "clustering.md", "pictures.png"]
 
     result = json.loads((out / "clustering.json").read_text())
@@ -206,7 +176,7 @@ def test_command_leaves_a_result_a_table_and_pictures(scenes: Path, ckpt: Path, 
     assert result["protocol"] == "scenes-clustering/kmeans-3 (changed)"
     assert (result["dataset"], result["split"], result["images"]) == ("scenes", "val", 6)
     assert (result["metric"], result["seed"]) == ("mIoU", 7)
-    assert result["checkpoint"]["path"] == str(ckpt)
+    assert result["checkpoint"]["path"] == str(tiny_ckpt)
     assert {"seconds", "hardware", "commit", "settings"} <= set(result)
     assert {"faiss-cpu", "faiss-gpu"} & set(result["versions"])
     details = result["details"]
@@ -219,7 +189,7 @@ def test_command_leaves_a_result_a_table_and_pictures(scenes: Path, ckpt: Path, 
     assert [entry["block"] for entry in details["every_block"]] == [1, 2]
     assert details["every_block"][-1]["miou"] == result["value"]
     assert np.mean([details["iou"][name] for name in NAMES]) == pytest.approx(result["value"])
-    # Colours are separable, and a patch holds one colour.
+    # Colors are separable, and a patch holds one colour.
     assert 0.9 < result["value"] <= 1
 
     table = (out / "clustering.md").read_text()
@@ -229,27 +199,27 @@ def test_command_leaves_a_result_a_table_and_pictures(scenes: Path, ckpt: Path, 
     assert f"| 2 | {100 * result['value']:.1f} |" in table
     assert f"| star | {100 * details['iou']['star']:.1f} |" in table
     assert "trained" not in table
-    assert table.strip() in done.stdout
+    assert table.strip() in printed.out
     with Image.open(out / "pictures.png") as picture:
         picture.load()
         assert min(picture.size) > 200
 
 
-def test_same_seed_same_bits(scenes: Path, ckpt: Path, cache: Path) -> None:
+def test_same_seed_same_bits(scenes: Path, tiny_ckpt: Path, cache: Path) -> None:
     flags = ["--clusters=9", "--seeds=2", "--blocks=1"]
-    one, same, other = (measure(scenes, ckpt, cache, *flags, f"--seed={seed}") for seed in (3, 3, 20))
+    one, same, other = (measure(scenes, tiny_ckpt, cache, *flags, f"--seed={seed}") for seed in (3, 3, 20))
     assert one["protocol"] == "scenes-clustering/kmeans-9/blocks-1 (changed)"
     assert one["details"] == same["details"]
     assert one["details"]["matching"] == "many to one"
     assert one["details"]["runs"] != other["details"]["runs"]
     # Runs are told apart by their seed alone.
-    next_one = measure(scenes, ckpt, cache, "--clusters=9", "--seeds=1", "--blocks=1", "--seed=4")
+    next_one = measure(scenes, tiny_ckpt, cache, "--clusters=9", "--seeds=1", "--blocks=1", "--seed=4")
     assert next_one["value"] == one["details"]["runs"][1]["miou"]
     assert next_one["details"]["std"] is None
 
 
-def test_figures_are_of_the_labels_not_of_chance(scenes: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
-    """Truth that has nothing to do with the colours."""
+def test_figures_are_of_the_labels_not_of_chance(scenes: Path, tiny_ckpt: Path, cache: Path, tmp_path: Path) -> None:
+    """Truth that has nothing to do with the colors."""
     root = tmp_path / "VOC2012"
     (root / "SegmentationClass").mkdir(parents=True)
     for name in ("JPEGImages", "ImageSets", "classes.txt"):
@@ -258,16 +228,15 @@ def test_figures_are_of_the_labels_not_of_chance(scenes: Path, ckpt: Path, cache
     for path in sorted((scenes / "VOC2012/SegmentationClass").iterdir()):
         labels = np.kron(rng.integers(0, 3, (4, 4)), np.ones((16, 16))).astype(np.uint8)
         Image.fromarray(labels).save(root / "SegmentationClass" / path.name)
-    assert measure(root, ckpt, cache)["value"] < 0.45
+    assert measure(root, tiny_ckpt, cache)["value"] < 0.45
 
 
-def test_two_processes_find_what_one_finds(
-    scenes: Path, ckpt: Path, tmp_path: Path, run_two: Callable[[Sequence[object]], list[tuple[str, str]]]
-) -> None:
-    flags = command(scenes, ckpt, tmp_path / "cache", "--seeds=3", "--clusters=5", "--out", tmp_path / "two")
-    run_two([sys.executable, ROOT / "eval" / "clustering.py", *flags])
+def test_two_processes_find_what_one_finds(scenes: Path, tiny_ckpt: Path, tmp_path: Path) -> None:
+    flags = ["--seeds=3", "--clusters=5"]
+    words = command(scenes, tiny_ckpt, tmp_path / "cache", *flags, "--out", tmp_path / "two")
+    run_group("skipless.eval.clustering", words)
     two = json.loads((tmp_path / "two" / "clustering.json").read_text())
-    one = measure(scenes, ckpt, tmp_path / "cache", "--seeds=3", "--clusters=5")
+    one = measure(scenes, tiny_ckpt, tmp_path / "cache", *flags)
     assert (two["processes"], one["processes"]) == (2, 1)
     assert two["value"] == pytest.approx(one["value"], abs=1e-3)
     assert [run["seed"] for run in two["details"]["runs"]] == [0, 1, 2]
@@ -276,33 +245,14 @@ def test_two_processes_find_what_one_finds(
 @pytest.mark.skipif(not DATA, reason="SKIPLESS_TEST_DATA is not set")
 def test_a_trained_backbone_is_better_than_its_untrained_twin(tmp_path: Path) -> None:
     """On 12 real photographs."""
-    source, root = Path(DATA or "", "VOCdevkit/VOC2012"), tmp_path / "VOC2012"
-    (root / "ImageSets/Segmentation").mkdir(parents=True)
-    for folder in ("JPEGImages", "SegmentationClass"):
-        (root / folder).symlink_to((source / folder).resolve())
-    names = (source / "ImageSets/Segmentation/val.txt").read_text().split()[:12]
-    (root / "ImageSets/Segmentation/val.txt").write_text("\n".join(names) + "\n")
-    flags = ["--ckpt", Path(DATA or "", "weights/vit_small_patch14_saliency.safetensors"), "--data.name=voc12"]
-    flags += ["--data.root", root, "--cache", tmp_path / "cache", "--device=cpu", "--size=112", "--clusters=60"]
-    trained, floor = (evaluate(cli.parse(Settings, list(map(str, [*flags, *more])))) for more in ([], ["--untrained"]))
+    root, ckpt = few_of_voc(tmp_path, {"val": 12}), Path(DATA or "", "weights/vit_small_patch14_saliency.safetensors")
+    words = command(root, ckpt, tmp_path / "cache", "--data.name=voc12", "--size=112", "--clusters=60", "--seeds=2")
+    trained, floor = (evaluate(cli.parse(Settings, [*words, *more])) for more in ([], ["--untrained"]))
     assert trained["protocol"] == "voc12-clustering/kmeans-60 (changed)"
     assert trained["value"] > 1.2 * floor["value"]
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
-
-
-def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    """The one error line with which the command ends, in this process; before it, there may be progress bars."""
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
-    errors = capsys.readouterr().err
-    assert "Traceback" not in errors
-    *before, last = errors.splitlines()
-    assert last.startswith("error: "), errors
-    assert not any("error" in line for line in before)
-    return last
 
 
 @pytest.mark.parametrize(
@@ -315,40 +265,47 @@ def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--blocks=99"], ["block 99 does not exist", "1 to 2"]),
         (["--clusters=2"], ["clusters is 2, fewer than the 3 classes of scenes"]),
         (["--clusters=385"], ["clusters is 385", "scenes val has 384 patches of 64 pixels"]),
-        (["--seeds=0"], ["size, seeds and batch-size must be 1 or more"]),
+        (["--seeds=0"], ["size and seeds must be 1 or more"]),
         (["--workers=-1"], ["workers and seed 0 or more"]),
         (["--device=tpu"], ["device is 'tpu'"]),
         (["--data.train_split=train"], ["train_split"]),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_exit_code_2(
-    scenes: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]
+    scenes: Path,
+    tiny_ckpt: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    words: list[str],
 ) -> None:
-    given = command(scenes, ckpt, tmp_path / "cache", "--out", tmp_path / "out")
-    last = sentence(capsys, [*given, *flags])
+    given = command(scenes, tiny_ckpt, tmp_path / "cache", "--out", tmp_path / "out")
+    last = refusal(main, [*given, *flags], capsys)
     for word in words:
         assert word in last
     assert not (tmp_path / "out").exists()
 
 
 def test_without_faiss_a_sentence_says_what_to_install(
-    scenes: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    scenes: Path, tiny_ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    assert "pip install faiss-cpu" in sentence(capsys, command(scenes, ckpt, tmp_path / "cache"))
+    assert "pip install faiss-cpu" in refusal(main, command(scenes, tiny_ckpt, tmp_path / "cache"), capsys)
     assert not (tmp_path / "cache").exists()
 
 
 def test_damaged_mask_is_named_and_other_results_are_kept(
-    scenes: Path, ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    scenes: Path, tiny_ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = command(scenes, ckpt, cache, "--seeds=1", "--out", tmp_path / "out")
+    flags = command(scenes, tiny_ckpt, cache, "--seeds=1", "--out", tmp_path / "out")
     main(flags)
     path = scenes / "VOC2012/SegmentationClass/val03.png"
     whole = path.read_bytes()
     try:
         Image.fromarray(np.full((64, 64), 33, np.uint8)).save(path)
-        assert "val03.png: 4096 of 4096 pixels hold 33" in sentence(capsys, flags)
+        assert "val03.png: 4096 of 4096 pixels hold 33" in refusal(main, flags, capsys)
     finally:
         path.write_bytes(whole)
-    assert "holds another result (scenes-clustering/kmeans-3 (changed) of " in sentence(capsys, [*flags, "--seed=1"])
+    assert "holds another result (scenes-clustering/kmeans-3 (changed) of " in refusal(
+        main, [*flags, "--seed=1"], capsys
+    )

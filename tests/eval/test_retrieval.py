@@ -3,23 +3,22 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import DATA, few_of_voc, refusal, run_group
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import save_file
 
 from skipless.common import cli
 from skipless.datasets.labels.masks import VOID
 from skipless.eval import retrieval as module
+from skipless.eval.dense.outcome import Tally
 from skipless.eval.retrieval import (
     Settings,
     changed_settings,
@@ -29,46 +28,9 @@ from skipless.eval.retrieval import (
     make_search,
     sample_patches,
 )
-from skipless.ssl.model.vit import VisionTransformer
 
-ROOT = Path(__file__).parent.parent.parent
-DATA = os.environ.get("SKIPLESS_TEST_DATA")
-COLOUR_OF = np.array([(30, 30, 200), (210, 40, 40), (40, 200, 60)], np.uint8)
 NAMES = ("background", "aeroplane", "bicycle")
 SMALL = ["--size=64", "--data.train_split=train"]
-
-
-@pytest.fixture(scope="module")
-def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """VOC's layout, 6 and 4 pictures of 64 x 80: blocks of three colours, each a class, and a void column."""
-    root = tmp_path_factory.mktemp("data") / "VOCdevkit"
-    folder = root / "VOC2012"
-    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (folder / name).mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 6), ("val", 4)):
-        names = [f"{split}{index:02}" for index in range(count)]
-        for name in names:
-            labels = np.kron(rng.integers(0, 3, (4, 5)), np.ones((16, 16))).astype(np.uint8)
-            Image.fromarray(COLOUR_OF[labels]).save(folder / f"JPEGImages/{name}.jpg", quality=95, subsampling=0)
-            labels[:, 5] = VOID
-            Image.fromarray(labels).save(folder / f"SegmentationClass/{name}.png")
-        (folder / f"ImageSets/Segmentation/{split}.txt").write_text("".join(f"{name}\n" for name in names))
-    return root
-
-
-@pytest.fixture(scope="module")
-def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random ViT of two blocks."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("ckpt") / "tiny.safetensors"
-    save_file(VisionTransformer(dim=192, depth=2, heads=3, patch=8, image_size=64).state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 def command(voc: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
@@ -106,7 +68,7 @@ def test_labels_are_those_of_a_plain_computation(k: int, temperature: float) -> 
 
 
 @given(st.integers(0, 999), st.integers(1, 12), st.sampled_from([0.01, 0.02, 1.0, 50.0]))
-def test_labels_lie_between_those_of_the_neighbours(seed: int, k: int, temperature: float) -> None:
+def test_labels_lie_between_those_of_the_neighbors(seed: int, k: int, temperature: float) -> None:
     rng = np.random.default_rng(seed)
     similarities = np.sort(rng.uniform(-1, 1, (7, k)).astype(np.float32))[:, ::-1]
     rows, labels = rng.integers(0, 20, (7, k)), rng.random((20, 3)).astype(np.float16)
@@ -125,12 +87,12 @@ def test_rows_that_an_inverted_file_did_not_find_have_no_weight() -> None:
 
 def test_inverted_file_finds_what_is_close() -> None:
     """Twenty tight groups: the nearest rows of a query are those of its own group."""
-    centres = units(0, 20, 16)
-    memory = np.repeat(centres, 30, axis=0) + 0.01 * units(1, 600, 16)
+    centers = units(0, 20, 16)
+    memory = np.repeat(centers, 30, axis=0) + 0.01 * units(1, 600, 16)
     memory /= np.linalg.norm(memory, axis=1, keepdims=True)
     search, name = make_search(memory, 30, exact=False, gpu=None)
     assert name == "inverted file, 2 of 24 lists, on the CPU"
-    _, rows = search(centres)
+    _, rows = search(centers)
     own = [(of_query // 30 == group)[of_query >= 0].all() for group, of_query in enumerate(rows)]
     assert all(own)
     assert (rows >= 0).mean() > 0.8
@@ -168,13 +130,13 @@ def test_a_patch_of_several_classes_has_the_sum_of_their_counts() -> None:
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-def test_command_leaves_a_result_a_table_and_pictures(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
-    flags = [*SMALL, "--every-block", "--batch-size", "3", "--workers=1", "--out", tmp_path / "out"]
-    script = [sys.executable, ROOT / "eval" / "retrieval.py", *command(voc, ckpt, cache, *flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, script)), capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
+def test_command_leaves_a_result_a_table_and_pictures(
+    tiny_voc: Path, tiny_ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
+    flags = [*SMALL, "--every-block", "--batch-size", "3", "--workers=1", "--out", out]
+    main(command(tiny_voc, tiny_ckpt, cache, *flags))
+    printed = capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["pictures.png", "retrieval.json", "retrieval.md"]
 
     result = json.loads((out / "retrieval.json").read_text())
@@ -182,14 +144,14 @@ def test_command_leaves_a_result_a_table_and_pictures(voc: Path, ckpt: Path, cac
     assert result["protocol"] == "voc12-retrieval/hummingbird (changed)"
     assert (result["dataset"], result["split"], result["images"]) == ("voc12", "val", 4)
     assert (result["metric"], result["seed"], result["official_images"]) == ("mIoU", 0, 1449)
-    assert result["checkpoint"]["path"] == str(ckpt)
+    assert result["checkpoint"]["path"] == str(tiny_ckpt)
     assert len(result["checkpoint"]["sha256"]) == 64
     assert result["settings"]["k"] == 30
     assert {"seconds", "hardware", "commit"} <= set(result)
     assert {"faiss-cpu", "faiss-gpu"} & set(result["versions"])
     details = result["details"]
     assert details["changed_settings"] == {"size": [512, 64], "data.train_split": ["trainaug", "train"]}
-    assert (details["train_images"], details["memory_patches"], details["patches_per_image"]) == (6, 6 * 64, 64)
+    assert (details["train_images"], details["memory_patches"], details["patches_per_image"]) == (12, 12 * 64, 64)
     assert (details["neighbours"], details["search"]) == (30, "exact, on the CPU")
     assert [entry["block"] for entry in details["every_block"]] == [1, 2]
     assert details["every_block"][-1]["miou"] == result["value"]
@@ -201,12 +163,12 @@ def test_command_leaves_a_result_a_table_and_pictures(voc: Path, ckpt: Path, cac
 
     table = (out / "retrieval.md").read_text()
     assert table.startswith(f"**voc12-retrieval/hummingbird (changed)** {100 * result['value']:.1f} mIoU")
-    assert "memory of 384 patches of 6 images (train), 30 neighbors, search exact, on the CPU; seed 0" in table
+    assert "memory of 768 patches of 12 images (train), 30 neighbors, search exact, on the CPU; seed 0" in table
     assert "size 64 (published: 512); data.train_split train (published: trainaug)." in table
     assert f"| 2 | {100 * result['value']:.1f} |" in table
     assert f"| bicycle | {100 * details['iou']['bicycle']:.1f} |" in table
     assert "trained" not in table
-    assert table.strip() in done.stdout
+    assert table.strip() in printed
     with Image.open(out / "pictures.png") as picture:
         picture.load()
         assert min(picture.size) > 200
@@ -252,11 +214,12 @@ def test_class_codes_as_features_give_a_perfect_figure() -> None:
     np.testing.assert_array_equal(labels.sum(1), 1)
     memory = module.build_memory(OneHot(masks[:4], (6, 8), 3), (0,), patches)  # type: ignore[arg-type]
     search, _ = make_search(memory, 30, exact=True, gpu=None)
-    features, device = OneHot(masks[4:], (6, 8), 3), torch.device("cpu")
-    confusion, _, shown = module.segment(features, (0,), val, search, labels, 0.02, device, [1])  # type: ignore[arg-type]
+    features, tally = OneHot(masks[4:], (6, 8), 3), Tally(1, 4, 3, torch.device("cpu"), [1])
+    for index, mask, prediction in module.segment(features, (0,), val, search, labels, 0.02, torch.device("cpu")):  # type: ignore[arg-type]
+        tally.add(0, index, mask, prediction)
     counts = np.bincount(np.concatenate(masks[4:]).ravel(), minlength=3)[:3]
-    np.testing.assert_array_equal(confusion, np.diag(counts))
-    np.testing.assert_array_equal(shown[1], np.where(masks[5] == VOID, 0, masks[5]))
+    np.testing.assert_array_equal(tally.confusions[0], np.diag(counts))
+    np.testing.assert_array_equal(tally.predictions[1], np.where(masks[5] == VOID, 0, masks[5]))
 
 
 def test_labels_of_a_patch_are_shares_of_what_is_labeled() -> None:
@@ -266,53 +229,50 @@ def test_labels_of_a_patch_are_shares_of_what_is_labeled() -> None:
     np.testing.assert_array_equal(labels, [[0.75, 0.25, 0], [0, 1, 0]])
 
 
-def test_same_seed_same_result(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+def test_same_seed_same_result(tiny_voc: Path, tiny_ckpt: Path, cache: Path, tmp_path: Path) -> None:
     """Also with features from the cache; another seed takes other patches."""
-    flags = ["--memory_size=120", "--blocks=last4"]
-    one, same, other = (measure(voc, ckpt, cache, *flags, f"--seed={seed}") for seed in (3, 3, 4))
+    flags = ["--memory_size=240", "--blocks=last4"]
+    one, same, other = (measure(tiny_voc, tiny_ckpt, cache, *flags, f"--seed={seed}") for seed in (3, 3, 4))
     assert one["protocol"] == "voc12-retrieval/hummingbird/blocks-1-2 (changed)"
-    assert (one["details"]["memory_patches"], one["details"]["patches_per_image"]) == (120, 20)
+    assert (one["details"]["memory_patches"], one["details"]["patches_per_image"]) == (240, 20)
     assert (one["value"], one["details"]["iou"]) == (same["value"], same["details"]["iou"])
     assert one["value"] != other["value"]
 
 
-def test_a_memory_of_fewer_patches_than_neighbours(voc: Path, ckpt: Path, cache: Path) -> None:
-    result = measure(voc, ckpt, cache, "--memory_size=6", "--k=50")
-    assert (result["details"]["memory_patches"], result["details"]["neighbours"]) == (6, 6)
+def test_a_memory_of_fewer_patches_than_neighbors(tiny_voc: Path, tiny_ckpt: Path, cache: Path) -> None:
+    result = measure(tiny_voc, tiny_ckpt, cache, "--memory_size=12", "--k=50")
+    assert (result["details"]["memory_patches"], result["details"]["neighbours"]) == (12, 12)
 
 
-def test_inverted_file_does_as_well(voc: Path, ckpt: Path, cache: Path) -> None:
-    exact, inverted = (measure(voc, ckpt, cache, f"--index={index}") for index in ("exact", "ivf"))
-    assert inverted["details"]["search"] == "inverted file, 2 of 19 lists, on the CPU"
+def test_inverted_file_does_as_well(tiny_voc: Path, tiny_ckpt: Path, cache: Path) -> None:
+    exact, inverted = (measure(tiny_voc, tiny_ckpt, cache, f"--index={index}") for index in ("exact", "ivf"))
+    assert inverted["details"]["search"] == "inverted file, 2 of 27 lists, on the CPU"
     assert inverted["value"] == pytest.approx(exact["value"], abs=0.1)
 
 
 def test_large_memory_on_a_cpu_takes_an_inverted_file(
-    voc: Path, ckpt: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_voc: Path, tiny_ckpt: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "EXACT_ON_CPU", 6 * 64 - 1)
-    assert measure(voc, ckpt, cache)["details"]["search"].startswith("inverted file")
-    assert measure(voc, ckpt, cache, "--index=exact")["details"]["search"] == "exact, on the CPU"
+    monkeypatch.setattr(module, "EXACT_ON_CPU", 12 * 64 - 1)
+    assert measure(tiny_voc, tiny_ckpt, cache)["details"]["search"].startswith("inverted file")
+    assert measure(tiny_voc, tiny_ckpt, cache, "--index=exact")["details"]["search"] == "exact, on the CPU"
 
 
-def test_figures_are_of_the_labels_not_of_chance(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+def test_figures_are_of_the_labels_not_of_chance(tiny_voc: Path, tiny_ckpt: Path, cache: Path, tmp_path: Path) -> None:
     """With the masks of validation exchanged among the images, little is left."""
     data = tmp_path / "VOCdevkit"
-    shutil.copytree(voc, data)
+    shutil.copytree(tiny_voc, data)
     masks = Path("VOC2012", "SegmentationClass")
     for index in range(4):
-        shutil.copy(voc / masks / f"val{(index + 1) % 4:02}.png", data / masks / f"val{index:02}.png")
-    assert measure(data, ckpt, cache)["value"] < 0.4
+        shutil.copy(tiny_voc / masks / f"val{(index + 1) % 4:02}.png", data / masks / f"val{index:02}.png")
+    assert measure(data, tiny_ckpt, cache)["value"] < 0.4
 
 
-def test_two_processes_find_what_one_finds(
-    voc: Path, ckpt: Path, tmp_path: Path, run_two: Callable[[Sequence[object]], list[tuple[str, str]]]
-) -> None:
-    script = [sys.executable, ROOT / "eval" / "retrieval.py"]
-    flags = command(voc, ckpt, tmp_path / "cache", *SMALL, "--out", tmp_path / "two")
-    run_two([*script, *flags])
+def test_two_processes_find_what_one_finds(tiny_voc: Path, tiny_ckpt: Path, tmp_path: Path) -> None:
+    words = command(tiny_voc, tiny_ckpt, tmp_path / "cache", *SMALL, "--out", tmp_path / "two")
+    run_group("skipless.eval.retrieval", words)
     two = json.loads((tmp_path / "two" / "retrieval.json").read_text())
-    one = measure(voc, ckpt, tmp_path / "cache")
+    one = measure(tiny_voc, tiny_ckpt, tmp_path / "cache")
     assert (two["processes"], one["processes"]) == (2, 1)
     assert two["value"] == pytest.approx(one["value"], abs=1e-3)
 
@@ -335,37 +295,14 @@ def test_published_settings_are_not_changed() -> None:
 @pytest.mark.skipif(not DATA, reason="SKIPLESS_TEST_DATA is not set")
 def test_a_trained_backbone_is_better_than_its_untrained_twin(tmp_path: Path) -> None:
     """On 16 and 5 real photographs."""
-    source, root = Path(DATA or "", "VOCdevkit/VOC2012"), tmp_path / "VOC2012"
-    (root / "ImageSets/Segmentation").mkdir(parents=True)
-    for folder in ("JPEGImages", "SegmentationClass"):
-        (root / folder).symlink_to((source / folder).resolve())
-    for split, count in (("train", 16), ("val", 5)):
-        names = (source / f"ImageSets/Segmentation/{split}.txt").read_text().split()
-        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names[:count]) + "\n")
+    root = few_of_voc(tmp_path, {"train": 16, "val": 5})
     ckpt = Path(DATA or "", "weights/vit_small_patch14_saliency.safetensors")
-    flags = ["--data.train_split=train", "--size=112"]
-    trained, floor = (
-        evaluate(cli.parse(Settings, command(root, ckpt, tmp_path / "cache", *flags, *more)))
-        for more in ([], ["--untrained"])
-    )
+    trained, floor = (measure(root, ckpt, tmp_path / "cache", "--size=112", *more) for more in ([], ["--untrained"]))
     assert trained["details"]["pixel_accuracy"] > floor["details"]["pixel_accuracy"]
     assert trained["value"] > 1.2 * floor["value"]
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
-
-
-def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    """The one error line with which the command ends, in this process; before it, there may be progress bars."""
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
-    errors = capsys.readouterr().err
-    assert "Traceback" not in errors
-    *before, last = errors.splitlines()
-    assert last.startswith("error: "), errors
-    assert not any("error" in line for line in before)
-    return last
 
 
 @pytest.mark.parametrize(
@@ -378,86 +315,93 @@ def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["--ckpt=/nowhere/vit.pth"], ["/nowhere/vit.pth", "no such checkpoint"]),
         (["--blocks=99"], ["block 99 does not exist", "1 to 2"]),
         (["--blocks=1", "--every-block"], ["every-block", "leave out blocks"]),
-        (["--k=0"], ["k must be 1 to 2048"]),
-        (["--k=4096"], ["k must be 1 to 2048"]),
+        (["--k=0"], ["k 1 to 2048"]),
+        (["--k=4096"], ["k 1 to 2048"]),
         (["--temperature=0"], ["temperature above 0"]),
         (["--temperature=.inf"], ["temperature above 0"]),
-        (["--size=0"], ["size, memory-size and batch-size must be 1 or more"]),
-        (["--memory-size=5"], ["memory-size is 5", "each of 6 images"]),
+        (["--size=0"], ["size and memory-size must be 1 or more"]),
+        (["--memory-size=5"], ["memory-size is 5", "each of 12 images"]),
         (["--workers=-1"], ["workers and seed 0 or more"]),
         (["--index=hnsw"], ["index", "hnsw", "ivf"]),
         (["--device=tpu"], ["device is 'tpu'"]),
-        (["--neighbours=3"], ["neighbours"]),
+        (["--neighbors=3"], ["neighbors"]),
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_exit_code_2(
-    voc: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]
+    tiny_voc: Path,
+    tiny_ckpt: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    words: list[str],
 ) -> None:
-    given = command(voc, ckpt, tmp_path / "cache", *SMALL, "--out", tmp_path / "out")
-    last = sentence(capsys, [*given, *flags])
+    given = command(tiny_voc, tiny_ckpt, tmp_path / "cache", *SMALL, "--out", tmp_path / "out")
+    last = refusal(main, [*given, *flags], capsys)
     for word in words:
         assert word in last
     assert not (tmp_path / "out").exists()
 
 
 def test_without_faiss_a_sentence_says_what_to_install(
-    voc: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_voc: Path, tiny_ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    assert "pip install faiss-cpu" in sentence(capsys, command(voc, ckpt, tmp_path / "cache", *SMALL))
+    assert "pip install faiss-cpu" in refusal(main, command(tiny_voc, tiny_ckpt, tmp_path / "cache", *SMALL), capsys)
     assert not (tmp_path / "cache").exists()
 
 
 def test_memory_that_cannot_fit_is_refused(
-    voc: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_voc: Path, tiny_ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """6 x 64 patches of 192 channels of 4 bytes and 21 labels of 2."""
-    need = 6 * 64 * (192 * 4 + 21 * 2)
+    """12 x 64 patches of 192 channels of 4 bytes and 21 labels of 2."""
+    need = 12 * 64 * (192 * 4 + 21 * 2)
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": need - 1}.__getitem__)
-    last = sentence(capsys, command(voc, ckpt, tmp_path / "cache", *SMALL))
-    assert "a memory of 384 patches needs 0.0 GB" in last
+    last = refusal(main, command(tiny_voc, tiny_ckpt, tmp_path / "cache", *SMALL), capsys)
+    assert "a memory of 768 patches needs 0.0 GB" in last
     assert "smaller --memory-size" in last
     assert not (tmp_path / "cache").exists()
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": need}.__getitem__)
-    measure(voc, ckpt, tmp_path / "cache")
+    measure(tiny_voc, tiny_ckpt, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_damaged_mask_is_named(
-    voc: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str
+    tiny_voc: Path, tiny_ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str
 ) -> None:
     """Also when features are there already."""
     data = tmp_path / "VOCdevkit"
-    shutil.copytree(voc, data)
-    flags = command(data, ckpt, tmp_path / "cache", *SMALL, "--out", tmp_path / "out")
+    shutil.copytree(tiny_voc, data)
+    flags = command(data, tiny_ckpt, tmp_path / "cache", *SMALL, "--out", tmp_path / "out")
     path = data / f"VOC2012/SegmentationClass/{split}03.png"
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(path)
-    assert f"{split}03.png" in sentence(capsys, flags)
-    shutil.copy(voc / f"VOC2012/SegmentationClass/{split}03.png", path)
-    main(command(data, ckpt, tmp_path / "cache", *SMALL))
+    assert f"{split}03.png" in refusal(main, flags, capsys)
+    shutil.copy(tiny_voc / f"VOC2012/SegmentationClass/{split}03.png", path)
+    main(command(data, tiny_ckpt, tmp_path / "cache", *SMALL))
     capsys.readouterr()
     Image.fromarray(np.full((64, 80), 33, np.uint8)).save(path)
-    assert f"{split}03.png: 5120 of 5120 pixels hold 33" in sentence(capsys, flags)
+    assert f"{split}03.png: 5120 of 5120 pixels hold 33" in refusal(main, flags, capsys)
     assert not list(tmp_path.glob("out/*"))
 
 
 def test_memory_of_void_alone_is_refused(
-    voc: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_voc: Path, tiny_ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "VOCdevkit"
-    shutil.copytree(voc, data)
+    shutil.copytree(tiny_voc, data)
     for path in (data / "VOC2012/SegmentationClass").glob("train*.png"):
         Image.fromarray(np.full((64, 80), VOID, np.uint8)).save(path)
-    assert "voc12 train has no labeled patch" in sentence(capsys, command(data, ckpt, tmp_path / "cache", *SMALL))
+    assert "voc12 train has no labeled patch" in refusal(
+        main, command(data, tiny_ckpt, tmp_path / "cache", *SMALL), capsys
+    )
 
 
 def test_other_results_are_kept(
-    voc: Path, ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_voc: Path, tiny_ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = command(voc, ckpt, cache, *SMALL, "--out", tmp_path / "out")
+    flags = command(tiny_voc, tiny_ckpt, cache, *SMALL, "--out", tmp_path / "out")
     main([*flags, "--k=3"])
     before = (tmp_path / "out" / "retrieval.json").read_bytes()
     main([*flags, "--k=3", "--batch-size=2"])
     capsys.readouterr()
-    assert "holds another result (voc12-retrieval/hummingbird (changed) of " in sentence(capsys, flags)
+    assert "holds another result (voc12-retrieval/hummingbird (changed) of " in refusal(main, flags, capsys)
     assert json.loads(before)["value"] == json.loads((tmp_path / "out" / "retrieval.json").read_bytes())["value"]
