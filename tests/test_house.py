@@ -42,9 +42,7 @@ TAKES_A_PRIVATE_NAME: set[str] = {
 LONG_OR_DEEP: set[str] = {
     "benchmarks/loader.py: measure",
     "benchmarks/train_step.py: time_cases",
-    "eval/clustering.py: evaluate",
     "eval/figures/conditioning.py: draw_conditioning",
-    "eval/retrieval.py: evaluate",
     "ssl/pretrain.py: pretrain",
     "ssl/supervised.py: train",
 }
