@@ -4,8 +4,6 @@ import hashlib
 import os
 import pickle
 import shutil
-import sys
-import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -274,126 +272,6 @@ def test_missing_and_damaged_files_of_arrays(tmp_path: Path) -> None:
     assert "val.npz: damaged, or no .npz" in message(ValueError, lambda: arrays(tmp_path, "val"))
 
 
-# Hugging Face ---------------------------------------------------------------------------------------------------------
-
-FEATURES = hf.Features({"photo": hf.Image(), "kind": hf.ClassLabel(names=list(CLASSES)), "other": hf.Value("int64")})
-
-
-def as_dataset(images: list[Any], labels: list[int]) -> Any:
-    columns = {"photo": images, "kind": labels, "other": list(range(len(labels)))}
-    return hf.Dataset.from_dict(columns, features=FEATURES)
-
-
-def write_hugging_face(root: Path, **splits: Any) -> Path:
-    hf.disable_progress_bars()
-    hf.DatasetDict(splits).save_to_disk(str(root))
-    return root
-
-
-def test_hugging_face_dataset_from_disk(tmp_path: Path) -> None:
-    """Also of an image that was a file when it was added."""
-    images = pictures(4)
-    Image.fromarray(images[3]).save(tmp_path / "file.png")
-    stored = [*map(Image.fromarray, images[:3]), str(tmp_path / "file.png")]
-    root = write_hugging_face(
-        tmp_path / "saved", train=as_dataset(stored, [2, 0, 1, 1]), test=as_dataset(stored[:1], [1])
-    )
-    found = hugging_face(str(root), "train", "photo", "kind")
-    assert (found.name, found.split, found.classes) == ("saved", "train", CLASSES)
-    assert_holds(found, list(images), [2, 0, 1, 1])
-    assert str(found.places[2]) == f"{root}/train[2]"
-    test = hugging_face(str(root), "test", "photo", "kind")
-    assert_holds(test, [images[0]], [1])
-    assert len({found.identity, test.identity, None}) == 3
-
-
-def test_other_images_in_the_same_place_have_another_identity(tmp_path: Path) -> None:
-    identities = []
-    for seed in (0, 0, 1):
-        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
-        data = as_dataset([*map(Image.fromarray, pictures(2, seed))], [0, 1])
-        identities.append(hugging_face(str(write_hugging_face(tmp_path / "saved", a=data)), "a", "photo", "kind"))
-    one, same, other = (found.identity for found in identities)
-    assert one == same != other
-
-
-def test_images_by_path_and_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the hub would give, with images that stayed files, turned by their orientation."""
-    image = pictures(1)[0]
-    exif = Image.Exif()
-    exif[0x0112] = 6  # what is stored as the left side is the top
-    Image.fromarray(np.rot90(image)).save(tmp_path / "turned.png", exif=exif)
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    paths = [str(tmp_path / name) for name in ("turned.png", "broken.png", "gone.png")]
-    given = {"validation": as_dataset([*paths, None], [0, 1, 2, 0])}
-    asked = []
-    monkeypatch.setattr(hf, "load_dataset", lambda name, split: asked.append((name, split)) or given[split])
-    found = hugging_face("someone/insects", "validation", "photo", "kind")
-    assert (asked, found.name) == ([("someone/insects", "validation")], "insects")
-    np.testing.assert_array_equal(found.read(0), image)
-    for row, words in ((1, "the content is not that of"), (2, "No such file"), (3, "no image")):
-        with pytest.raises(UnreadableImage) as caught:
-            found.read(row)
-        assert str(caught.value).startswith(f"someone/insects/validation[{row}]: ")
-        assert words in str(caught.value)
-
-
-def test_integer_labels_without_names(tmp_path: Path) -> None:
-    data = as_dataset([*map(Image.fromarray, pictures(2))], [0, 1]).rename_column("photo", "image")
-    found = hugging_face(str(write_hugging_face(tmp_path / "saved", train=data)), "train", label="other")
-    assert found.classes == ("0", "1")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("val", "photo", "kind"), "has no split val, only train, test"),
-        (("train", "image", "kind"), "has no column image, only photo, kind, other"),
-        (("train", "photo", "label"), "has no column label, only photo, kind, other"),
-        (("train", "kind", "kind"), "kind holds ClassLabel"),
-        (("train", "other", "kind"), "and must be of the feature Image"),
-        (("train", "photo", "photo"), "photo holds Image"),
-        (("test", "photo", "kind"), "and not one class an image, numbered from 0"),
-    ],
-)
-def test_wrong_splits_and_columns(tmp_path: Path, arguments: tuple[str, str, str], words: str) -> None:
-    """The labels of the test set are kept secret, as is common: they are -1."""
-    images = [*map(Image.fromarray, pictures(2))]
-    root = write_hugging_face(tmp_path / "saved", train=as_dataset(images, [0, 1]), test=as_dataset(images, [-1, -1]))
-    text = message(ValueError, lambda: hugging_face(str(root), *arguments))
-    assert text.startswith(str(root))
-    assert words in text
-
-
-def test_one_split_alone_is_not_taken_for_all(tmp_path: Path) -> None:
-    """Training images would otherwise be classified by themselves."""
-    as_dataset([*map(Image.fromarray, pictures(2))], [0, 1]).save_to_disk(str(tmp_path / "saved"))
-    for split in ("train", "validation"):
-        text = message(ValueError, lambda split=split: hugging_face(str(tmp_path / "saved"), split, "photo", "kind"))  # type: ignore[misc]
-        assert "holds one Dataset without splits" in text
-
-
-def test_data_that_do_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "datasets cannot load this" in message(ValueError, lambda: hugging_face(str(tmp_path), "train"))
-
-    def offline(name: str, split: str) -> None:
-        raise ConnectionError("the hub cannot be reached\nand more")
-
-    monkeypatch.setattr(hf, "load_dataset", offline)
-    text = message(ValueError, lambda: hugging_face("someone/insects", "train"))
-    assert text == "someone/insects: datasets cannot load this (the hub cannot be reached)"
-
-
-@pytest.mark.parametrize("there", [None, types.ModuleType("datasets")])
-def test_without_the_package_a_sentence_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, there: types.ModuleType | None
-) -> None:
-    """Also where this project's own folder is found in its place, an empty namespace."""
-    monkeypatch.setitem(sys.modules, "datasets", there)
-    text = message(ValueError, lambda: hugging_face("someone/insects", "train"))
-    assert text == "someone/insects: Hugging Face data need the package datasets: pip install datasets"
-
-
 # What all sources share -----------------------------------------------------------------------------------------------
 
 
@@ -408,8 +286,10 @@ def labeled(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         np.savez(tmp_path / "train.npz", images=images, labels=np.arange(6) % 3)
         return arrays(tmp_path, "train")
     if request.param == "huggingface":
-        data = as_dataset([*map(Image.fromarray, images)], [0, 1, 2, 0, 1, 2])
-        return hugging_face(str(write_hugging_face(tmp_path / "saved", train=data)), "train", "photo", "kind")
+        features = hf.Features({"image": hf.Image(), "label": hf.ClassLabel(names=list(CLASSES))})
+        columns = {"image": [*map(Image.fromarray, images)], "label": [0, 1, 2, 0, 1, 2]}
+        hf.DatasetDict(train=hf.Dataset.from_dict(columns, features)).save_to_disk(str(tmp_path / "saved"))
+        return hugging_face(str(tmp_path / "saved"), "train")
     write_folders(tmp_path, "train", images)
     if request.param == "zip":
         write_zip(tmp_path / "train", tmp_path / "train.zip")
