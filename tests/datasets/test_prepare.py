@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torchvision
+from helpers import refusal
 from PIL import Image
 from scipy.io import savemat
 
@@ -179,9 +180,11 @@ def coco_stuff_maps() -> Mapping[str, Files]:
 
 def ade() -> Mapping[str, Files]:
     top = "ADEChallengeData2016"
-    files = {f"{top}/objectInfo150.txt": b"", f"{top}/sceneCategories.txt": b"ADE_train_00000001 airport_terminal\n"}
     rows = "".join(f"{n}\t0.1\t1\t1\tname{n}, other\n" for n in range(1, 151))
-    files[f"{top}/objectInfo150.txt"] = f"Idx\tRatio\tTrain\tVal\tName\n{rows}".encode()
+    files = {
+        f"{top}/objectInfo150.txt": f"Idx\tRatio\tTrain\tVal\tName\n{rows}".encode(),
+        f"{top}/sceneCategories.txt": b"ADE_train_00000001 airport_terminal\n",
+    }
     for folder, short, count in (("training", "train", 2), ("validation", "val", 1)):
         for number in range(1, count + 1):
             files[f"{top}/images/{folder}/ADE_{short}_{number:08}.jpg"] = jpg()
@@ -426,20 +429,20 @@ def test_dry_run_writes_nothing(tmp_path: Path, name: str, capsys: pytest.Captur
     before = tree(tmp_path)
     prepare_with(name, tmp_path / "data", archives=tmp_path / "mine", dry_run=True, table=table)
     assert tree(tmp_path) == before
-    said = capsys.readouterr().out
-    assert DATA_SETS[name].terms in said
-    assert "disk: " in said
+    printed = capsys.readouterr().out
+    assert DATA_SETS[name].terms in printed
+    assert "disk: " in printed
 
 
 def test_plan_says_how_much_and_how_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with disk_of(10**12):
         main(["coco-stuff", "--root", str(tmp_path / "new"), "--dry_run"])
-    said = capsys.readouterr().out
-    assert "train2017.zip: 19.3 GB from s3.amazonaws.com" in said
-    assert "download: 20.8 GB, about 17 min at 20 MB/s" in said  # 20.84e9 / 20e6 / 60 = 17.4
+    printed = capsys.readouterr().out
+    assert "train2017.zip: 19.3 GB from s3.amazonaws.com" in printed
+    assert "download: 20.8 GB, about 17 min at 20 MB/s" in printed  # 20.84e9 / 20e6 / 60 = 17.4
     # Images of train, of val and all maps; and for the peak, train2017.zip, which goes when its images are unpacked.
-    assert "disk: 38.9 GB while it works, 21.4 GB in the end; 1000.0 GB are free" in said
-    assert re.search(r"stuffthingmaps\S+: 690 MB from \S+, neither checksum nor exact size are published", said)
+    assert "disk: 38.9 GB while it works, 21.4 GB in the end; 1000.0 GB are free" in printed
+    assert re.search(r"stuffthingmaps\S+: 690 MB from \S+, neither checksum nor exact size are published", printed)
     with disk_of(10**12):
         main(["coco-stuff", "--root", str(tmp_path / "new"), "--dry-run", "--keep_archives"])
     assert "disk: 42.3 GB while it works, 42.3 GB in the end" in capsys.readouterr().out
@@ -456,30 +459,18 @@ def disk_of(free: int) -> Iterator[None]:
         yield
 
 
-def sentence(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The error of a command that ends with status 2."""
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("error: ")
-    assert len(lines) == 1
-    return lines[-1]
-
-
 def test_disk_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with disk_of(1_900_000_000):
-        said = sentence(["voc07", "--root", str(tmp_path / "data")], capsys)
-    assert said == f"error: {tmp_path}: 1.9 GB are free and 1.9 GB needed; make room or give another --root"
+        sentence = refusal(main, ["voc07", "--root", tmp_path / "data"], capsys)
+    assert sentence == f"{tmp_path}: 1.9 GB are free and 1.9 GB needed; make room or give another --root"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_imagenet_has_to_be_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = sentence(["imagenet", "--root", str(tmp_path / "data")], capsys)
-    assert "ILSVRC2012_img_train.tar" in said
-    assert "image-net.org" in said
-    assert "--archives FOLDER" in said
-    assert "no such folder" in sentence(["imagenet", "--archives", str(tmp_path / "none")], capsys)
+    sentence = refusal(main, ["imagenet", "--root", tmp_path / "data"], capsys)
+    for words in ("ILSVRC2012_img_train.tar", "image-net.org", "--archives FOLDER"):
+        assert words in sentence
+    assert "no such folder" in refusal(main, ["imagenet", "--archives", tmp_path / "none"], capsys)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -490,9 +481,9 @@ def test_sites_that_cannot_be_reached(
     part = table["ade20k"].parts[0]
     gone = replace(part.archives[0], urls=("http://127.0.0.1:9/ADEChallengeData2016.zip",))
     monkeypatch.setitem(DATA_SETS, "ade20k", replace(table["ade20k"], parts=(replace(part, archives=(gone,)),)))
-    said = sentence(["ade20k", "--root", str(tmp_path / "data")], capsys)
-    assert "fetch http://127.0.0.1:9/ADEChallengeData2016.zip by other means" in said
-    assert "--archives FOLDER" in said
+    sentence = refusal(main, ["ade20k", "--root", tmp_path / "data"], capsys)
+    assert "fetch http://127.0.0.1:9/ADEChallengeData2016.zip by other means" in sentence
+    assert "--archives FOLDER" in sentence
     main(["ade20k", "--root", str(tmp_path / "data"), "--archives", str(tmp_path / "mine")])
     assert len(ade20k(tmp_path / "data", "train")) == 2
 
@@ -618,11 +609,9 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
     assert caught.value.code == 0
-    said = capsys.readouterr().out
-    assert all(re.search(rf"^    {name} ", said, re.MULTILINE) for name in DATA_SETS)
-    with pytest.raises(SystemExit) as caught:
-        main(["voc13"])
-    assert caught.value.code == 2
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"^    {name} ", printed, re.MULTILINE) for name in DATA_SETS)
+    assert "there is no data set voc13: choose one of voc07, voc12, " in refusal(main, ["voc13"], capsys)
 
 
 # The table ------------------------------------------------------------------------------------------------------------
