@@ -394,44 +394,35 @@ def test_class_folders(tmp_path: Path, name: str, train_classes: list[str], val_
 # The command ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MINIATURES)
-def test_second_call_does_nothing(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    root = make(name, tmp_path)
-    first = capsys.readouterr().out.splitlines()
-    before = {path: path.stat().st_mtime_ns for path in sorted(root.rglob("*"))}
-    assert not [path for path in before if "unfinished" in path.name or path.name == "downloads"]
-    prepare_with(name, root, table=miniature(name, tmp_path / "other"))
-    second = capsys.readouterr().out.splitlines()
-    assert {path: path.stat().st_mtime_ns for path in sorted(root.rglob("*"))} == before
-    assert second[0].endswith("Nothing to do.")
-    assert len(second) == 2
-    assert second[1] == first[-1]
-    assert second[1].startswith("next: ")
-
-
 @pytest.mark.parametrize("name", DATA_SETS)
-def test_next_command_is_one_that_its_script_accepts(
-    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_then_data_set_then_nothing_to_do(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A plan writes nothing, a second call does nothing, and the next command is one that its script accepts."""
+    root = tmp_path / "a b" / "data"
+    table = miniature(name, tmp_path / "a b" / "mine")
+    before = tree(tmp_path)
+    prepare_with(name, root, archives=tmp_path / "a b" / "mine", dry_run=True, table=table)
+    assert tree(tmp_path) == before
+    printed = capsys.readouterr().out
+    assert DATA_SETS[name].terms in printed
+    assert "disk: " in printed
+
     make(name, tmp_path / "a b")
-    words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: "))
+    first = capsys.readouterr().out.splitlines()
+    files = {path: path.stat().st_mtime_ns for path in sorted(root.rglob("*"))}
+    assert not [path for path in files if "unfinished" in path.name or path.name == "downloads"]
+    prepare_with(name, root, table=table)
+    second = capsys.readouterr().out.splitlines()
+    assert {path: path.stat().st_mtime_ns for path in sorted(root.rglob("*"))} == files
+    assert second[0].endswith("Nothing to do.")
+    assert second[1:] == first[-1:]
+
+    words = shlex.split(first[-1].removeprefix("next: "))
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     commands = {"discovery": discovery, "segmentation": segmentation, "clustering": clustering, "pretrain": pretrain}
     settings: Any = cli.parse(commands[Path(words[script]).stem].Settings, words[script + 1 :])
     path = settings.data.path if hasattr(settings.data, "path") else settings.data.root
     assert Path(path).is_dir()
-    assert Path(path).is_relative_to(tmp_path / "a b" / "data")
-
-
-@pytest.mark.parametrize("name", DATA_SETS)
-def test_dry_run_writes_nothing(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    table = miniature(name, tmp_path / "mine")
-    before = tree(tmp_path)
-    prepare_with(name, tmp_path / "data", archives=tmp_path / "mine", dry_run=True, table=table)
-    assert tree(tmp_path) == before
-    printed = capsys.readouterr().out
-    assert DATA_SETS[name].terms in printed
-    assert "disk: " in printed
+    assert Path(path).is_relative_to(root)
 
 
 def test_plan_says_how_much_and_how_long(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -498,12 +489,6 @@ def download_from(folder: Path) -> Callable[..., Path]:
     return download
 
 
-def test_archives_that_were_not_fetched_stay_wherever_they_lie(tmp_path: Path) -> None:
-    table = miniature("ade20k", tmp_path / "data" / "downloads")
-    prepare_with("ade20k", tmp_path / "data", table=table)
-    assert [path.name for path in (tmp_path / "data" / "downloads").iterdir()] == ["ADEChallengeData2016.zip"]
-
-
 @pytest.mark.parametrize("keep", [True, False])
 def test_archives_go_unless_they_are_to_be_kept(tmp_path: Path, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     table = miniature("voc12", tmp_path / "site")
@@ -514,10 +499,11 @@ def test_archives_go_unless_they_are_to_be_kept(tmp_path: Path, keep: bool, monk
     assert (sorted(path.name for path in folder.iterdir()) if folder.exists() else None) == left
 
 
-def test_archives_that_the_user_put_among_the_downloads_stay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", [True, False])
+def test_archives_that_the_user_put_among_the_downloads_stay(tmp_path: Path, named: bool) -> None:
     folder = tmp_path / "data" / "downloads"
     table = miniature("ade20k", folder)
-    prepare_with("ade20k", tmp_path / "data", archives=folder, table=table)
+    prepare_with("ade20k", tmp_path / "data", archives=folder if named else None, table=table)
     assert [path.name for path in folder.iterdir()] == ["ADEChallengeData2016.zip"]
 
 
