@@ -27,12 +27,7 @@ PALETTE = voc_palette().ravel().tolist()
 
 
 def write_scenes(
-    root: str | Path,
-    train: int = 3000,
-    val: int = 600,
-    size: int = 128,
-    seed: int = 0,
-    workers: int | None = None,
+    root: str | Path, train: int = 3000, val: int = 600, size: int = 128, seed: int = 0, workers: int | None = None
 ) -> None:
     """Write a data set of scenes under `root`, in the layout that `datasets/scenes.py` describes.
 
@@ -70,10 +65,7 @@ def write_scenes(
     # Starting a process costs about as much as drawing a hundred scenes.
     processes = min(workers or available_cores(), -(-len(tasks) // 4))
     try:
-        with (
-            whole_folder(root) as folder,
-            tqdm(total=train + val, desc=f"scenes in {root}", unit="scene") as progress,
-        ):
+        with whole_folder(root) as folder, tqdm(total=train + val, desc=f"scenes in {root}", unit="scene") as progress:
             _write_lists(folder / "VOCdevkit" / "VOC2012", counts)
             for done in spread(partial(_write_range, folder, size, seed), tasks, processes):
                 progress.update(done)

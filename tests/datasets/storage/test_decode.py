@@ -227,8 +227,7 @@ def test_what_is_no_image_says_so(tmp_path: Path, data: bytes, reason: str) -> N
 
 
 @given(
-    st.sampled_from(sorted(FORMATS)),
-    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=8),
+    st.sampled_from(sorted(FORMATS)), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=8)
 )
 @settings(max_examples=150)
 def test_damage_gives_an_image_or_a_value_error(name: str, changes: list[tuple[float, int]]) -> None:
