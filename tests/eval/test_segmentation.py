@@ -213,12 +213,7 @@ def test_setting_of_the_other_kind_of_protocol_is_refused(protocol: str, flag: s
     ],
 )
 def test_bad_input_ends_with_one_sentence_and_exit_code_2(
-    voc: Path,
-    ckpt: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    flags: list[str],
-    words: list[str],
+    voc: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
     places = {"empty": tmp_path / "empty"}
