@@ -14,7 +14,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from measuring import MeasuringSettings, interleaved, markdown, publish, ratio, temporary_gb
@@ -107,8 +106,8 @@ def measure(settings: Settings) -> None:
             {
                 "way": name,
                 "ms": 1000 * median,
-                "times_plain": speedup.median,
-                "times_plain_range": [speedup.lowest, speedup.highest],
+                "times_plain": speedup["median"],
+                "times_plain_range": [speedup["lowest"], speedup["highest"]],
                 "gflops_per_second": operations / median / 1e9,
                 "share_of_peak": operations / median / peak if peak else None,
                 "memory_gb": temporary_gb(steps[name], device),
@@ -117,26 +116,20 @@ def measure(settings: Settings) -> None:
         )
     kind = str(dtype).removeprefix("torch.")
     result = {"task": "benchmark", "protocol": "attention", "groups": groups, "dtype": kind, "details": rows}
-
-    def table(result: dict[str, Any]) -> list[str]:
-        cells = [
-            (
-                row["way"],
-                f"{row['ms']:.1f}",
-                "{:.2f} ({:.2f} to {:.2f})".format(row["times_plain"], *row["times_plain_range"]),
-                f"{row['gflops_per_second']:.0f}",
-                f"{row['relative_error']:.1e}",
-            )
-            for row in rows
-        ]
-        return [
-            f"{groups[0][0]} sequences of 197 and {groups[1][0]} of 37 tokens, 6 heads of 64 channels, {kind}, forward "
-            f"and backward, on {result['hardware']}; medians of {settings.rounds} rounds.",
-            "",
-            *markdown(("attention", "ms", "speed, times plain", "GFLOP/s", "error against float64"), cells),
-        ]
-
-    publish(settings.out, result, table, device)
+    columns = {
+        "attention": "{way}",
+        "ms": "{ms:.1f}",
+        "speed, times plain": "{times_plain:.2f} ({times_plain_range[0]:.2f} to {times_plain_range[1]:.2f})",
+        "GFLOP/s": "{gflops_per_second:.0f}",
+        "error against float64": "{relative_error:.1e}",
+    }
+    lines = [
+        f"{groups[0][0]} sequences of 197 and {groups[1][0]} of 37 tokens, 6 heads of 64 channels, {kind}, forward and "
+        f"backward, on {{hardware}}; medians of {settings.rounds} rounds.",
+        "",
+        *markdown(columns, rows),
+    ]
+    publish(settings.out, result, lines, device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

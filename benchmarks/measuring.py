@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -72,38 +72,27 @@ def temporary_gb(work: Callable[[], object], device: torch.device) -> float | No
     return (torch.cuda.max_memory_allocated(device) - before) / 2**30
 
 
-class Ratio(NamedTuple):
-    """How many times as fast: over rounds that ran side by side."""
-
-    median: float
-    lowest: float
-    highest: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.lowest:.2f} to {self.highest:.2f})"
-
-
-def ratio(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
-    """Of the seconds of each round."""
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
+    """How many times as fast, over rounds that ran side by side: the median, and the range."""
     ratios = [a / b for a, b in zip(slow, fast, strict=True)]
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+    return {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[object]], words: int = 1) -> list[str]:
-    """Lines of a table; the first columns, `words` of them, hold words and the others numbers."""
-    rule = ["---"] * min(words, len(head)) + ["---:"] * (len(head) - words)
-    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
-    return [f"| {' | '.join(head)} |", f"|{'|'.join(rule)}|", *lines]
+def markdown(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], words: int = 1) -> list[str]:
+    """Lines of a table. `columns`: for each head how its cells are written, as a format of a row's values; the first
+    ones, `words` of them, hold words and the others numbers."""
+    rule = ["---"] * words + ["---:"] * (len(columns) - words)
+    lines = [f"| {' | '.join(cell.format(**row) for cell in columns.values())} |" for row in rows]
+    return [f"| {' | '.join(columns)} |", f"|{'|'.join(rule)}|", *lines]
 
 
-def publish(
-    out: Path | None, result: dict[str, Any], table: Callable[[dict[str, Any]], list[str]], device: torch.device | str
-) -> None:
-    """Add machine, versions and commit to a result, print its table, and write both where `out` says."""
-    result = {**result, **provenance(device)}
-    text = "\n".join(table(result)) + "\n"
+def publish(out: Path | None, result: dict[str, Any], lines: Sequence[str], device: torch.device | str) -> None:
+    """Add machine, versions and commit to a result, print it, and write it where `out` says. In its lines for people
+    {hardware} stands for the machine."""
+    about = provenance(device)
+    text = "\n".join([*lines, ""]).replace("{hardware}", about["hardware"])
     if out is not None:
-        write_result(out, result, text)
+        write_result(out, {**result, **about}, text)
     print(text)
 
 

@@ -105,31 +105,29 @@ def time_cases(cases: dict[str, Case], gradients: list[list[torch.Tensor]], peri
     return rows
 
 
-def table(result: dict[str, Any]) -> list[str]:
+def table(details: dict[str, Any]) -> list[str]:
     """The result in Markdown."""
-    details = result["details"]
-    cases = details["cases"]
-    head = ("implementation", "mean ms", "range of rounds", "median step ms", "slowest step ms", "slowest / median",
-            "first step ms", "times faster")  # fmt: skip
-    rows = [
-        (
-            r["implementation"],
-            f"{r['mean_ms']:.1f}",
-            f"{min(r['mean_ms_of_rounds']):.1f} to {max(r['mean_ms_of_rounds']):.1f}",
-            f"{r['median_ms']:.1f}",
-            f"{r['slowest_ms']:.1f}",
-            f"{r['slowest_over_median']:.2f}",
-            f"{r['first_ms']:.0f}",
-            f"{cases[0]['mean_ms'] / r['mean_ms']:.2f}",
-        )
-        for r in cases
-    ]
+    columns = {
+        "implementation": "{implementation}",
+        "mean ms": "{mean_ms:.1f}",
+        "range of rounds": "{lowest:.1f} to {highest:.1f}",
+        "median step ms": "{median_ms:.1f}",
+        "slowest step ms": "{slowest_ms:.1f}",
+        "slowest / median": "{slowest_over_median:.2f}",
+        "first step ms": "{first_ms:.0f}",
+        "times faster": "{faster:.2f}",
+    }
+    rows = []
+    for case in details["cases"]:
+        times = case["mean_ms_of_rounds"]
+        faster = details["cases"][0]["mean_ms"] / case["mean_ms"]
+        rows.append({**case, "lowest": min(times), "highest": max(times), "faster": faster})
     return [
         f"{details['parameters'] / 1e6:.1f} M parameters ({details['model']}), sides up to "
-        f"{details['max_precondition_dim']:,}, refreshed every {details['period']} steps, on {result['hardware']}, "
+        f"{details['max_precondition_dim']:,}, refreshed every {details['period']} steps, on {{hardware}}, "
         f"{details['threads']} threads; {details['rounds']} rounds of one period, interleaved.",
         "",
-        *markdown(head, rows),
+        *markdown(columns, rows),
         "",
         f"Largest difference of a parameter after all steps: {details['largest_difference']:.1e}.",
     ]
@@ -173,7 +171,7 @@ def measure(settings: Settings) -> None:
         "pytorch_optimizer": importlib.metadata.version("pytorch-optimizer"),
         "cases": rows,
     }
-    publish(settings.out, {"task": "benchmark", "protocol": "soap-step", "details": details}, table, device)
+    publish(settings.out, {"task": "benchmark", "protocol": "soap-step", "details": details}, table(details), device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""One training step as the benchmarks take it: the library's or DINO's written plainly, of any recipe, on random crops."""
+"""One training step of any recipe on random crops: the library's, or DINO's written plainly."""
 
 from pathlib import Path
 from typing import Any

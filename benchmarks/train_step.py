@@ -137,33 +137,32 @@ def time_cases(settings: Settings, recipe: Pretraining, device: torch.device) ->
     return [case.row(recipe, crops) for case in cases if not case.failed]
 
 
-def table(result: dict[str, Any]) -> list[str]:
+def table(details: dict[str, Any]) -> list[str]:
     """The result in Markdown."""
-    details = result["details"]
-    speed = {(r["model"], r["optimizer"], r["step"]): r["images_per_second"] for r in details["cases"]}
-    mean = {(r["model"], r["optimizer"]): r["mean_ms"] for r in details["cases"] if r["step"] == "library"}
-    rows = [
-        (
-            r["model"],
-            r["optimizer"],
-            r["step"],
-            f"{r['images_per_second']:.1f}",
-            f"{r['mean_ms']:.0f}",
-            f"{r['slowest_over_median']:.2f}",
-            f"{r['images_per_second'] / speed[r['model'], r['optimizer'], 'plain']:.2f}",
-            f"{100 * r['model_flops_utilisation']:.1f} %" if r.get("model_flops_utilisation") else "",
-        )
-        for r in details["cases"]
-    ]
-    head = ("model", "optimizer", "step", "images/s", "mean ms", "slowest step / median", "times plain", "MFU")
+    columns = {
+        "model": "{model}",
+        "optimizer": "{optimizer}",
+        "step": "{step}",
+        "images/s": "{images_per_second:.1f}",
+        "mean ms": "{mean_ms:.0f}",
+        "slowest step / median": "{slowest_over_median:.2f}",
+        "times plain": "{times_plain:.2f}",
+        "MFU": "{mfu}",
+    }
+    cases = {(case["model"], case["optimizer"], case["step"]): case for case in details["cases"]}
+    rows = []
+    for (model, optimizer, _), case in cases.items():
+        share = case.get("model_flops_utilisation")
+        faster = case["images_per_second"] / cases[model, optimizer, "plain"]["images_per_second"]
+        rows.append({**case, "times_plain": faster, "mfu": f"{100 * share:.1f} %" if share else ""})
     lines = [
-        f"{details['architecture']}, batch {details['batch']}, on {result['hardware']}; {details['rounds']} rounds of "
+        f"{details['architecture']}, batch {details['batch']}, on {{hardware}}; {details['rounds']} rounds of "
         f"{details['steps']} steps, interleaved.",
         "",
-        *markdown(head, rows, words=3),
+        *markdown(columns, rows, words=3),
     ]
     for model in ("residual", "skipless"):
-        times = mean[model, "soap"] / mean[model, "adamw"]
+        times = cases[model, "soap", "library"]["mean_ms"] / cases[model, "adamw", "library"]["mean_ms"]
         lines += ["", f"SOAP's average step, {model}: {times:.2f} times AdamW's."]
     if details["curves"]["library"]:
         differences = [f"{value:.1e} ({way})" for way, value in details["largest_difference"].items()]
@@ -203,7 +202,7 @@ def measure(settings: Settings) -> None:
         "cases": cases,
     }
     result = {"task": "benchmark", "protocol": "train-step", "details": details, "settings": plain(recipe)}
-    publish(settings.out, result, table, device)
+    publish(settings.out, result, table(details), device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
