@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from measuring import MeasuringSettings, interleaved, markdown, publish, ratio, temporary_gb
+from measuring import MeasuringSettings, interleaved, markdown, on_device, publish, ratio, temporary_gb
 from torch import Tensor
 
 from skipless.common import cli
@@ -77,7 +77,7 @@ def output_and_gradients(way: Way, groups: Groups, device: torch.device, dtype: 
 
 def measure(settings: Settings) -> None:
     """Check every way, time them, and publish."""
-    device = settings.on()
+    device = on_device(settings.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     groups: Groups = ((2 * settings.batch, 197), (8 * settings.batch, 37))
     few: Groups = ((4, 197), (16, 37))

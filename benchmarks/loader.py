@@ -35,7 +35,7 @@ from zipfile import ZipFile
 import cv2
 import numpy as np
 import torch
-from measuring import MeasuringSettings, interleaved, markdown, publish, ratio
+from measuring import MeasuringSettings, interleaved, markdown, on_device, publish, ratio
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -303,7 +303,7 @@ def figures(head: str, unit: str, cell: str, values: dict[str, float]) -> list[s
 
 def measure(settings: Settings) -> None:
     """Measure where --device says, and publish."""
-    device = settings.on()
+    device = on_device(settings.device)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     keep_freed_memory()  # as training on a CPU does; both sides have it

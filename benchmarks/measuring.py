@@ -28,11 +28,12 @@ class MeasuringSettings:
     out: Path | None = None
     """Where to write OUT.json and OUT.md; by default nowhere."""
 
-    def on(self) -> torch.device:
-        """The device. Raises ValueError where it is not there."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device is cuda, but torch finds no CUDA here: use cpu")
-        return torch.device(self.device)
+
+def on_device(name: str) -> torch.device:
+    """The device of that name. Raises ValueError where it is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but torch finds no CUDA here: use cpu")
+    return torch.device(name)
 
 
 def timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import MeasuringSettings, interleaved, markdown, publish, ratio
+from measuring import MeasuringSettings, interleaved, markdown, on_device, publish, ratio
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -90,7 +90,7 @@ def our_prediction(logits: torch.Tensor, mask: torch.Tensor, classes: int) -> No
 
 def measure(settings: Settings) -> None:
     """Time both stages, and publish."""
-    device = settings.on()
+    device = on_device(settings.device)
     backbone = load_backbone(settings.ckpt).to(device)
     images = open_images(settings.images)
     if device.type == "cpu":

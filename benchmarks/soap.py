@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import pytorch_optimizer
 import torch
-from measuring import MeasuringSettings, markdown, publish, temporary_gb, timed, with_recipe
+from measuring import MeasuringSettings, markdown, on_device, publish, temporary_gb, timed, with_recipe
 from torch import nn
 from tqdm import tqdm
 
@@ -135,7 +135,7 @@ def table(details: dict[str, Any]) -> list[str]:
 
 def measure(settings: Settings) -> None:
     """Time the three implementations, and publish."""
-    device = settings.on()
+    device = on_device(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     if device.type == "cpu":

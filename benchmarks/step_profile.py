@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from measuring import MeasuringSettings, markdown, publish, timed, with_recipe
+from measuring import MeasuringSettings, markdown, on_device, publish, timed, with_recipe
 from steps import LR, MOMENTUM, TEMPERATURE, WEIGHT_DECAY, Step, flops_per_image, random_crops, read_recipe
 from torch import nn
 
@@ -139,7 +139,7 @@ def shares(head: str, seconds: dict[str, float]) -> list[str]:
 
 def measure(settings: Settings) -> None:
     """Profile the step, and publish."""
-    device = settings.on()
+    device = on_device(settings.device)
     recipe = read_recipe(settings.recipe, settings.batch_size, settings.residual, settings.optimizer)
     if device.type == "cpu":
         keep_freed_memory()

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import MeasuringSettings, markdown, publish, temporary_gb, timed, with_recipe
+from measuring import MeasuringSettings, markdown, on_device, publish, temporary_gb, timed, with_recipe
 from steps import COMPILED, Step, flops_per_image, random_crops, read_recipe
 from torch import Tensor
 from tqdm import tqdm
@@ -176,7 +176,7 @@ def table(details: dict[str, Any]) -> list[str]:
 
 def measure(settings: Settings) -> None:
     """Compare the losses, time all cases, and publish."""
-    device = settings.on()
+    device = on_device(settings.device)
     recipe = read_recipe(settings.recipe, settings.batch_size, False, "adamw", settings.size)
     if settings.threads:
         torch.set_num_threads(settings.threads)
