@@ -21,6 +21,7 @@ from typing import Any, Literal
 import pytorch_optimizer
 import torch
 from measuring import MeasuringSettings, markdown, on_device, publish, temporary_gb, timed, with_recipe
+from steps import build_model
 from torch import nn
 from tqdm import tqdm
 
@@ -29,7 +30,6 @@ from skipless.ssl.config import Settings as Pretraining
 from skipless.ssl.model import vit
 from skipless.ssl.optim.optimizers import OptimizerSettings, parameter_groups
 from skipless.ssl.optim.soap import SOAP
-from skipless.ssl.pretrain import build_model
 from skipless.ssl.run.job import keep_freed_memory
 
 GRADIENTS = 4  # different ones, in turns

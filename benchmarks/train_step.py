@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from measuring import MeasuringSettings, markdown, on_device, publish, temporary_gb, timed, with_recipe
-from steps import COMPILED, Step, flops_per_image, random_crops, read_recipe
+from steps import COMPILED, Step, build_model, flops_per_image, random_crops, read_recipe
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,7 +36,6 @@ from skipless.common import cli
 from skipless.common.precision import has_bf16
 from skipless.common.settings import plain
 from skipless.ssl.config import Settings as Pretraining
-from skipless.ssl.pretrain import build_model
 from skipless.ssl.run.job import keep_freed_memory
 from skipless.ssl.run.meter import peak_flops
 

@@ -26,23 +26,15 @@ FOR_TYPE_CHECKING: set[str] = {
     "ssl/run/sharding.py",
 }
 IMPORTS_A_COMMAND: set[str] = {
-    "benchmarks/soap.py: skipless.ssl.pretrain",
-    "benchmarks/step_profile.py: train_step",
-    "benchmarks/train_step.py: skipless.ssl.pretrain",
+    "benchmarks/steps.py: skipless.ssl.pretrain",
     "examples/demo.py: skipless.ssl.pretrain",
     "ssl/run/job.py: skipless.ssl.pretrain",
     "ssl/run/job.py: skipless.ssl.supervised",
 }
 TAKES_A_PRIVATE_NAME: set[str] = {
-    "benchmarks/discovery.py: _box",
-    "benchmarks/discovery.py: _component",
-    "benchmarks/discovery.py: _similar",
     "datasets/storage/huggingface.py: _fingerprint",
 }
 LONG_OR_DEEP: set[str] = {
-    "benchmarks/loader.py: measure",
-    "benchmarks/train_step.py: time_cases",
-    "eval/figures/conditioning.py: draw_conditioning",
     "ssl/pretrain.py: pretrain",
     "ssl/supervised.py: train",
 }
