@@ -21,7 +21,7 @@ from skipless.common.provenance import host_memory
 from skipless.datasets.labels.boxes import BoxSet
 from skipless.eval.backbones import Backbone, FeatureKind, pad_to_patch
 from skipless.eval.features import data_sha256
-from skipless.eval.objects.localization import Localization, lost, maskcut, tokencut
+from skipless.eval.objects.localization import Localization, bounding_box, lost, maskcut, tokencut
 from skipless.eval.reading import Unreadable, read_batches_leniently
 
 Method = Literal["lost", "tokencut", "maskcut"]
@@ -173,10 +173,8 @@ def _pixels(mask: np.ndarray, fed: Sequence[int], original: Sequence[int], patch
 
 
 def _box(mask: np.ndarray) -> list[int]:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):  # an object smaller than a pixel, after a large image was resized
-        return [0, 0, 0, 0]
-    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+    """Zeros for an empty mask: an object smaller than a pixel, after a large image was resized."""
+    return list(bounding_box(mask)) if mask.any() else [0, 0, 0, 0]
 
 
 def _rle(mask: np.ndarray) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import run_group
+from helpers import refusal, run_group
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -484,7 +484,7 @@ def test_damaged_images_of_a_folder_are_left_out_and_listed(
     assert Image.open(tmp_path / "out" / "pictures.png").size[0] > 0
     for name in ("a", "c"):
         (tmp_path / "in" / f"{name}.jpg").write_bytes(b"no picture")
-    assert "none of its 3 images can be read" in sentence(capsys, command(tmp_path / "in", ckpt, name="folder"))
+    assert "none of its 3 images can be read" in refusal(main, command(tmp_path / "in", ckpt, name="folder"), capsys)
 
 
 def test_another_result_in_out_is_not_overwritten(
@@ -492,7 +492,7 @@ def test_another_result_in_out_is_not_overwritten(
 ) -> None:
     measure(voc, ckpt, "--out", tmp_path / "out")
     before = (tmp_path / "out" / "discovery.json").read_bytes()
-    line = sentence(capsys, command(voc, ckpt, "--method=lost", "--out", tmp_path / "out"))
+    line = refusal(main, command(voc, ckpt, "--method=lost", "--out", tmp_path / "out"), capsys)
     assert "holds another result (voc07-tokencut of " in line
     assert (tmp_path / "out" / "discovery.json").read_bytes() == before
     measure(voc, ckpt, "--batch-size=1", "--out", tmp_path / "out")  # the same experiment
@@ -591,13 +591,13 @@ def test_leftovers_of_another_run_are_not_mixed_in(
     write_voc(data / "VOC2007")
     flags = [["--method=lost"], ["--features=values"], ["--block=1"], ["--tau=0.3"], ["--size=64"], ["--no-hard"]]
     for arguments in [*(command(voc, ckpt, *more) for more in flags), command(voc, other), command(data, ckpt)]:
-        line = sentence(capsys, [*arguments, "--out", str(out)])
+        line = refusal(main, [*arguments, "--out", str(out)], capsys)
         assert "found-0.jsonl is of a run with other settings, weights or data: delete it" in line
         assert [path.name for path in out.iterdir()] == ["found-0.jsonl"]
         assert (out / "found-0.jsonl").read_bytes() == before
     for damage in (b"\0" * 30 + b"\n", b"[]\n" * 2, before + b"{}\n"):
         (out / "found-0.jsonl").write_bytes(damage)
-        assert "found-0.jsonl is damaged: delete it" in sentence(capsys, command(voc, ckpt, "--out", out))
+        assert "found-0.jsonl is damaged: delete it" in refusal(main, command(voc, ckpt, "--out", out), capsys)
 
 
 def test_two_processes_find_what_one_does(
@@ -692,21 +692,6 @@ def test_a_key_bias_is_warned_of_and_can_be_left_out(
     assert result["protocol"].startswith(f"voc07-{method}/keys_without_bias")
 
 
-def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
-    """The one error line with which the command ends, in this process; before it, there may be progress bars."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
-    errors = capsys.readouterr().err
-    assert "Traceback" not in errors
-    assert errors.endswith("\n")
-    *before, last = errors.splitlines()
-    assert last.startswith("error: "), errors
-    assert not any("error" in line for line in before)
-    return last
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -738,7 +723,7 @@ def sentence(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 def test_wrong_settings_are_one_sentence(
     voc: Path, ckpt: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
-    line = sentence(capsys, [*command(voc, ckpt), *flags])
+    line = refusal(main, [*command(voc, ckpt), *flags], capsys)
     assert re.search(message, line), line
 
 
@@ -746,10 +731,10 @@ def test_data_that_cannot_be_used_are_one_sentence(
     voc: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    assert "empty: no image found" in sentence(capsys, command(tmp_path / "empty", ckpt, name="folder"))
+    assert "empty: no image found" in refusal(main, command(tmp_path / "empty", ckpt, name="folder"), capsys)
 
     write_voc(tmp_path / "hard" / "VOC2007", {"d": VOC["d"]})
-    line = sentence(capsys, command(tmp_path / "hard", ckpt, "--no-hard"))
+    line = refusal(main, command(tmp_path / "hard", ckpt, "--no-hard"), capsys)
     assert "voc07 trainval: no box is left without the difficult and truncated ones" in line
 
     write_voc(tmp_path / "cut" / "VOC2007")
@@ -757,8 +742,8 @@ def test_data_that_cannot_be_used_are_one_sentence(
     path.write_bytes(path.read_bytes()[:-200])
     for workers in (0, 1):
         out = tmp_path / f"out{workers}"
-        line = sentence(capsys, command(tmp_path / "cut", ckpt, "--workers", workers, "--out", out))
-        assert line.startswith(f"error: {path}: truncated JPEG")
+        line = refusal(main, command(tmp_path / "cut", ckpt, "--workers", workers, "--out", out), capsys)
+        assert line.startswith(f"{path}: truncated JPEG")
         assert not {path.name for path in out.iterdir()} & set(FILES)
 
 
@@ -787,7 +772,7 @@ def test_annotations_without_masks_have_no_ap(
         del item["segmentation"]
     path.write_text(json.dumps(content))
     (tmp_path / "val2017").symlink_to(coco / "val2017")
-    line = sentence(capsys, command(tmp_path, ckpt, "--method=maskcut", "--size=64", name="coco"))
+    line = refusal(main, command(tmp_path, ckpt, "--method=maskcut", "--size=64", name="coco"), capsys)
     assert "instances_val2017.json lacks 'segmentation' somewhere, which AP needs" in line
     assert measure(tmp_path, ckpt, name="coco")["metric"] == "CorLoc"
 
@@ -796,7 +781,7 @@ def test_an_image_whose_graph_does_not_fit_into_memory_is_named(
     voc: Path, ckpt: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(os, "sysconf", lambda _: 4)  # 16 bytes in all
-    line = sentence(capsys, command(voc, ckpt))
+    line = refusal(main, command(voc, ckpt), capsys)
     assert "patches, whose graph takes" in line
     assert "use --size" in line
 
@@ -811,10 +796,12 @@ def test_nan_is_not_searched(
 ) -> None:
     tensors = random_tensors()
     tensors["blocks.0.mlp.fc1.weight"][3, 5] = torch.nan
-    assert "has NaN or infinite weights, in blocks.0.mlp.fc1.weight" in sentence(capsys, command(voc, save(tensors)))
+    assert "has NaN or infinite weights, in blocks.0.mlp.fc1.weight" in refusal(
+        main, command(voc, save(tensors)), capsys
+    )
     tensors = random_tensors()
     tensors["blocks.0.mlp.fc2.bias"].fill_(3e38)
-    line = sentence(capsys, command(voc, save(tensors), "--out", tmp_path / "out"))
+    line = refusal(main, command(voc, save(tensors), "--out", tmp_path / "out"), capsys)
     assert "a.jpg: keys of block 2 of " in line
     assert line.endswith("are NaN or infinite; check the checkpoint")
     assert list((tmp_path / "out").iterdir()) == []
@@ -828,26 +815,11 @@ def test_nan_is_not_searched(
         return found
 
     monkeypatch.setattr(Backbone, "features", poisoned)  # the third image of a, c, e and f
-    line = sentence(capsys, command(voc, ckpt, "--every-block"))
+    line = refusal(main, command(voc, ckpt, "--every-block"), capsys)
     assert "e.jpg: keys of block 1 of " in line
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
-
-
-def test_settings_come_from_flags_and_files(tmp_path: Path) -> None:
-    file = tmp_path / "my-settings.yaml"
-    file.write_text(
-        "ckpt: from-file\nmethod: maskcut\nbatch_size: 5\ndata:\n  name: voc12\n  root: a-b\nevery_block: true\n"
-    )
-    plain = cli.parse(Settings, ["--config", str(file)])
-    assert (plain.ckpt, plain.method, plain.batch_size, plain.every_block) == ("from-file", "maskcut", 5, True)
-    assert (plain.data.name, plain.data.root, plain.data.split, plain.no_hard) == ("voc12", "a-b", None, False)
-    for dashed in (["--batch-size=7", "--no-hard"], ["--batch_size", "7", "--no_hard"]):
-        mixed = cli.parse(Settings, [f"--config={file}", *dashed, "--data.root=c--d", "--ckpt", "my-run"])
-        assert (mixed.batch_size, mixed.no_hard, mixed.ckpt, mixed.method) == (7, True, "my-run", "maskcut")
-        assert (mixed.data.name, mixed.data.root) == ("voc12", "c--d")
-    assert cli.parse(Settings, ["--batch-size=7", "--config", str(file)]).batch_size == 5  # later ones win
 
 
 def test_the_published_settings_are_the_defaults() -> None:
