@@ -26,7 +26,10 @@ DATA = os.environ.get("SKIPLESS_TEST_DATA")  # real images, see CONTRIBUTING.md
 # Processes are forked from a server that has imported what commands need and has done nothing else: a process in which
 # torch has computed a gradient cannot be forked.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["skipless.ssl.pretrain", "skipless.ssl.supervised", "skipless.eval.report", "faiss"])
+_SERVER.set_forkserver_preload([
+    "skipless.ssl.pretrain", "skipless.ssl.supervised", "skipless.eval.report", "faiss",
+    "torch.distributed.tensor", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+])  # fmt: skip
 
 
 @dataclass

@@ -10,10 +10,10 @@ from skipless.ssl.model.vit import VisionTransformer
 CPU = torch.device("cpu")
 
 
-def relative(found: Tensor | None, exact: Tensor | None) -> float:
-    assert found is not None
+def relative(output: Tensor | None, exact: Tensor | None) -> float:
+    assert output is not None
     assert exact is not None
-    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
+    return ((output.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 def test_linear_layers_equal_products_of_rounded_factors() -> None:
@@ -21,19 +21,19 @@ def test_linear_layers_equal_products_of_rounded_factors() -> None:
     layer, x = nn.Linear(64, 48), torch.randn(3, 40, 64, requires_grad=True)
     weights = torch.randn(3, 40, 48)
     with autocast(CPU, bf16=True):
-        found = layer(x)
-    (found * weights).sum().backward()
-    assert found.dtype == torch.float32
+        output = layer(x)
+    (output * weights).sum().backward()
+    assert output.dtype == torch.float32
 
     def rounded(values: Tensor) -> Tensor:
         # Where the processor has no bf16 of its own, oneDNN multiplies in float32.
         return (values.bfloat16() if rounds else values).detach().double()
 
     exact = x.detach() @ layer.weight.detach().T + layer.bias.detach()
-    rounds = relative(found, exact) > 1e-5
+    rounds = relative(output, exact) > 1e-5
     assert rounds or not has_bf16(CPU)
     torch.testing.assert_close(
-        found.double(), rounded(x) @ rounded(layer.weight).T + layer.bias.double(), atol=1e-5, rtol=1e-5
+        output.double(), rounded(x) @ rounded(layer.weight).T + layer.bias.double(), atol=1e-5, rtol=1e-5
     )
     gradient = rounded(weights)
     assert x.grad is not None
@@ -53,11 +53,11 @@ def test_a_network_trains_in_it_as_outside(checkpointed: bool) -> None:
     images, weights = torch.randn(4, 3, 32, 32), torch.randn(4, 17, 64)
     context = autocast(CPU, bf16=True)
     with context, context:  # may be nested, and entered again
-        found = rounded([images])[0]
-    (found * weights).sum().backward()
+        output = rounded([images])[0]
+    (output * weights).sum().backward()
     expected = exact([images])[0]
     (expected * weights).sum().backward()
-    assert relative(found, expected) < 0.01
+    assert relative(output, expected) < 0.01
     for (name, one), other in zip(rounded.named_parameters(), exact.parameters(), strict=True):
         assert relative(one.grad, other.grad) < 0.03, name
 

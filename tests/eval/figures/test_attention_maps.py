@@ -53,32 +53,34 @@ def test_attention_is_the_formula(residual: bool, registers: int) -> None:
     """For two images that are not square; with CLS and registers it adds up to 1."""
     backbone = make_backbone(residual, registers)
     images = torch.randn(2, 3, 16, 24)
-    for block, found in zip((2, 0, -2, 2), cls_attention(backbone, images, (2, 0, -2, 2)), strict=True):
-        assert (found.patches.shape, found.cls.shape) == ((2, 3, 2, 3), (2, 3))
-        assert found.patches.dtype == found.cls.dtype == torch.float32
+    for block, maps in zip((2, 0, -2, 2), cls_attention(backbone, images, (2, 0, -2, 2)), strict=True):
+        assert (maps.patches.shape, maps.cls.shape) == ((2, 3, 2, 3), (2, 3))
+        assert maps.patches.dtype == maps.cls.dtype == torch.float32
         expected = attention_by_hand(backbone.model, images, block % 3)[:, :, 0]
-        torch.testing.assert_close(found.cls, expected[..., 0])
-        torch.testing.assert_close(found.patches.flatten(2), expected[..., 1 + registers :])
+        torch.testing.assert_close(maps.cls, expected[..., 0])
+        torch.testing.assert_close(maps.patches.flatten(2), expected[..., 1 + registers :])
         to_registers = expected[..., 1 : 1 + registers].sum(2)
-        torch.testing.assert_close(found.cls + to_registers + found.patches.sum((2, 3)), torch.ones(2, 3))
-        assert found.patches.std() > 0.01
+        torch.testing.assert_close(maps.cls + to_registers + maps.patches.sum((2, 3)), torch.ones(2, 3))
+        assert maps.patches.std() > 0.01
 
 
 def test_attention_is_timms(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    theirs = TimmVisionTransformer(img_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=5).eval()
-    for parameter in theirs.parameters():
+    reference = TimmVisionTransformer(
+        img_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=5
+    ).eval()
+    for parameter in reference.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
-    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    torch.save(reference.state_dict(), tmp_path / "timm.pth")
     seen: list[Tensor] = []
-    for block in theirs.blocks:
+    for block in reference.blocks:
         block.attn.fused_attn = False
         block.attn.attn_drop.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        theirs(images)
-    found = cls_attention(load_backbone(tmp_path / "timm.pth"), images, (0, 1))
-    for ours, expected in zip(found, seen, strict=True):
+        reference(images)
+    attention = cls_attention(load_backbone(tmp_path / "timm.pth"), images, (0, 1))
+    for ours, expected in zip(attention, seen, strict=True):
         torch.testing.assert_close(ours.patches.flatten(2), expected[:, :, 0, 1:], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(ours.cls, expected[:, :, 0, 0], atol=1e-5, rtol=1e-4)
 

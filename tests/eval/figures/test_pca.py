@@ -53,8 +53,8 @@ def test_foreground_is_the_side_that_shuns_the_border(sign: int) -> None:
     truth[1][3:9, 1:6] = True  # touches the border below
     direction = rng.standard_normal(6)
     features = [sign * t[..., None] * 5 * direction + 0.1 * rng.standard_normal((*t.shape, 6)) for t in truth]
-    for found, expected in zip(foreground_masks(features), truth, strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for mask, expected in zip(foreground_masks(features), truth, strict=True):
+        np.testing.assert_array_equal(mask, expected)
 
 
 def test_alignment_undoes_a_rotation_a_mirror_and_a_scale() -> None:
@@ -63,8 +63,8 @@ def test_alignment_undoes_a_rotation_a_mirror_and_a_scale() -> None:
     mean = np.concatenate([r.reshape(-1, 3) for r in reference]).mean(0)
     reference = [r - mean for r in reference]
     turn = np.linalg.qr(rng.standard_normal((3, 3)))[0] * np.array([1, -1, 1])
-    for found, expected in zip(align([0.3 * r @ turn for r in reference], reference), reference, strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-10)
+    for aligned, expected in zip(align([0.3 * r @ turn for r in reference], reference), reference, strict=True):
+        np.testing.assert_allclose(aligned, expected, atol=1e-10)
 
 
 def test_styles_by_hand() -> None:

@@ -128,7 +128,7 @@ def test_boxes_follow_the_law_of_torchvision(height: int, width: int, scale: tup
     count = 2000
     torch.manual_seed(0)
     blank = torch.empty(3, height, width)
-    theirs = np.array([RandomResizedCrop.get_params(blank, list(scale), [3 / 4, 4 / 3]) for _ in range(count)])
+    expected = np.array([RandomResizedCrop.get_params(blank, list(scale), [3 / 4, 4 / 3]) for _ in range(count)])
     ours = np.array([crop_box(height, width, scale, rng(1, number)) for number in range(count)])
     for statistic in (
         lambda box: box[:, 0],
@@ -136,7 +136,7 @@ def test_boxes_follow_the_law_of_torchvision(height: int, width: int, scale: tup
         lambda box: box[:, 2] * box[:, 3],
         lambda box: box[:, 3] / box[:, 2],
     ):
-        assert ks_2samp(statistic(ours), statistic(theirs)).pvalue > 1e-3
+        assert ks_2samp(statistic(ours), statistic(expected)).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 400), (400, 10), (1, 7), (9, 1), (3, 50)])
@@ -190,13 +190,13 @@ def drawn() -> list[list[View]]:
 def test_color_factors_follow_the_law_of_torchvision(drawn: list[list[View]]) -> None:
     torch.manual_seed(0)
     strengths = [(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]
-    theirs = [ColorJitter.get_params(*strengths) for _ in range(2000)]
+    expected = [ColorJitter.get_params(*strengths) for _ in range(2000)]
     for views in zip(*drawn, strict=True):
         ours = [view for view in views if view.order]
         assert binomtest(len(ours), 2000, 0.8).pvalue > 1e-3
         for position in range(4):
             factors = [view.factors[position] for view in ours]
-            assert ks_2samp(factors, [float(their[1 + position]) for their in theirs]).pvalue > 1e-3
+            assert ks_2samp(factors, [float(their[1 + position]) for their in expected]).pvalue > 1e-3
         orders = Counter(view.order for view in ours)
         assert set(orders) == set(permutations(range(4)))
         assert chisquare(list(orders.values())).pvalue > 1e-3
@@ -210,11 +210,11 @@ def test_strengths_above_one_do_not_turn_negative() -> None:
 
 def test_blur_follows_the_law_of_torchvision(drawn: list[list[View]]) -> None:
     torch.manual_seed(0)
-    theirs = [GaussianBlur.get_params(0.1, 2.0) for _ in range(2000)]
+    expected = [GaussianBlur.get_params(0.1, 2.0) for _ in range(2000)]
     for number, probability in enumerate([1.0, 0.1, 0.5, 0.5, 0.5]):
         sigmas = [views[number].sigma for views in drawn if views[number].sigma]
         assert binomtest(len(sigmas), 2000, probability).pvalue > 1e-3
-        assert ks_2samp(sigmas, theirs).pvalue > 1e-3
+        assert ks_2samp(sigmas, expected).pvalue > 1e-3
 
 
 def test_the_other_operations_have_their_probabilities(drawn: list[list[View]]) -> None:

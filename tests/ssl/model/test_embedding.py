@@ -37,10 +37,10 @@ def test_outputs_are_scikit_learns_whitened_components_but_for_a_rotation() -> N
     with torch.no_grad():
         ours = proj.double()(images.double()).flatten(2).mT.flatten(0, 1).numpy()
     patches = patches_of(images, 4)
-    theirs = PCA(10, whiten=True, svd_solver="full").fit_transform(patches)
-    turn, *_ = np.linalg.lstsq(theirs, ours, rcond=None)
-    np.testing.assert_allclose(theirs @ turn, ours, atol=1e-4)
-    np.testing.assert_allclose(turn.T @ turn, np.eye(10), atol=2e-3)  # theirs divides by N - 1
+    reference = PCA(10, whiten=True, svd_solver="full").fit_transform(patches)
+    turn, *_ = np.linalg.lstsq(reference, ours, rcond=None)
+    np.testing.assert_allclose(reference @ turn, ours, atol=1e-4)
+    np.testing.assert_allclose(turn.T @ turn, np.eye(10), atol=2e-3)  # the reference divides by N - 1
     np.testing.assert_allclose(ours.mean(0), 0, atol=1e-5)
     np.testing.assert_allclose(np.cov(ours.T, bias=True), np.eye(10), atol=1e-4)
 

@@ -223,15 +223,15 @@ def test_initialized_and_without_skips_it_computes_what_ours_does(kind: str, mlp
 
 
 def test_whole_timm_model_equals_ours() -> None:
-    theirs = perturb_(timm_vit()).double().eval()
-    names = list(theirs.state_dict())
+    reference = perturb_(timm_vit()).double().eval()
+    names = list(reference.state_dict())
     ours = our_vit(residual=False).double().eval()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    remove_skips_(theirs)
-    assert list(theirs.state_dict()) == names
-    ours.load_state_dict(theirs.state_dict())
+    remove_skips_(reference)
+    assert list(reference.state_dict()) == names
+    ours.load_state_dict(reference.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(theirs.forward_features(images), ours([images])[0], atol=1e-9, rtol=0)
+        torch.testing.assert_close(reference.forward_features(images), ours([images])[0], atol=1e-9, rtol=0)
 
 
 def test_timm_block_still_honors_an_attention_mask() -> None:
@@ -303,10 +303,10 @@ def test_torch_encoder_is_the_formula_with_masks(masks: dict[str, Any], forbidde
     remove_skips_(encoder)
     x = expected = tokens()
     with torch.set_grad_enabled(training):  # eval mode without gradients: where torch would take its fused kernel
-        found = encoder(x, **masks)
+        output = encoder(x, **masks)
     for layer in encoder.layers:
         expected = layer_by_hand(layer, expected, ~forbidden)  # type: ignore[arg-type]
-    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(output, expected, atol=1e-9, rtol=0)
 
 
 def test_torch_fused_kernel_would_have_added_the_skips_and_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,9 +325,9 @@ def test_torch_fused_kernel_would_have_added_the_skips_and_is_gone(monkeypatch: 
     with torch.inference_mode():
         residual(x)
         assert len(calls) == 1
-        found = skipless(x)
+        output = skipless(x)
     assert len(calls) == 1
-    torch.testing.assert_close(found, layer_by_hand(residual, x, torch.ones(2, 9, 9, dtype=torch.bool)))
+    torch.testing.assert_close(output, layer_by_hand(residual, x, torch.ones(2, 9, 9, dtype=torch.bool)))
 
 
 def test_torch_layer_on_its_own_keeps_dropout() -> None:
@@ -391,8 +391,8 @@ def test_vit_of_transformers(implementation: str, head: bool) -> None:
         embedded = vit.embeddings(images)
         expected = [blocks_of_ours(embedded, depth, beta=2.0, seed=7) for depth in range(DEPTH + 1)]
         torch.testing.assert_close(output.last_hidden_state, vit.layernorm(expected[-1]), atol=1e-5, rtol=0)
-        for found, tokens_after in zip(output.hidden_states[:DEPTH], expected, strict=False):
-            torch.testing.assert_close(found, tokens_after, atol=1e-5, rtol=0)
+        for state, tokens_after in zip(output.hidden_states[:DEPTH], expected, strict=False):
+            torch.testing.assert_close(state, tokens_after, atol=1e-5, rtol=0)
     if implementation == "eager":
         assert [tuple(each.shape) for each in output.attentions] == [(2, HEADS, 17, 17)] * DEPTH
 

@@ -250,8 +250,8 @@ def test_settings_switch_parts_off_one_by_one(changes: dict[str, object], usual:
     def weights(settings: ModelSettings) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         block = build_backbone(settings, image_size=16, seed=0).blocks[1]
-        found = dict(zip("qkv", block.attn.qkv.weight.detach().chunk(3), strict=True))
-        return found | {name: block.get_submodule(name).weight.detach() for name in PARTS[3:]}
+        attention = dict(zip("qkv", block.attn.qkv.weight.detach().chunk(3), strict=True))
+        return attention | {name: block.get_submodule(name).weight.detach() for name in PARTS[3:]}
 
     size = {"dim": D, "depth": 2, "heads": HEADS, "patch": 4}
     changed = weights(ModelSettings(**size, **changes))  # type: ignore[arg-type]

@@ -129,13 +129,13 @@ def test_estimated_singular_values_are_the_exact_ones(
     block, tokens = first_block(small_model(**arguments)), normalized_tokens(spread=spread)  # type: ignore[arg-type]
     matrix = branch_jacobian(block, tokens, "attention") + skip * np.eye(tokens.numel())
     exact = np.linalg.svd(matrix, compute_uv=False)
-    found = attention_singular_values(block, tokens, skip, steps)
-    assert found.largest == pytest.approx(exact[0], rel=1e-3)
-    assert found.smallest == pytest.approx(exact[-1], rel=0.05)
-    assert found.condition == pytest.approx(exact[0] / exact[-1], rel=0.05)
-    assert not found.bound
-    assert found.small_share == pytest.approx((exact < 0.01 * exact[0]).mean(), abs=found.share_error)
-    assert found.share_error < 0.2
+    result = attention_singular_values(block, tokens, skip, steps)
+    assert result.largest == pytest.approx(exact[0], rel=1e-3)
+    assert result.smallest == pytest.approx(exact[-1], rel=0.05)
+    assert result.condition == pytest.approx(exact[0] / exact[-1], rel=0.05)
+    assert not result.bound
+    assert result.small_share == pytest.approx((exact < 0.01 * exact[0]).mean(), abs=result.share_error)
+    assert result.share_error < 0.2
 
 
 @pytest.mark.parametrize("diagonal", [2.0, 3.0, 4.0])
@@ -144,32 +144,32 @@ def test_a_few_steps_are_enough_where_attention_is_diagonal(diagonal: float, mon
     estimate(monkeypatch)
     block, tokens = first_block(small_model(preset="small", diagonal=diagonal)), normalized_tokens(spread=100)
     exact = np.linalg.svd(branch_jacobian(block, tokens, "attention"), compute_uv=False)
-    found = attention_singular_values(block, tokens, steps=50)
-    assert not found.bound
-    assert found.smallest == pytest.approx(exact[-1], rel=0.05)
-    assert found.largest == pytest.approx(exact[0], rel=1e-3)
+    result = attention_singular_values(block, tokens, steps=50)
+    assert not result.bound
+    assert result.smallest == pytest.approx(exact[-1], rel=0.05)
+    assert result.largest == pytest.approx(exact[0], rel=1e-3)
 
 
 def test_what_too_few_steps_leave_unknown_is_called_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     estimate(monkeypatch)
     block, tokens = first_block(small_model(residual=True)), normalized_tokens()
     exact = np.linalg.svd(branch_jacobian(block, tokens, "attention"), compute_uv=False)
-    found = attention_singular_values(block, tokens, steps=12)
-    assert found.bound
-    assert exact[-1] < found.smallest
-    assert found.condition < exact[0] / exact[-1]
-    assert found.largest <= exact[0] * (1 + 1e-9)
-    assert exact[0] <= found.largest * (1 + found.largest_error)
+    result = attention_singular_values(block, tokens, steps=12)
+    assert result.bound
+    assert exact[-1] < result.smallest
+    assert result.condition < exact[0] / exact[-1]
+    assert result.largest <= exact[0] * (1 + 1e-9)
+    assert exact[0] <= result.largest * (1 + result.largest_error)
     whole = (exact < 0.01 * exact[0]).mean()
-    assert found.small_share == pytest.approx(whole, abs=found.share_error)
+    assert result.small_share == pytest.approx(whole, abs=result.share_error)
 
 
 def test_small_jacobians_are_computed_whole() -> None:
     block, tokens = first_block(small_model(preset="small")), normalized_tokens()
     exact = np.linalg.svd(branch_jacobian(block, tokens, "attention"), compute_uv=False)
-    found = attention_singular_values(block, tokens, steps=1)
-    assert (found.smallest, found.largest) == pytest.approx((exact[-1], exact[0]), rel=1e-9)
-    assert found.small_share == (exact < 0.01 * exact[0]).mean()
+    result = attention_singular_values(block, tokens, steps=1)
+    assert (result.smallest, result.largest) == pytest.approx((exact[-1], exact[0]), rel=1e-9)
+    assert result.small_share == (exact < 0.01 * exact[0]).mean()
 
 
 @settings(max_examples=25)
@@ -182,14 +182,14 @@ def test_the_ends_of_any_spectrum_are_bounded_as_stated(exponents: list[float], 
     u, v = (scipy.stats.ortho_group.rvs(len(values), random_state=rng) for _ in range(2))
     matrix = torch.from_numpy(u @ np.diag(values) @ v)
     start = torch.from_numpy(rng.normal(size=len(values)))
-    found = estimate_singular_values(lambda x: matrix @ x, lambda y: matrix.T @ y, lambda x: x, start, steps)
+    result = estimate_singular_values(lambda x: matrix @ x, lambda y: matrix.T @ y, lambda x: x, start, steps)
     exact = np.linalg.svd(matrix.numpy(), compute_uv=False)
     rounding = 1e-13 * exact[0]
-    assert found.smallest >= exact[-1] - rounding
-    assert found.largest <= exact[0] + rounding
-    if not found.bound:  # a singular value is where it is said to be
-        nearest = np.abs(exact - found.smallest).min()
-        assert nearest <= found.smallest_error * found.smallest + rounding
+    assert result.smallest >= exact[-1] - rounding
+    assert result.largest <= exact[0] + rounding
+    if not result.bound:  # a singular value is where it is said to be
+        nearest = np.abs(exact - result.smallest).min()
+        assert nearest <= result.smallest_error * result.smallest + rounding
 
 
 @settings(max_examples=25)
@@ -224,11 +224,11 @@ def test_a_good_preconditioner_finds_a_singular_value_of_1e_minus_10() -> None:
 
 def test_a_singular_value_of_zero_is_a_bound() -> None:
     values = torch.linspace(0, 1, 40, dtype=torch.float64)
-    found = estimate_singular_values(
+    result = estimate_singular_values(
         lambda x: values * x, lambda y: values * y, lambda x: x, torch.randn(40, dtype=torch.float64), steps=40
     )
-    assert found.bound
-    assert (found.smallest, found.condition) == pytest.approx((1e-14, 1e14), rel=1e-6, abs=0)
+    assert result.bound
+    assert (result.smallest, result.condition) == pytest.approx((1e-14, 1e14), rel=1e-6, abs=0)
     singular = inverse_of_square(torch.ones(4, 4, dtype=torch.float64))
     assert singular(torch.arange(4.0, dtype=torch.float64)).isfinite().all()
 
@@ -237,11 +237,11 @@ def test_few_different_singular_values_need_few_steps() -> None:
     """Three hundred singular values, all 5 or 0.01: two steps see them all, and the shares to the draw's precision."""
     values = torch.tensor([5.0] * 240 + [0.01] * 60, dtype=torch.float64)
     start = torch.randn(300, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = estimate_singular_values(lambda x: values * x, lambda y: values * y, lambda x: x, start, steps=50)
-    assert (found.smallest, found.largest) == pytest.approx((0.01, 5))
-    assert not found.bound
-    assert found.largest_error == 0
-    assert found.small_share == pytest.approx(0.2, abs=0.1)
+    result = estimate_singular_values(lambda x: values * x, lambda y: values * y, lambda x: x, start, steps=50)
+    assert (result.smallest, result.largest) == pytest.approx((0.01, 5))
+    assert not result.bound
+    assert result.largest_error == 0
+    assert result.small_share == pytest.approx(0.2, abs=0.1)
 
 
 @pytest.mark.parametrize(("decomposed", "factorized"), [(240, 0), (0, 240), (0, 0)])
@@ -253,20 +253,20 @@ def test_singular_jacobians_are_told_from_others(
     monkeypatch.setattr(jacobians, "FACTORIZED", factorized)
     block = first_block(small_model(preset="small"))
     tokens = normalized_tokens(1).expand(TOKENS, D)
-    found = attention_singular_values(block, tokens)
-    assert found.bound
-    assert found.condition == pytest.approx(1e14, rel=0.9)
-    assert found.small_share == pytest.approx(1 - 1 / TOKENS, abs=max(found.share_error, 1e-9))
-    assert found.share_error < 0.1
+    result = attention_singular_values(block, tokens)
+    assert result.bound
+    assert result.condition == pytest.approx(1e14, rel=0.9)
+    assert result.small_share == pytest.approx(1 - 1 / TOKENS, abs=max(result.share_error, 1e-9))
+    assert result.share_error < 0.1
 
 
 def test_nothing_comes_out_of_a_branch_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(residual=True, layer_scale=0.0)
     for whole in (10**6, 0):
         monkeypatch.setattr(jacobians, "DECOMPOSED", whole)
-        found = attention_singular_values(first_block(model), normalized_tokens())
-        assert (found.largest, found.smallest, found.bound) == (0, 0, True)
-        assert math.isfinite(found.condition)
+        result = attention_singular_values(first_block(model), normalized_tokens())
+        assert (result.largest, result.smallest, result.bound) == (0, 0, True)
+        assert math.isfinite(result.condition)
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -275,10 +275,10 @@ def test_mlp_singular_values_are_the_exact_ones(name: str, skip: bool) -> None:
     block, tokens = first_block(small_model(**MODELS[name][0])), normalized_tokens()  # type: ignore[arg-type]
     matrix = branch_jacobian(block, tokens, "mlp") + skip * np.eye(tokens.numel())
     exact = np.linalg.svd(matrix, compute_uv=False)
-    found = mlp_singular_values(block, tokens, skip)
-    assert (found.smallest, found.largest) == pytest.approx((exact[-1], exact[0]), rel=1e-6)
-    assert found.small_share == pytest.approx((exact < 0.01 * exact[0]).mean())
-    assert not found.bound
+    result = mlp_singular_values(block, tokens, skip)
+    assert (result.smallest, result.largest) == pytest.approx((exact[-1], exact[0]), rel=1e-6)
+    assert result.small_share == pytest.approx((exact < 0.01 * exact[0]).mean())
+    assert not result.bound
 
 
 @pytest.mark.parametrize("preset", ["paper-dino", "paper-supervised", "small"])
@@ -364,15 +364,15 @@ def test_walk_goes_the_way_of_the_model(arguments: dict[str, object]) -> None:
 def test_cheap_measures_are_averages_over_images() -> None:
     model = small_model(preset="paper-dino", registers=2)
     images = torch.randn(5, 3, 12, 12, dtype=torch.float64)
-    found = cheap_conditioning(model, images)
-    assert all(len(values) == 2 and all(map(math.isfinite, values)) for values in found.values())
+    result = cheap_conditioning(model, images)
+    assert all(len(values) == 2 and all(map(math.isfinite, values)) for values in result.values())
     for name, values in token_statistics(model, images).items():
-        assert found[name] == pytest.approx(values)
+        assert result[name] == pytest.approx(values)
     outputs = [after for _, _, after in model.walk(model.embed(images))]
     kurtosis = [scipy.stats.kurtosis(x.flatten(1).numpy(), axis=1).mean() for x in outputs]
-    assert found["kurtosis"] == pytest.approx(kurtosis)
-    assert found["value_output_condition"] == pytest.approx([1, 1], abs=1e-5)
-    assert all(0 < entropy < 1 for entropy in found["attention_entropy"])
+    assert result["kurtosis"] == pytest.approx(kurtosis)
+    assert result["value_output_condition"] == pytest.approx([1, 1], abs=1e-5)
+    assert all(0 < entropy < 1 for entropy in result["attention_entropy"])
 
 
 def test_gradient_norms_are_autograds() -> None:
@@ -380,7 +380,7 @@ def test_gradient_norms_are_autograds() -> None:
     images = torch.randn(3, 3, 12, 12, dtype=torch.float64)
     direction = torch.randn(11, D, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     direction /= direction.norm()
-    found = gradient_norms(model, images, seed=5)
+    result = gradient_norms(model, images, seed=5)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
     model.requires_grad_(True)
@@ -397,8 +397,8 @@ def test_gradient_norms_are_autograds() -> None:
         for number, block in enumerate(model.blocks):
             squares = [parameter.grad.square().sum().item() for parameter in block.parameters()]  # type: ignore[union-attr]
             parameters[number] += sum(squares) ** 0.5
-    assert found["parameter_gradient"] == pytest.approx(parameters / 3)
-    assert found["token_gradient"] == pytest.approx(tokens / 3)
+    assert result["parameter_gradient"] == pytest.approx(parameters / 3)
+    assert result["token_gradient"] == pytest.approx(tokens / 3)
 
 
 def test_jacobians_of_all_blocks() -> None:
@@ -406,7 +406,7 @@ def test_jacobians_of_all_blocks() -> None:
     images = torch.randn(2, 3, 12, 12)
     model = small_model(residual=True).float()
     blocks: list[int] = []
-    found = jacobian_conditioning(model, images, mlp_tokens=20, done=lambda: blocks.append(1))
+    result = jacobian_conditioning(model, images, mlp_tokens=20, done=lambda: blocks.append(1))
     assert len(blocks) == 2
     assert next(model.parameters()).dtype == torch.float32
     model, images = model.double(), images.double()
@@ -419,10 +419,10 @@ def test_jacobians_of_all_blocks() -> None:
                 values = np.linalg.svd(matrix, compute_uv=False)
                 ends.append((values[0], values[-1]))
             largest, smallest = np.exp(np.log(ends).mean(0))
-            assert found[f"{name}_largest"][number] == pytest.approx(largest)
-            assert found[f"{name}_smallest"][number] == pytest.approx(smallest, rel=1e-3)
-            assert found[f"{name}_condition"][number] == pytest.approx(largest / smallest, rel=1e-3)
+            assert result[f"{name}_largest"][number] == pytest.approx(largest)
+            assert result[f"{name}_smallest"][number] == pytest.approx(smallest, rel=1e-3)
+            assert result[f"{name}_condition"][number] == pytest.approx(largest / smallest, rel=1e-3)
         exact = np.linalg.svd(branch_jacobian(block, mlp_inputs.flatten(0, 1), "mlp"), compute_uv=False)
-        assert found["mlp_smallest"][number] == pytest.approx(exact[-1], rel=1e-6)  # all 20 tokens were drawn
-        assert found["mlp_largest"][number] == pytest.approx(exact[0])
+        assert result["mlp_smallest"][number] == pytest.approx(exact[-1], rel=1e-6)  # all 20 tokens were drawn
+        assert result["mlp_largest"][number] == pytest.approx(exact[0])
     assert not any("skip" in name for name in jacobian_conditioning(small_model(preset="small"), images.float(), 2))

@@ -160,9 +160,9 @@ def test_features_are_what_the_blocks_compute(residual: bool) -> None:
             weight = model.blocks[1].attn.qkv.weight[32 * number : 32 * (number + 1)]
             bias = model.blocks[1].attn.qkv.bias[32 * number : 32 * (number + 1)]
             by_hand = (normed_of_forward[1] @ weight.T + bias).unflatten(0, (2, 26))[:, 2:]
-            found = model.features(images, blocks=(1,), kind=kind)[0]  # type: ignore[arg-type]
-            assert found.patches.shape == (2, 4, 6, 32)
-            torch.testing.assert_close(found.patches.flatten(1, 2), by_hand)
+            features = model.features(images, blocks=(1,), kind=kind)[0]  # type: ignore[arg-type]
+            assert features.patches.shape == (2, 4, 6, 32)
+            torch.testing.assert_close(features.patches.flatten(1, 2), by_hand)
 
 
 def test_checkpointed_activations_change_no_gradient() -> None:
@@ -252,8 +252,8 @@ def test_xformers_equals_sdpa_within_bf16_rounding(residual: bool) -> None:
         for name in ("xformers", "sdpa"):
             model.attention = name  # type: ignore[assignment]
             with torch.autocast("cuda", torch.bfloat16):
-                found = model(crops)
-            for a, b in zip(found, reference, strict=True):
+                outputs = model(crops)
+            for a, b in zip(outputs, reference, strict=True):
                 assert (a.double() - b).norm() / b.norm() < 0.02
 
 

@@ -155,9 +155,9 @@ def test_muon_steps_equal_a_reference() -> None:
         for name, parameter in reference.named_parameters():
             parameter.grad = step[name].clone()
         adamw.step()
-    for (name, found), (_, expected_) in zip(block.named_parameters(), reference.named_parameters(), strict=True):
+    for (name, moved), (_, expected_) in zip(block.named_parameters(), reference.named_parameters(), strict=True):
         if name not in (*matrices, "blocks.0.mlp.fc2.weight"):
-            torch.testing.assert_close(found, expected_, msg=name)
+            torch.testing.assert_close(moved, expected_, msg=name)
 
 
 def test_muon_update_has_the_size_of_adamws() -> None:
@@ -176,14 +176,14 @@ def test_muon_agrees_with_torchs_on_one_matrix() -> None:
     weight = dict(backbone.named_parameters())["blocks.0.mlp.fc1.weight"]
     twin = torch.nn.Parameter(weight.detach().clone())
     ours = make_optimizer(backbone, OptimizerSettings(name="muon"))
-    theirs = torch.optim.Muon([twin], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    library = torch.optim.Muon([twin], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         before = twin.detach().clone()
         twin.grad = torch.randn(twin.shape)
         weight.grad = twin.grad.clone()
         set_rates(ours, 0.02, 0.1, freeze_last_layer=False)
         ours.step()
-        theirs.step()
+        library.step()
         assert (weight - twin).norm() < 0.02 * (twin - before).norm()
         twin.data.copy_(weight.data)
 

@@ -84,8 +84,8 @@ def advance(optimizer: torch.optim.Optimizer, of: list[nn.Parameter], steps: Ite
         optimizer.step()
 
 
-def assert_equal(found: list[nn.Parameter], expected: list[nn.Parameter], tolerance: float, step: int = -1) -> None:
-    for a, b in zip(found, expected, strict=True):
+def assert_equal(moved: list[nn.Parameter], expected: list[nn.Parameter], tolerance: float, step: int = -1) -> None:
+    for a, b in zip(moved, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=f"{tuple(a.shape)}, step {step}")
 
 
@@ -95,17 +95,17 @@ def assert_equal(found: list[nn.Parameter], expected: list[nn.Parameter], tolera
 def test_trajectories_are_the_librarys() -> None:
     """Every shape, two groups, changing rates, missing gradients and a third group that comes late, over 60 steps with
     seven refreshes."""
-    ours, theirs = parameters(SHAPES), parameters(SHAPES)
+    ours, reference = parameters(SHAPES), parameters(SHAPES)
     late, late_too = parameters([(4, 3), (5,)]), parameters([(4, 3), (5,)])
     options: dict[str, Any] = {"betas": (0.9, 0.95), "precondition_frequency": 8, "max_precondition_dim": 12}
-    a, b = SOAP(two_groups(ours), **options), LibrarySOAP(two_groups(theirs), **options)
+    a, b = SOAP(two_groups(ours), **options), LibrarySOAP(two_groups(reference), **options)
     for step in range(60):
         if step == 20:
             a.add_param_group({"params": late})
             b.add_param_group({"params": late_too})
         advance(a, [*ours, *late], [step])
-        advance(b, [*theirs, *late_too], [step])
-        assert_equal([*ours, *late], [*theirs, *late_too], 1e-10, step)
+        advance(b, [*reference, *late_too], [step])
+        assert_equal([*ours, *late], [*reference, *late_too], 1e-10, step)
     assert min((p - q).abs().max() for p, q in zip(ours, parameters(SHAPES), strict=True)) > 0.1
 
 
@@ -125,28 +125,28 @@ def test_any_shapes_and_arguments(
         if len(shape) > 1:
             # Before the first refresh all directions but one have been seen: the others would be arbitrary.
             assume(all(period * math.prod(shape) >= side * (side - 1) for side in shape))
-    ours, theirs = parameters(shapes), parameters(shapes)
+    ours, reference = parameters(shapes), parameters(shapes)
     options: dict[str, Any] = {"lr": 0.01, "betas": betas, "eps": eps, "weight_decay": decay}
     options |= {"precondition_frequency": period, "max_precondition_dim": largest}
-    a, b = SOAP(ours, **options), LibrarySOAP(theirs, **options)
+    a, b = SOAP(ours, **options), LibrarySOAP(reference, **options)
     for step in range(36):
-        for optimizer, of in ((a, ours), (b, theirs)):
+        for optimizer, of in ((a, ours), (b, reference)):
             set_gradients(of, step)
             optimizer.step()
         # Refreshes are in float32: a value that is rounded the other way is one unit there.
-        assert_equal(ours, theirs, 1e-6, step)
+        assert_equal(ours, reference, 1e-6, step)
 
 
 def test_a_parameter_that_comes_in_a_step_of_refreshes() -> None:
     """Its basis is refreshed twice, which leaves float32's rounding errors: too small a number to be nothing, since
     Adam makes large moves of them."""
-    ours, theirs = parameters([(5, 5), (4, 4), (6,)]), parameters([(5, 5), (4, 4), (6,)])
-    a, b = SOAP(ours, precondition_frequency=6), LibrarySOAP(theirs, precondition_frequency=6)
+    ours, reference = parameters([(5, 5), (4, 4), (6,)]), parameters([(5, 5), (4, 4), (6,)])
+    a, b = SOAP(ours, precondition_frequency=6), LibrarySOAP(reference, precondition_frequency=6)
     for step in range(36):
-        for optimizer, of in ((a, ours), (b, theirs)):
+        for optimizer, of in ((a, ours), (b, reference)):
             set_gradients(of, step, lambda step, number: number == 1 and step < 12)
             optimizer.step()
-        assert_equal(ours, theirs, 1e-7, step)
+        assert_equal(ours, reference, 1e-7, step)
 
 
 def test_stacks_may_be_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,8 +194,8 @@ def test_a_copy_goes_on_alone() -> None:
     set_gradients(of, 0)
     optimizer.step()
     kept, other = copy.deepcopy((of, optimizer))
-    for found, rule in ((of, optimizer), (kept, other)):
-        set_gradients(found, 1)
+    for moved, rule in ((of, optimizer), (kept, other)):
+        set_gradients(moved, 1)
         rule.step()
     assert_equal(kept, of, tolerance=0)
 
@@ -211,7 +211,7 @@ def losses(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype) -> Te
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 8)).double()
     scale, target = torch.logspace(-1, 0.5, 12).double(), torch.randn(12, 8).double() / 2
-    network, found = network.to(dtype), []
+    network, values = network.to(dtype), []
     optimizer = make(network.parameters(), lr=1e-2, weight_decay=0.0)
     for step in range(200):
         x = torch.randn(64, 12, generator=torch.Generator().manual_seed(step), dtype=torch.float64) * scale
@@ -219,15 +219,15 @@ def losses(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype) -> Te
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append(loss.detach().double())
-    return torch.stack(found)
+        values.append(loss.detach().double())
+    return torch.stack(values)
 
 
 def test_float32_is_as_exact_as_the_librarys() -> None:
-    exact, theirs = losses(LibrarySOAP, torch.float64), losses(LibrarySOAP, torch.float32)
+    exact, reference = losses(LibrarySOAP, torch.float64), losses(LibrarySOAP, torch.float32)
     ours = losses(SOAP, torch.float32)
     assert exact[-20:].mean() < 0.01 * exact[:20].mean()
-    assert (ours - exact).abs().mean() < 1.5 * (theirs - exact).abs().mean()
+    assert (ours - exact).abs().mean() < 1.5 * (reference - exact).abs().mean()
     spread = losses(lambda of, **options: SOAP(of, spread=True, **options), torch.float32)
     assert spread[-20:].mean() < 2 * exact[-20:].mean()
 
@@ -307,18 +307,18 @@ def through_a_file(state: dict[str, Any], path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stop", [0, 1, 13])
 def test_goes_on_from_the_librarys_checkpoint(tmp_path: Path, stop: int) -> None:
-    ours, theirs = parameters(SHAPES), parameters(SHAPES)
+    ours, reference = parameters(SHAPES), parameters(SHAPES)
     options: dict[str, Any] = {"betas": (0.9, 0.95), "precondition_frequency": 8, "max_precondition_dim": 12}
-    library = LibrarySOAP(two_groups(theirs), **options)
-    advance(library, theirs, range(stop))
-    for a, b in zip(ours, theirs, strict=True):
+    library = LibrarySOAP(two_groups(reference), **options)
+    advance(library, reference, range(stop))
+    for a, b in zip(ours, reference, strict=True):
         a.data.copy_(b.data)
     optimizer = SOAP(two_groups(ours), **options)
     optimizer.load_state_dict(through_a_file(library.state_dict(), tmp_path / "state.pt"))
     for step in range(stop, 50):
         advance(optimizer, ours, [step])
-        advance(library, theirs, [step])
-        assert_equal(ours, theirs, 1e-10, step)
+        advance(library, reference, [step])
+        assert_equal(ours, reference, 1e-10, step)
 
 
 @pytest.mark.parametrize("spread", [False, True])
