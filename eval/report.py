@@ -26,14 +26,14 @@ import numpy as np
 
 from skipless.common import cli, distributed
 from skipless.common.files import write_text
-from skipless.common.settings import plain
+from skipless.common.settings import LATER, plain
 from skipless.datasets.images import read_image
 from skipless.eval import classification, clustering, discovery, knn, linear, retrieval, segmentation
 from skipless.eval.backbones import Backbone, FeatureKind, Precision, load_backbone, untrained, usable_precision
 from skipless.eval.classification import Pooling
 from skipless.eval.dense import data as dense
 from skipless.eval.dense.quick import QuickSettings
-from skipless.eval.evaluation import LATER, EvaluationSettings, differing_settings
+from skipless.eval.evaluation import EvaluationSettings, differing_settings
 from skipless.eval.figures.pictures import pick_images
 from skipless.eval.objects import data as objects
 from skipless.eval.page.render import write_page

@@ -1,14 +1,74 @@
-"""Every setting of a pretraining run, and what it means."""
+"""Settings of every run and of pretraining, and what becomes of them before anything is written."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import copy
+import importlib.util
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, TypeVar
 
+import torch
+import yaml
+
+from skipless.common import distributed
+from skipless.common.precision import has_bf16
+from skipless.common.settings import renamed
 from skipless.ssl.data.crops import Crops
-from skipless.ssl.dino import Pool
-from skipless.ssl.model.attention import Backend
-from skipless.ssl.model.initialization import MlpInit
+from skipless.ssl.data.squares import Images, normalized_squares
+from skipless.ssl.dino import DINOSettings
+from skipless.ssl.model.attention import choose_backend
+from skipless.ssl.model.build import (
+    ModelSettings,
+    build_backbone,
+    changed_initialization,
+    embedding_of,
+    initialization_arguments,
+    initialization_of,
+)
+from skipless.ssl.model.initialization import PRESETS, choose_beta
 from skipless.ssl.monitor import MonitorSettings
 from skipless.ssl.optim.optimizers import OptimizerSettings
+
+
+@dataclass(kw_only=True)
+class RunSettings:
+    """What a training run depends on, whatever it trains."""
+
+    out: str
+    """Folder of the run: settings, metrics, checkpoints, and the backbone at the end."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    epochs: int
+    """Passes over the training images."""
+    batch_size: int
+    """Images per optimizer step, over all processes and micro-batches. The learning rate scales with it."""
+    accumulate: int = 1
+    """Micro-batches per step: the same result with a fraction of the memory."""
+    clip_grad: float
+    """Gradients whose norm over all parameters is larger are scaled down to it; 0 turns this off."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is bf16 where it is fast: on GPUs from Ampere on, and on CPUs with AMX (Xeons since 2023), where it is
+    the products of linear layers alone; fp32 elsewhere. Parameters are float32 in both."""
+    seed: int = 0
+    """Of everything random: initialization, order of the images, crops or augmentation."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    resume: bool = False
+    """Continue from the last checkpoint in `out`, where there is one: bit by bit on a CPU."""
+    save_every_epochs: int = 1
+    """Epochs between two checkpoints; one is also written at the end and on SIGTERM or SIGUSR1."""
+    keep: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    log_every: int = 10
+    """Steps between two lines of metrics. Between them the host does not wait for the GPU (but in soap's first
+    step, for the eigenbases)."""
+    wandb: bool = False
+    """Log to Weights & Biases too (pip install wandb)."""
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint that the run goes on from; None where it starts."""
+        path = Path(self.out) / "checkpoints" / "last.pt"
+        return path if self.resume and path.exists() else None
 
 
 @dataclass
@@ -27,119 +87,19 @@ class DataSettings:
     unreadable.txt."""
 
 
-@dataclass
-class ModelSettings:
-    """The backbone. `size` gives dim, depth and heads; each can be set on its own too."""
-
-    size: Literal["tiny", "small", "base", "large", "huge", "giant"] = "small"
-    """ViT-Ti, S, B, L, H or g."""
-    dim: int | None = None
-    """Width of a token; by default that of `size`."""
-    depth: int | None = None
-    """Number of blocks; by default that of `size`."""
-    heads: int | None = None
-    """Attention heads; by default those of `size`. 64 channels a head are usual, 32 do for narrow models."""
-    patch: int = 16
-    """Side of a patch in pixels. Half the patch: four times the tokens, finer features, four times the time."""
-    residual: bool = False
-    """With skip connections (true) or without (false)."""
-    init: Literal["default", "paper-dino", "paper-supervised", "small"] | None = None
-    """Initialization; by default `small` without skip connections and `default` (ViT's usual one) with them. `small` is
-    for narrow models and small budgets, `paper-dino` is arXiv 2510.00345's for ViT-S on ImageNet."""
-    alpha: float | None = None
-    """Noise in the query-key product, instead of the initialization's own."""
-    beta: float | Literal["auto"] | None = None
-    """Identity in the query-key product, instead of the initialization's own: larger is more diagonal attention. `auto`
-    takes the smallest with which the fresh model keeps nine tenths of its patch tokens' effective rank, measured on 32
-    of the images; the number is what the run's settings then hold."""
-    c: float | None = None
-    """Scale of the value and output matrices, instead of the initialization's own."""
-    mlp: MlpInit | Literal["default"] | None = None
-    """suo or mirrored MLP layers, or ViT's usual ones (default), instead of the initialization's own."""
-    value_output: bool = True
-    """Initialize value and output matrices; false leaves them as ViT's usual ones, to see what that part is worth."""
-    query_key: bool = True
-    """Initialize query and key matrices; false leaves them as ViT's usual ones."""
-    depth_scale: float = 1.0
-    """How many times larger the last block's attention logits start than the first one's, growing geometrically."""
-    patches: Literal["default", "whitened"] | None = None
-    """Initialization of the patch embedding: torch's usual one (default), or one that makes the images' patches
-    uncorrelated and of equal variance, measured on some hundred of them (whitened): tokens that differ from the start.
-    Where it is not given: whitened with the initialization `small`, default with all others."""
-    positions: Literal["default", "sines"] | None = None
-    """Initialization of the positions: ViT's usual noise, next to nothing (default), or sines and cosines of row and
-    column, of a size that counts beside whitened patches. Learned in both. Where it is not given: sines with `small`,
-    default with all others."""
-    pool: Pool = "mean"
-    """What the DINO head reads: `mean` of the patch tokens, or the class token `cls` (DINO's). Without skip connections
-    use mean: near-identity attention starves a class token, and the loss would stay at ln K."""
-    registers: int = 0
-    """Register tokens; 4 in DINOv2."""
-    layer_scale: float | None = None
-    """Initial scale of each branch (DINOv2: 1e-5). Residual models only."""
-    drop_path: float = 0.0
-    """Stochastic depth; DINO uses 0.1. Residual models only."""
-    attention: Backend = "auto"
-    """auto takes xformers on CUDA where it is installed, torch's SDPA elsewhere."""
-    checkpoint_activations: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
-
-
-@dataclass
-class DINOSettings:
-    """Head, teacher and loss."""
-
-    out_dim: int = 65536
-    """Outputs of the head, K. 65,536 for ImageNet; 1,024 to 4,096 for some thousand images."""
-    hidden_dim: int = 2048
-    """Width of the head's hidden layers."""
-    bottleneck_dim: int = 256
-    """Width of the head before the prototypes."""
-    norm_last_layer: bool = True
-    """Prototypes of length 1: stable. false is what DINO used for ViT-S."""
-    freeze_last_layer: float = 1.0
-    """Epochs at the start in which the last layer of the head has learning rate 0 (DINO drops its gradient: the
-    same, but that the optimizer's moments start later)."""
-    momentum_teacher: float = 0.996
-    """Momentum of the teacher at the start; it rises to 1 by half a cosine. Lower it (0.99) for short runs."""
-    student_temp: float = 0.1
-    """Temperature of the student's softmax."""
-    teacher_temp: float = 0.04
-    """Temperature of the teacher's softmax after its warm-up. Long runs raise it to 0.07."""
-    warmup_teacher_temp: float = 0.04
-    """Temperature of the teacher's softmax in the first epoch."""
-    warmup_teacher_temp_epochs: int = 0
-    """Epochs over which the teacher's temperature changes linearly."""
-    balancing: Literal["center", "sinkhorn"] = "center"
-    """How collapse is avoided: centring (DINO) or Sinkhorn-Knopp (DINOv2)."""
-    center_momentum: float = 0.9
-    """Momentum of the centre."""
-
-
-@dataclass
-class Settings:
-    """Everything a run depends on."""
+@dataclass(kw_only=True)
+class Settings(RunSettings):
+    """Everything a pretraining run depends on."""
 
     data: DataSettings
-    out: str
-    """Folder of the run: settings, metrics, checkpoints, and the backbone at the end."""
-    model: ModelSettings = field(default_factory=ModelSettings)
     crops: Crops = field(default_factory=Crops)
     dino: DINOSettings = field(default_factory=DINOSettings)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
     epochs: int = 100
-    """Passes over the images."""
     batch_size: int = 256
-    """Images per optimizer step, over all processes and micro-batches. The learning rate scales with it."""
-    accumulate: int = 1
-    """Micro-batches per step: the same result with a fraction of the memory. Teacher and centre move once a step."""
     clip_grad: float = 3.0
     """Gradients whose norm over all parameters is larger are scaled down to it; 0 turns this off. (DINO clips each
     parameter's gradient by itself, which is weaker.)"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto is bf16 where it is fast: on GPUs from Ampere on, and on CPUs with AMX (Xeons since 2023), where it is
-    the products of linear layers alone; fp32 elsewhere. Parameters are float32 in both."""
     compile: bool = False
     """Compile student and teacher (torch.compile), for GPUs: minutes at the start, fewer and larger kernels after.
     Attention is then torch's. (It has not run on a GPU yet.)"""
@@ -147,39 +107,125 @@ class Settings:
     """Shard parameters, gradients, optimizer state and teacher over all processes (FSDP2), for models that crowd or do
     not fit one GPU, as ViT-g does; smaller ones are better off without. Under torchrun. The
     loss curve is the same, checkpoints are folders; docs/scaling.md says when it pays."""
-    seed: int = 0
-    """Of initialization, order of the images and crops."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    resume: bool = False
-    """Continue from the last checkpoint in `out`, where there is one: bit by bit on a CPU."""
-    save_every_epochs: int = 1
-    """Epochs between two checkpoints; one is also written at the end and on SIGTERM or SIGUSR1."""
-    keep: int = 2
-    """Checkpoints kept; older ones are deleted."""
-    log_every: int = 10
-    """Steps between two lines of metrics. Between them the host does not wait for the GPU (but in soap's first
-    step, for the eigenbases)."""
-    wandb: bool = False
-    """Log to Weights & Biases too (pip install wandb)."""
 
 
-def initialization_of(model: ModelSettings) -> str:
-    """Name of the initialization: "default" for ViT's usual one, or one of `PRESETS`."""
-    return model.init or ("default" if model.residual else "small")
+S = TypeVar("S", bound=RunSettings)
 
 
-def embedding_of(model: ModelSettings) -> tuple[Literal["default", "whitened"], Literal["default", "sines"]]:
-    """How patch embedding and positions start; where the settings do not say, as the initialization has it."""
-    small = initialization_of(model) == "small"
-    return model.patches or ("whitened" if small else "default"), model.positions or ("sines" if small else "default")
+def resolve(settings: S, images: Images, device: torch.device, image_size: int) -> tuple[S, list[str]]:
+    """The settings with a value wherever they leave the choice: precision, patches, positions and beta.
+
+    A run that is resumed keeps the values that it had. `model.attention` stays as it is, for it says nothing about the
+    model, and the next machine may have another.
+
+    Args:
+        images: those to train on; to choose beta, 32 of them, evenly spread, are looked at.
+        image_size: side of the squares that are cut out of them, in pixels.
+
+    Returns:
+        A copy of the settings, and sentences about what was chosen by a measurement.
+
+    Raises:
+        ValueError: the run that is resumed has no beta; no beta keeps the rank; no image can be read.
+    """
+    settings, notes = copy.deepcopy(settings), []
+    model, file, earlier = settings.model, Path(settings.out) / "settings.yaml", {}
+    if settings.last_checkpoint and file.exists():
+        earlier = renamed(yaml.safe_load(file.read_text()))
+    if settings.precision == "auto":
+        settings.precision = earlier.get("precision", "auto")
+    if settings.precision == "auto":
+        settings.precision = "bf16" if has_bf16(device) else "fp32"
+    model.patches, model.positions = embedding_of(model)
+    if model.beta == "auto" and earlier:
+        model.beta = earlier["model"]["beta"]
+        if model.beta is None:
+            raise ValueError(
+                f"{settings.out} is of a run that named no model.beta; leave it out, or give another --out"
+            )
+        notes.append(f"model.beta is {model.beta:g}: as in the run so far")
+    elif model.beta == "auto":
+        # By one process, on its CPU: all have to start from the same number, whatever their machines see and round to.
+        beta = _choose_beta(model, settings.seed, images, image_size) if distributed.rank() == 0 else 0.0
+        model.beta = float(distributed.gather_objects(beta)[0])
+        notes.append(f"model.beta is {model.beta:g}: chosen on {min(32, len(images))} of the images")
+    return settings, notes
 
 
-def changed_initialization(model: ModelSettings) -> dict[str, Any]:
-    """What the settings change of their initialization, as arguments of `skipless_init_`."""
-    changes = {name: value for name in ("alpha", "beta", "c", "mlp") if (value := getattr(model, name)) is not None}
-    if model.mlp == "default":
-        changes["mlp"] = None
-    if model.depth_scale != 1:
-        changes["depth_scale"] = model.depth_scale
-    return changes | {name: False for name in ("value_output", "query_key") if not getattr(model, name)}
+def _choose_beta(model: ModelSettings, seed: int, images: Images, image_size: int) -> float:
+    model = replace(model, beta=1.0)
+    torch.manual_seed(seed)
+    backbone = build_backbone(model, image_size, seed, images)
+    return choose_beta(backbone, normalized_squares(images, 32, image_size), initialization_arguments(model), seed=seed)
+
+
+def check(settings: RunSettings, images: int, source: str, root: Path, device: torch.device) -> None:
+    """Contradictions that can be found before anything is built or written.
+
+    Args:
+        images: how many there are to train on; source: the setting that named them, for messages; root: where they lie.
+
+    Raises:
+        ValueError: naming the setting, its value, and what to do.
+    """
+    for name in ("epochs", "batch_size", "accumulate", "save_every_epochs", "keep", "log_every"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least 1")
+    if settings.seed < 0:
+        raise ValueError(f"seed is {settings.seed}; it must be 0 or more")
+    if settings.clip_grad < 0:
+        raise ValueError(f"clip_grad is {settings.clip_grad:g}; it must be positive, or 0 for no clipping")
+    if settings.optimizer.warmup_epochs >= settings.epochs:
+        raise ValueError(
+            f"optimizer.warmup_epochs is {settings.optimizer.warmup_epochs:g} in a run of {settings.epochs} epochs; "
+            "the learning rate would never reach its peak: lower it, or raise epochs"
+        )
+    _check_model(settings.model, device)
+    if settings.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("wandb is true, but the package is not installed; pip install wandb, or leave it out")
+    processes = distributed.world_size()
+    if settings.batch_size % (processes * settings.accumulate):
+        raise ValueError(
+            f"batch_size {settings.batch_size} cannot be shared out over {processes} processes x {settings.accumulate} "
+            "micro-batches (accumulate); choose a multiple of their product"
+        )
+    if images < settings.batch_size:
+        raise ValueError(
+            f"{source} {root} has {images} images, fewer than one batch; lower batch_size ({settings.batch_size})"
+        )
+    out = Path(settings.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out is {out}, which is a file; give a folder")
+    if out.exists() and root.is_dir() and out.samefile(root):
+        raise ValueError(f"out is the folder of the images, {out}; give the run a folder of its own")
+    if any((out / name).exists() for name in ("checkpoints/last.pt", "backbone.json")) and not settings.resume:
+        raise ValueError(f"{out} already holds a run; add --resume to continue it, or give another --out")
+
+
+def _check_model(model: ModelSettings, device: torch.device) -> None:
+    changed = [*changed_initialization(model)]
+    if changed and initialization_of(model) == "default":
+        raise ValueError(
+            f"model.{changed[0]} belongs to the skipless initializations; give model.init {', '.join(PRESETS)}"
+        )
+    idle = {"value_output": ("c",), "query_key": ("alpha", "beta", "depth_scale")}
+    for part, names in idle.items():
+        given = [name for name in names if name in changed]
+        if given and not getattr(model, part):
+            raise ValueError(f"model.{given[0]} has no effect with model.{part} false; leave one of them out")
+    if model.beta == "auto" and model.residual:
+        raise ValueError("model.beta auto is for skipless models, and model.residual is true; give a number")
+    if not model.depth_scale > 0:
+        raise ValueError(f"model.depth_scale is {model.depth_scale:g}; it must be positive")
+    if model.patch < 1:
+        raise ValueError(f"model.patch is {model.patch}; it must be at least 1")
+    choose_backend(device, model.attention)
+
+
+def check_size(name: str, size: int, patch: int) -> None:
+    """Raise ValueError, with the sizes nearest to it, where the side of an image is no multiple of the patch."""
+    if size % patch:
+        near = sorted({max(patch, size // patch * patch), (size // patch + 1) * patch})
+        raise ValueError(
+            f"{name} is {size}, which is no multiple of model.patch {patch}; use {' or '.join(map(str, near))}"
+        )

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,6 +15,48 @@ from skipless.common.distributed import all_reduce_max, all_reduce_mean, all_red
 from skipless.ssl.model.vit import VisionTransformer
 
 Pool = Literal["cls", "mean"]
+
+
+@dataclass
+class DINOSettings:
+    """Head, teacher and loss."""
+
+    out_dim: int = 65536
+    """Outputs of the head, K. 65,536 for ImageNet; 1,024 to 4,096 for some thousand images."""
+    hidden_dim: int = 2048
+    """Width of the head's hidden layers."""
+    bottleneck_dim: int = 256
+    """Width of the head before the prototypes."""
+    norm_last_layer: bool = True
+    """Prototypes of length 1: stable. false is what DINO used for ViT-S."""
+    freeze_last_layer: float = 1.0
+    """Epochs at the start in which the last layer of the head has learning rate 0 (DINO drops its gradient: the
+    same, but that the optimizer's moments start later)."""
+    momentum_teacher: float = 0.996
+    """Momentum of the teacher at the start; it rises to 1 by half a cosine. Lower it (0.99) for short runs."""
+    student_temp: float = 0.1
+    """Temperature of the student's softmax."""
+    teacher_temp: float = 0.04
+    """Temperature of the teacher's softmax after its warm-up. Long runs raise it to 0.07."""
+    warmup_teacher_temp: float = 0.04
+    """Temperature of the teacher's softmax in the first epoch."""
+    warmup_teacher_temp_epochs: int = 0
+    """Epochs over which the teacher's temperature changes linearly."""
+    balancing: Literal["center", "sinkhorn"] = "center"
+    """How collapse is avoided: centering (DINO) or Sinkhorn-Knopp (DINOv2)."""
+    center_momentum: float = 0.9
+    """Momentum of the center."""
+
+    def __post_init__(self) -> None:
+        for name in ("out_dim", "hidden_dim", "bottleneck_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"dino.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"dino.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("momentum_teacher", "center_momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"dino.{name} is {getattr(self, name)}; it must be in [0, 1]")
 
 
 class DINOHead(nn.Module):
@@ -66,6 +109,14 @@ class DINOModel(nn.Module):
         patches_from = 1 + self.backbone.registers
         pooled = [t[:, 0] if self.pool == "cls" else t[:, patches_from:].mean(dim=1) for t in tokens]
         return self.head(torch.cat(pooled))
+
+
+def build_dino(backbone: VisionTransformer, settings: DINOSettings, pool: Pool) -> DINOModel:
+    """A student: the backbone and a fresh head, from torch's global random state."""
+    head = DINOHead(
+        backbone.dim, settings.out_dim, settings.hidden_dim, settings.bottleneck_dim, settings.norm_last_layer
+    )
+    return DINOModel(backbone, head, pool)
 
 
 def make_teacher(student: DINOModel) -> DINOModel:

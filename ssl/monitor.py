@@ -1,7 +1,9 @@
 """Is it learning? k-NN accuracy and token statistics of every block, on labeled images, during training."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +15,9 @@ from skipless.common.distributed import gather_objects, rank, world_size
 from skipless.common.pixels import center_crop, normalize
 from skipless.datasets.images import ImageSource, UnreadableImage, open_images
 from skipless.ssl.data.loader import leave_signals_to_main
-from skipless.ssl.dino import Pool
-from skipless.ssl.model.statistics import DEAD, effective_rank, mean_share
+from skipless.ssl.data.squares import normalized_squares
+from skipless.ssl.dino import Pool, diagnose_collapse
+from skipless.ssl.model.statistics import DEAD, cheap_conditioning, effective_rank, mean_share
 from skipless.ssl.model.vit import VisionTransformer
 
 
@@ -31,12 +34,12 @@ class MonitorSettings:
     """Side of the images in pixels, after a resize of the short side to 8/7 of it; by default that of
     the global crops."""
     k: int = 20
-    """Neighbours that vote, weighted by exp(cosine similarity / 0.07)."""
+    """Neighbors that vote, weighted by exp(cosine similarity / 0.07)."""
     conditioning: bool = False
     """Log the conditioning of every block too (ssl/model/statistics.py): entropy and diagonal dominance of attention,
     singular values of W_V W_O, excess kurtosis. On 16 training images, in the same places; needs no labels."""
     max_images: int = 10000
-    """At most so many images are used as neighbours, and as many are classified, evenly spread over the set."""
+    """At most so many images are used as neighbors, and as many are classified, evenly spread over the set."""
 
     def __post_init__(self) -> None:
         if self.every_epochs < 0 or self.k < 1 or self.max_images < 1:
@@ -49,8 +52,81 @@ class MonitorSettings:
             )
 
 
+class Monitor:
+    """What is measured during training: k-NN and token statistics where there are labels, conditioning if it is wanted.
+
+    Args:
+        size: side of the global crops in pixels; pool: what k-NN reads, as the head does; workers: loader processes.
+
+    Raises:
+        ValueError: `settings.path` does not fit the images.
+    """
+
+    def __init__(
+        self,
+        settings: MonitorSettings,
+        images: ImageSource,
+        size: int,
+        pool: Pool,
+        device: torch.device,
+        workers: int,
+    ):
+        self.settings, self.pool, self.workers = settings, pool, workers
+        self.sets = labeled_sets(images, settings, size)
+        conditioning = settings.conditioning and settings.every_epochs
+        self.squares = normalized_squares(images, 16, size).to(device) if conditioning else None
+
+    @property
+    def metric(self) -> str | None:
+        """The name of one of its metrics; None where there is nothing to measure."""
+        if self.sets:
+            return "monitor/knn"
+        return None if self.squares is None else "monitor/conditioning/kurtosis"
+
+    def introduction(self) -> list[str]:
+        """A line about what is measured, for the start of a run; none if the monitor is turned off."""
+        if not self.settings.every_epochs:
+            return []
+        return [f"k-NN monitor: {self.sets[2] if self.sets else 'off, since the images have no class folders'}"]
+
+    def __call__(
+        self, backbone: VisionTransformer, autocast: AbstractContextManager[Any]
+    ) -> tuple[dict[str, list[float]], str | None]:
+        """Metrics, each with a value a block, and a line for people. All processes must call it."""
+        metrics: dict[str, list[float]] = {}
+        text = None
+        if self.sets:
+            with autocast:
+                blocks = measure_blocks(backbone, *self.sets[:2], self.settings.k, self.pool, self.workers)
+            metrics |= {f"monitor/{name}": [block[name] for block in blocks] for name in blocks[0]}
+            text = describe_blocks(blocks, self.settings.k)
+        if self.squares is not None:
+            conditioning = cheap_conditioning(backbone, self.squares)
+            metrics |= {f"monitor/conditioning/{name}": values for name, values in conditioning.items()}
+        return metrics, text
+
+
+class CollapseAlarm:
+    """Calls out collapse once, when several log lines in a row look like it.
+
+    Args:
+        prototypes: K; warmup: steps at the start, in which a network may look so.
+    """
+
+    PATIENCE = 5
+
+    def __init__(self, prototypes: int, warmup: int):
+        self.prototypes, self.warmup, self.suspicions = prototypes, warmup, 0
+
+    def __call__(self, step: int, means: dict[str, float]) -> list[str]:
+        """A warning, from the means of what `DINOOutput` holds, or none."""
+        cause = diagnose_collapse(prototypes=self.prototypes, **means)
+        self.suspicions = self.suspicions + 1 if cause and step > self.warmup else 0
+        return [f"WARNING at step {step}: {cause}"] if self.suspicions == self.PATIENCE else []
+
+
 class LabeledImages(Dataset):
-    """Centre crops of some images of a source, uint8 [S, S, 3], with their labels. Unreadable images come as None."""
+    """Center crops of some images of a source, uint8 [S, S, 3], with their labels. Unreadable images come as None."""
 
     def __init__(self, images: ImageSource, indices: np.ndarray, labels: np.ndarray, size: int):
         self.images, self.indices, self.labels, self.size = images, indices, labels, size
@@ -70,7 +146,7 @@ class LabeledImages(Dataset):
 def labeled_sets(
     images: ImageSource, settings: MonitorSettings, default_size: int
 ) -> tuple[LabeledImages, LabeledImages, str] | None:
-    """Neighbours and queries for the monitor and a sentence that says what they are; None without labels.
+    """Neighbors and queries for the monitor and a sentence that says what they are; None without labels.
 
     Raises:
         ValueError: `settings.path` is given, but its class folders are not those of the training images.
@@ -81,7 +157,7 @@ def labeled_sets(
     if images.labels is None:
         if settings.path:
             raise ValueError(
-                f"monitor.path is {settings.path}, but {images.origin} has no class folders to take neighbours from; "
+                f"monitor.path is {settings.path}, but {images.origin} has no class folders to take neighbors from; "
                 "give class folders as data.path, or leave monitor.path out"
             )
         return None
@@ -90,15 +166,15 @@ def labeled_sets(
         number = {name: position for position, name in enumerate(images.classes)}
         query_labels = np.array([number[name] for name in queries.classes])[queries.labels]
         bank_rows, query_rows = np.arange(len(images)), np.arange(len(queries))
-        said = f"images of {queries.origin}, neighbours from {images.origin}"
+        description = f"images of {queries.origin}, neighbors from {images.origin}"
     else:
         queries, query_labels = images, images.labels
         tenth = np.arange(len(images)) % 10 == 0
         bank_rows, query_rows = np.flatnonzero(~tenth), np.flatnonzero(tenth)
-        said = f"every tenth image of {images.origin}, neighbours from the other nine"
+        description = f"every tenth image of {images.origin}, neighbors from the other nine"
     bank_rows, query_rows = (_spread(rows, settings.max_images) for rows in (bank_rows, query_rows))
     bank = LabeledImages(images, bank_rows, images.labels[bank_rows], size)
-    return bank, LabeledImages(queries, query_rows, query_labels[query_rows], size), said
+    return bank, LabeledImages(queries, query_rows, query_labels[query_rows], size), description
 
 
 def _labeled_val(images: ImageSource, path: str | None) -> ImageSource | None:
@@ -107,10 +183,10 @@ def _labeled_val(images: ImageSource, path: str | None) -> ImageSource | None:
     if not path and not (images.root.name == "train" and beside.is_dir()):
         return None
     try:
-        found = open_images(path or beside)
-        if found.labels is None or not set(found.classes) <= set(images.classes):
+        val = open_images(path or beside)
+        if val.labels is None or not set(val.classes) <= set(images.classes):
             raise ValueError(f"monitor.path is {path}, which does not have the class folders of {images.origin}")
-        return found
+        return val
     except (ValueError, FileNotFoundError):
         if path:
             raise

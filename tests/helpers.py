@@ -3,8 +3,11 @@
 import contextlib
 import importlib
 import importlib.util
+import io
+import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -28,7 +31,7 @@ DATA = os.environ.get("SKIPLESS_TEST_DATA")  # real images, see CONTRIBUTING.md
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload([
     "skipless.ssl.pretrain", "skipless.ssl.supervised", "skipless.eval.report", "faiss",
-    "torch.distributed.tensor", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+    "torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint", "torch.distributed.fsdp",
 ])  # fmt: skip
 
 
@@ -64,13 +67,33 @@ class Running:
         return Path(self.folder.name, which).read_text()
 
 
+def call(main: Callable[[Sequence[str]], object], words: Sequence[object]) -> Done:
+    """Run a command in this process, whose signal handlers stay what they were."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)}
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main(list(map(str, words)))
+    except SystemExit as ending:
+        status = int(ending.code or 0)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return Done(status, out.getvalue(), err.getvalue())
+
+
 def start(
-    module: str, words: Sequence[object] = (), cwd: Path | None = None, env: Mapping[str, str] | None = None
+    module: str,
+    words: Sequence[object] = (),
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    session: bool = False,
 ) -> Running:
     """Start `main` of a module, as in start("skipless.ssl.pretrain", ["--out", folder]), or of a script of the
-    repository, as in start("experiments/run.py"), in a process of its own."""
+    repository, as in start("experiments/run.py"), in a process of its own; in a session of its own, so that it can be
+    signaled together with its children, if that is said."""
     folder = tempfile.TemporaryDirectory()
-    arguments = (module, list(map(str, words)), folder.name, str(cwd or os.getcwd()), dict(env or {}))
+    arguments = (module, list(map(str, words)), folder.name, str(cwd or os.getcwd()), dict(env or {}), session)
     for name in ("out", "err"):
         Path(folder.name, name).touch()
     process = _SERVER.Process(target=_main, args=arguments)
@@ -83,8 +106,10 @@ def run(module: str, words: Sequence[object] = (), timeout: float = 240, **where
     return start(module, words, **where).wait(timeout)
 
 
-def run_group(module: str, words: Sequence[object], processes: int = 2, **where: Any) -> list[Done]:
-    """Run `main` of a module in several processes of one group, as torchrun would; all must succeed."""
+def run_group(
+    module: str, words: Sequence[object], processes: int = 2, succeed: bool = True, **where: Any
+) -> list[Done]:
+    """Run `main` of a module in several processes of one group, as torchrun would; all must `succeed`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -93,7 +118,7 @@ def run_group(module: str, words: Sequence[object], processes: int = 2, **where:
     group = [start(module, words, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, **where) for r in range(processes)]
     ended = [running.wait() for running in group]
     for done in ended:
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 or not succeed, done.stderr
     return ended
 
 
@@ -123,6 +148,12 @@ def serving(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def logged(folder: Path, name: str) -> list[Any]:
+    """All values of a metric in a run's metrics.jsonl."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [entry[name] for entry in map(json.loads, lines) if name in entry]
 
 
 def error_line(text: str) -> str:
@@ -225,11 +256,14 @@ def photo(height: int = 90, width: int = 120, seed: int = 0) -> np.ndarray:
     return cv2.normalize(mixed, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
 
 
-def _main(module: str, words: list[str], folder: str, cwd: str, env: dict[str, str]) -> None:
+def _main(module: str, words: list[str], folder: str, cwd: str, env: dict[str, str], session: bool) -> None:
+    if session:
+        os.setsid()
     for number, name in ((1, "out"), (2, "err")):
         with open(Path(folder, name), "a") as file:
             os.dup2(file.fileno(), number)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
+    multiprocessing.set_start_method(None, force=True)  # for loader workers, as in any other process
     os.environ.update(env)
     os.chdir(cwd)
     sys.argv = [module, *words]

@@ -203,7 +203,7 @@ def test_interrupted_a_real_run_leaves_a_checkpoint_and_is_taken_up_again(tmp_pa
 
 def test_published_experiments_name_flags_that_exist_and_go_together() -> None:
     from skipless.ssl import pretrain, supervised
-    from skipless.ssl.run.job import check_run
+    from skipless.ssl.config import check
 
     kinds = {"ssl/pretrain.py": pretrain.Settings, "ssl/supervised.py": supervised.Settings}
     for path in sorted((ROOT / "experiments").glob("*.yaml")):
@@ -211,7 +211,7 @@ def test_published_experiments_name_flags_that_exist_and_go_together() -> None:
         script, *words = experiment.command
         for more in experiment.arms.values():
             settings = cli.parse(kinds[script], [*(word.replace("{data}", "x") for word in [*words, *more]), "--out=x"])
-            check_run(settings, 10**6, "data", Path("x"), torch.device("cpu"))
+            check(settings, 10**6, "data", Path("x"), torch.device("cpu"))
 
 
 def test_conditioning_at_the_start_and_at_the_end_is_tabulated(experiment: Path, drive: Any) -> None:

@@ -1,14 +1,31 @@
-"""Which images a step sees, and the processes that read them."""
+"""Which images a step sees, the processes that read them, and those that cannot be read."""
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from skipless.common.distributed import rank, world_size
+from skipless.common import distributed
+from skipless.common.files import write_text
+from skipless.common.pixels import normalize
+from skipless.datasets.images import ImageSource
+from skipless.ssl.data.crops import CropDataset, Crops, collate
+from skipless.ssl.data.device_crops import (
+    DeviceCropDataset,
+    DeviceCrops,
+    collate_images,
+    crops_on_device,
+    decodes_jpegs,
+)
+
+Batch = TypeVar("Batch")
 
 
 def leave_signals_to_main(_worker: int) -> None:
@@ -48,12 +65,96 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         per_epoch = self.images // self.batch
-        share = self.batch // (self.accumulate * world_size())
+        share = self.batch // (self.accumulate * distributed.world_size())
         order_of = -1
         for step in range(self.start, self.total):
             epoch, position = divmod(step, per_epoch)
             if epoch != order_of:
                 order, order_of = np.random.default_rng((self.seed, epoch)).permutation(self.images), epoch
             for micro in range(self.accumulate):
-                first = position * self.batch + (micro * world_size() + rank()) * share
+                first = position * self.batch + (micro * distributed.world_size() + distributed.rank()) * share
                 yield [(epoch, int(index)) for index in order[first : first + share]]
+
+
+def step_loader(
+    dataset: Dataset[Any],
+    batches: StepBatches,
+    workers: int,
+    device: torch.device,
+    collate: Callable[..., Any] | None = None,
+) -> DataLoader[Any]:
+    """Loads the micro-batches of all steps, in `workers` processes."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_main,
+    )
+
+
+def crop_loader(
+    images: ImageSource,
+    crops: Crops,
+    batches: StepBatches,
+    workers: int,
+    device: torch.device,
+    bf16: bool = False,
+) -> tuple[DataLoader[Any], Callable[[dict[str, Any]], list[Tensor]]]:
+    """The micro-batches of all steps, and what makes the crops of one on the device: [views * B, 3, S, S], normalized,
+    globals first, locals second if there are any. With `bf16` crops that are made on a GPU are bf16."""
+    if crops_on_device(crops, device):
+        jpegs = crops.device == "device" and decodes_jpegs(device)
+        on_device = DeviceCropDataset(images, crops, batches.seed, jpegs=jpegs)
+        dtype = torch.bfloat16 if bf16 and device.type == "cuda" else torch.float32
+        make_crops = DeviceCrops(on_device, device, dtype)
+        return step_loader(on_device, batches, workers, device, collate_images), make_crops
+
+    def normalized(batch: dict[str, Any]) -> list[Tensor]:
+        views = [batch["global"]] + ([batch["local"]] if batch["local"] is not None else [])
+        return [normalize(view.to(device, non_blocking=True)) for view in views]
+
+    return step_loader(CropDataset(images, crops, batches.seed), batches, workers, device, collate), normalized
+
+
+def micro_batches(batches: Iterator[Batch], accumulate: int) -> Iterator[tuple[Batch, bool]]:
+    """The next step's micro-batches, and whether each is the last of them."""
+    for number, batch in enumerate(islice(batches, accumulate)):
+        yield batch, number == accumulate - 1
+
+
+class UnreadableImages:
+    """Lists the images that no process could read in a file, and stops a run that has too many of them.
+
+    Args:
+        share: of the images, the largest to be put up with (data.max_unreadable); path: of the file.
+    """
+
+    def __init__(self, images: ImageSource, share: float, path: Path):
+        self.images, self.share, self.path = images, share, path
+        self.here: set[str] = set()
+        self.everywhere: set[str] = set()
+
+    def add(self, lines: list[str]) -> None:
+        """Note `path: reason` of images that this process could not read."""
+        self.here.update(lines)
+
+    def check(self) -> None:
+        """Write the file where there are new ones. All processes must call it.
+
+        Raises:
+            ValueError: there are too many.
+        """
+        everywhere = set().union(*distributed.gather_objects(self.here))
+        if everywhere == self.everywhere:
+            return
+        self.everywhere = everywhere
+        if distributed.rank() == 0:
+            write_text(self.path, "".join(f"{line}\n" for line in sorted(everywhere)))
+        if len(everywhere) > self.share * len(self.images):
+            raise ValueError(
+                f"{len(everywhere)} of {len(self.images)} images in {self.images.origin} cannot be read, more than "
+                f"data.max_unreadable ({self.share:g}) allows: {'; '.join(sorted(everywhere)[:5])}; "
+                f"{self.path} has all"
+            )

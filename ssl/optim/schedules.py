@@ -1,8 +1,10 @@
 """What changes over a run, as functions of the step: DINO's schedules."""
 
 import math
+from dataclasses import dataclass
 
-from skipless.ssl.config import Settings
+from skipless.ssl.dino import DINOSettings
+from skipless.ssl.optim.optimizers import OptimizerSettings
 
 
 def cosine(step: int, total: int, start: float, end: float, warmup: int = 0) -> float:
@@ -27,28 +29,64 @@ def ramp(epoch: int, start: float, end: float, epochs: int) -> float:
     return start + (end - start) * epoch / max(1, epochs - 1)
 
 
+@dataclass(frozen=True)
 class Rates:
-    """What changes over a run, as functions of the step (arXiv 2104.14294, section 3.2 and appendix)."""
+    """What holds for one step."""
 
-    def __init__(self, settings: Settings, steps_per_epoch: int, total: int):
-        self.optimizer, self.dino = settings.optimizer, settings.dino
-        self.steps_per_epoch, self.total = steps_per_epoch, total
-        self.peak = settings.optimizer.lr * settings.batch_size / 256
-        self.warmup = round(settings.optimizer.warmup_epochs * steps_per_epoch)
+    lr: float
+    weight_decay: float
 
-    def lr(self, step: int) -> float:
-        return cosine(step, self.total, self.peak, self.optimizer.min_lr, self.warmup)
+    def metrics(self) -> dict[str, float]:
+        """The numbers, by name, for the log."""
+        return {name: rate for name, rate in vars(self).items() if not isinstance(rate, bool)}
 
-    def weight_decay(self, step: int) -> float:
-        return cosine(step, self.total, self.optimizer.weight_decay, self.optimizer.weight_decay_end)
 
-    def momentum(self, step: int) -> float:
-        return cosine(step, self.total, self.dino.momentum_teacher, 1.0)
+@dataclass(frozen=True)
+class DINORates(Rates):
+    """What holds for one step of DINO."""
 
-    def teacher_temperature(self, step: int) -> float:
-        epoch = step // self.steps_per_epoch
-        warm, final = self.dino.warmup_teacher_temp, self.dino.teacher_temp
-        return ramp(epoch, warm, final, self.dino.warmup_teacher_temp_epochs)
+    momentum: float
+    teacher_temperature: float
+    last_layer_frozen: bool
 
-    def last_layer_frozen(self, step: int) -> bool:
-        return step < self.dino.freeze_last_layer * self.steps_per_epoch
+
+class Schedule:
+    """Learning rate and weight decay of every step of a run.
+
+    Args:
+        images: how many there are; batch_size: how many a step takes of them. What is left of an epoch is dropped.
+    """
+
+    def __init__(self, optimizer: OptimizerSettings, epochs: int, batch_size: int, images: int):
+        self.optimizer = optimizer
+        self.steps_per_epoch = images // batch_size
+        self.steps = epochs * self.steps_per_epoch
+        self.peak = optimizer.lr * batch_size / 256
+        self.warmup = round(optimizer.warmup_epochs * self.steps_per_epoch)
+
+    def at(self, step: int) -> Rates:
+        """The rates of a step, counted from 0."""
+        return Rates(
+            lr=cosine(step, self.steps, self.peak, self.optimizer.min_lr, self.warmup),
+            weight_decay=cosine(step, self.steps, self.optimizer.weight_decay, self.optimizer.weight_decay_end),
+        )
+
+
+class DINOSchedule(Schedule):
+    """What else changes over a run of DINO (arXiv 2104.14294, section 3.2 and appendix)."""
+
+    def __init__(self, optimizer: OptimizerSettings, dino: DINOSettings, epochs: int, batch_size: int, images: int):
+        super().__init__(optimizer, epochs, batch_size, images)
+        self.dino = dino
+
+    def at(self, step: int) -> DINORates:
+        """The rates of a step, counted from 0."""
+        dino, epoch = self.dino, step // self.steps_per_epoch
+        return DINORates(
+            **vars(super().at(step)),
+            momentum=cosine(step, self.steps, dino.momentum_teacher, 1.0),
+            teacher_temperature=ramp(
+                epoch, dino.warmup_teacher_temp, dino.teacher_temp, dino.warmup_teacher_temp_epochs
+            ),
+            last_layer_frozen=step < dino.freeze_last_layer * self.steps_per_epoch,
+        )

@@ -1,4 +1,4 @@
-"""SOAP and Muon, which need whole matrices, for parameters that are cut over the processes (ssl/run/sharding.py).
+"""SOAP and Muon, which need whole matrices, for parameters that are cut over the processes (ssl/run/parallel.py).
 
 Every matrix has an owner, the process that keeps its optimizer state and moves it. In each step all processes send
 their parts of a matrix and of its gradient to the owner, and get back their part of what becomes of it. Everything else

@@ -1,15 +1,41 @@
-"""Checkpoints that appear whole or not at all, and the exported backbone."""
+"""Checkpoints that appear whole or not at all, of whole and of sharded runs, and the exported backbone."""
 
 import json
 import os
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from skipless.common import distributed
 from skipless.common.files import write_atomically, write_text
+from skipless.common.settings import renamed
+from skipless.ssl.dino import DINOModel
 from skipless.ssl.model.vit import VisionTransformer
+from skipless.ssl.optim.optimizers import Optimizer
+from skipless.ssl.optim.sharded import ShardedOptimizer
+from skipless.ssl.run.parallel import assemble
+
+SHARDED = ("student", "teacher", "optimizer")  # what of a sharded run's state is written in parts
+
+# All that the index of a sharded checkpoint refers to. It is a pickle, and a pickle can call anything.
+_INDEX_NAMES = {
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch", "float32"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "Metadata"),
+    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+}
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -35,7 +61,9 @@ def point_last_at(folder: Path, name: str) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, without unpickling anything but tensors and plain values.
+    """Read a checkpoint of any version onto the CPU, without unpickling anything but tensors and plain values.
+
+    Settings and tensors come under today's names.
 
     Raises:
         ValueError: the file is missing, damaged, or holds something else.
@@ -51,6 +79,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(state, dict) or not {"student", "shards"} & state.keys():
         raise ValueError(f"{path} is no checkpoint of a pretraining run: it has no student; give one from checkpoints/")
+    state["settings"] = renamed(state["settings"])
+    if "centre" in state.get("objective", {}):
+        state["objective"]["center"] = state["objective"].pop("centre")
     return state
 
 
@@ -81,3 +112,106 @@ def load_run_backbone(folder: str | Path) -> tuple[VisionTransformer, dict[str, 
     backbone = VisionTransformer(**about["architecture"])
     backbone.load_state_dict(load_file(folder / "backbone.safetensors"))
     return backbone.eval(), about
+
+
+def save_shards(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write `folder`/step-N, point last.pt into it, and delete all but the `keep` newest. All processes must call it.
+
+    The parts of student, teacher and optimizer are in the format of torch.distributed.checkpoint, one file for each
+    process; state.pt holds everything else; backbone.safetensors is the teacher's backbone, as at the end of a run. The
+    folder appears under its name when all of it is on the disk. Processes on several machines must share the file
+    system.
+
+    Args:
+        state: what `save_checkpoint` takes, with the state dicts of sharded modules and of their optimizer.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    beside, path = folder / f".step-{step}", folder / f"step-{step}"
+    first_process = distributed.rank() == 0
+    if first_process:
+        for unfinished in folder.glob(".step-*"):  # of a job that was killed while it wrote
+            shutil.rmtree(unfinished)
+        beside.mkdir(parents=True)
+    distributed.any_process(False)  # the folder is there
+    writer = dcp.FileSystemWriter(beside)  # waits for the disk
+    dcp.save(_sharded(state), storage_writer=writer)
+    prefix = "backbone."
+    teacher = {name.removeprefix(prefix): t for name, t in state["teacher"].items() if name.startswith(prefix)}
+    backbone = assemble(state["architecture"], teacher)
+    if first_process:
+        rest = {name: value for name, value in state.items() if name not in SHARDED}
+        rest["shards"] = distributed.world_size()
+        write_atomically(beside / "state.pt", lambda file: torch.save(rest, file))
+        settings = state["settings"]
+        export_backbone(beside, backbone, {"pool": settings["model"]["pool"], "step": step, "settings": settings})
+        if path.exists():  # written by a job that was killed before it pointed last.pt here
+            _delete(path)
+        os.rename(beside, path)
+        point_last_at(folder, f"{path.name}/state.pt")
+        by_step = sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+        for old in by_step[:-keep]:
+            _delete(old)
+    distributed.any_process(False)  # no process ends, and with it the job, before the folder has its name
+    return path
+
+
+def _delete(path: Path) -> None:
+    """Remove a checkpoint that is whole, so that no part of it is ever found under its name."""
+    hidden = path.with_name(f".{path.name}.old")
+    os.rename(path, hidden)
+    shutil.rmtree(hidden)
+
+
+def load_shards(folder: Path, student: DINOModel, teacher: DINOModel, optimizer: Optimizer) -> None:
+    """Fill sharded models and their optimizer from the last checkpoint in `folder`, written by any number of processes.
+
+    Raises:
+        ValueError: files are missing, damaged, of another model, or hold something else than tensors.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    folder = (folder / "last.pt").resolve().parent
+    _fill_state(student, optimizer)
+    state = {"student": student.state_dict(), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict()}
+    try:
+        for index in {folder / ".metadata", *folder.glob("*.metadata")}:
+            with open(index, "rb") as file:
+                _IndexUnpickler(file).load()
+        dcp.load(_sharded(state), storage_reader=dcp.FileSystemReader(folder))
+    except (Exception, dcp.api.CheckpointException) as error:
+        failures = getattr(error, "failures", {})
+        cause = next(iter(failures.values()))[0] if failures else error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise ValueError(
+            f"{folder} cannot be read as a sharded checkpoint ({reason}); it is damaged or of another kind"
+        ) from None
+    if isinstance(optimizer, ShardedOptimizer):
+        optimizer.load_state_dict(state["optimizer"])
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Reads the index of a sharded checkpoint, and refuses what no index holds."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _INDEX_NAMES:
+            raise pickle.UnpicklingError(f"its index refers to {module}.{name}, and loading it could run code")
+        return super().find_class(module, name)
+
+
+def _sharded(state: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of a run's state. Options of the optimizer are left out: the settings and the step determine them."""
+    return {name: state[name] for name in SHARDED} | {"optimizer": state["optimizer"]["state"]}
+
+
+def _fill_state(student: DINOModel, optimizer: Optimizer) -> None:
+    """Give a fresh optimizer tensors to load into, by a step that moves nothing."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

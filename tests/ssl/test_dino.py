@@ -95,8 +95,8 @@ def test_gradient_in_bf16_is_scaled_without_rounding_the_factor() -> None:
     assert ratio.item() == pytest.approx(1 / 3, rel=2e-4)  # 1 / 3 in bf16 is 0.2 % more
 
 
-def test_centre_moves_once_per_step_over_all_micro_batches() -> None:
-    objective = DINOLoss(2, centre_momentum=0.9)
+def test_center_moves_once_per_step_over_all_micro_batches() -> None:
+    objective = DINOLoss(2, center_momentum=0.9)
     for teacher in ([[1.0, 0.0], [3.0, 0.0]], [[5.0, 2.0], [7.0, 2.0]]):
         objective(torch.zeros(4, 2), torch.tensor(teacher), 4, 0.04)
     assert objective.center.tolist() == [0.0, 0.0]

@@ -1,21 +1,18 @@
 """The supervised command as a user runs it, and its parts against hand calculations."""
 
-import json
 import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import call, error_line, logged, run_group, start
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,16 +22,16 @@ from skipless.common import cli
 from skipless.common.pixels import MEAN, STD
 from skipless.datasets.labels.classes import arrays
 from skipless.eval.backbones import load_backbone
-from skipless.ssl import supervised
 from skipless.ssl.data.augmentation import Augmentation, TrainingImages, mixing
 from skipless.ssl.model.classifier import AttentionPool, Classifier, gather_into_cls_
 from skipless.ssl.model.initialization import PRESETS, skipless_init_
 from skipless.ssl.model.vit import Block, VisionTransformer
 from skipless.ssl.run.checkpoints import load_run_backbone
+from skipless.ssl.run.run import Run
 from skipless.ssl.supervised import Settings, build_classifier, main, validate
 
 ROOT = Path(__file__).parent.parent.parent
-COLOURS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220]])
+COLORS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220]])
 SMALL = [
     "--data.name=arrays", "--model.dim=32", "--model.depth=2", "--model.heads=2", "--model.patch=8",
     "--augmentation.size=16", "--optimizer.lr=0.05", "--optimizer.warmup_epochs=1", "--batch_size=8", "--epochs=3",
@@ -45,32 +42,23 @@ PLAIN = [f"--augmentation.{name}=0" for name in ("randaugment", "erasing", "mixu
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """32 and 24 pictures in three colours, a class each."""
+    """32 and 24 pictures in three colors, a class each."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for split, count in (("train", 32), ("val", 24)):
         labels = np.arange(count) % 3
-        images = COLOURS[labels][:, None, None] + rng.integers(-35, 36, (count, 18, 18, 3))
+        images = COLORS[labels][:, None, None] + rng.integers(-35, 36, (count, 18, 18, 3))
         np.savez(root / f"{split}.npz", images=images.astype(np.uint8), labels=labels)
     return root
 
 
-@pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    """Training takes signals over, and here it runs inside the process of the tests."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def words(photos: Path, out: Path, *more: object) -> list[object]:
+    return ["--data.root", photos, "--out", out, *SMALL, *more]
 
 
-def fit(photos: Path, out: Path, *more: str) -> None:
-    main(["--data.root", str(photos), "--out", str(out), *SMALL, *more])
-
-
-def logged(folder: Path, name: str) -> list[float]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [entry[name] for entry in map(json.loads, lines) if name in entry]
+def fit(photos: Path, out: Path, *more: object) -> None:
+    done = call(main, words(photos, out, *more))
+    assert done.returncode == 0, done.stderr
 
 
 def state(folder: Path) -> dict:
@@ -86,7 +74,7 @@ def state(folder: Path) -> dict:
         ["--model.init=small", "--optimizer.name=muon", "--model.pool=gathering-cls"],
     ],
 )
-def test_colours_are_learned_and_the_run_leaves_what_evaluation_needs(
+def test_colors_are_learned_and_the_run_leaves_what_evaluation_needs(
     photos: Path, tmp_path: Path, arm: list[str]
 ) -> None:
     out = tmp_path / "run"
@@ -118,16 +106,9 @@ def test_interrupted_and_resumed_runs_are_bit_identical(
     whole, stopped, killed = tmp_path / "whole", tmp_path / "stopped", tmp_path / "killed"
     fit(photos, whole, *more)
 
-    class Signal:
-        steps = 0
-
-        @property
-        def yes(self) -> bool:
-            self.steps += 1
-            return self.steps == stop
-
+    steps = iter(range(1, 13))
     with monkeypatch.context() as patch:
-        patch.setattr(supervised, "Interruption", Signal)
+        patch.setattr(Run, "interrupted", lambda _: next(steps) == stop)
         fit(photos, stopped, *more)
     assert state(stopped)["step"] == stop
     assert not (stopped / "backbone.json").exists()
@@ -148,23 +129,12 @@ def test_interrupted_and_resumed_runs_are_bit_identical(
         assert (out / "backbone.json").exists()
 
 
-def run(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = list(map(str, [*launcher, ROOT / "ssl" / "supervised.py", *arguments]))
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-
-
 def test_processes_and_micro_batches_do_not_change_the_curves(photos: Path, tmp_path: Path) -> None:
     """Mixing aside, which pairs the images of a micro-batch."""
     more = ["--augmentation.mixup=0", "--augmentation.cutmix=0", "--optimizer.name=muon", "--optimizer.lr=0.01"]
     one, two = tmp_path / "one", tmp_path / "two"
     fit(photos, one, *more)
-    result = run("--data.root", photos, "--out", two, *SMALL, *more, "--accumulate=2", processes=2)
-    assert result.returncode == 0, result.stderr
+    run_group("skipless.ssl.supervised", words(photos, two, *more, "--accumulate=2"))
     assert len(logged(two, "loss")) == 12
     np.testing.assert_allclose(logged(two, "loss"), logged(one, "loss"), atol=1e-4, rtol=0)
     # Optimizers hide the gradient's scale from the losses.
@@ -175,27 +145,16 @@ def test_processes_and_micro_batches_do_not_change_the_curves(photos: Path, tmp_
 
 def test_signal_to_the_whole_job_saves_and_ends_cleanly(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = [sys.executable, ROOT / "ssl" / "supervised.py", "--data.root", photos, "--out", out, *SMALL]
-    process = subprocess.Popen(
-        list(map(str, [*command, "--epochs=500", "--data.workers=1"])),
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+    command = start("skipless.ssl.supervised", words(photos, out, "--epochs=500", "--data.workers=1"), session=True)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not ((out / "metrics.jsonl").exists() and logged_so_far(out)):
+    while time.monotonic() < deadline and not ((out / "metrics.jsonl").exists() and logged(out, "loss")):
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert "interrupted after step" in errors
-    assert "Traceback" not in errors
+    os.killpg(command.process.pid, signal.SIGTERM)
+    done = command.wait()
+    assert done.returncode == 0, done.stderr
+    assert "interrupted after step" in done.stderr
+    assert "Traceback" not in done.stderr
     assert state(out)["step"] == len(logged(out, "loss"))
-
-
-def logged_so_far(folder: Path) -> bool:
-    return '"loss"' in (folder / "metrics.jsonl").read_text()
 
 
 @given(seed=st.integers(0, 2**32), kind=st.sampled_from(["mixup", "cutmix"]))
@@ -241,7 +200,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(photos: Path) -> Non
     assert not torch.equal(first[0][0], TrainingImages(images, Augmentation(size=16), seed=4)[(1, 0)][0])
 
 
-def test_without_augmentation_images_are_normalised_and_half_are_flipped(photos: Path) -> None:
+def test_without_augmentation_images_are_normalized_and_half_are_flipped(photos: Path) -> None:
     images = arrays(photos, "train")
     nothing = Augmentation(size=18, scale=(1.0, 1.0), randaugment=0, erasing=0)
     augmented = TrainingImages(images, nothing, seed=0)
@@ -385,7 +344,7 @@ def test_validation_drops_no_paths(photos: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "parts"),
     [
         (["--optimzer.lr=1"], ["optimzer"]),
         (["--optimizer.name=sgd"], ["optimizer.name", "sgd"]),
@@ -415,8 +374,7 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(
     finished: Path,
     tmp_path: Path,
     arguments: list[str],
-    words: list[str],
-    capsys: pytest.CaptureFixture[str],
+    parts: list[str],
 ) -> None:
     other, fewer = tmp_path / "other", tmp_path / "fewer"
     for folder, count, classes in ((other, 32, 4), (fewer, 24, 3)):
@@ -425,14 +383,11 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(
         shutil.copy(photos / "val.npz", folder)
     places = {"photos": photos, "run": finished, "other": other, "fewer": fewer}
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    with pytest.raises(SystemExit) as ending:
-        fit(photos, tmp_path / "out", *(argument.format(**places) for argument in arguments))
-    assert ending.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    for word in words:
-        assert word.format(**places) in lines[0]
+    done = call(main, words(photos, tmp_path / "out", *(argument.format(**places) for argument in arguments)))
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for part in parts:
+        assert part.format(**places) in error_line(done.stderr)
     assert not (tmp_path / "out").exists()
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
@@ -445,9 +400,7 @@ def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_named_and_loader_workers_end(
-    tmp_path: Path, workers: int, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unreadable_image_is_named_and_loader_workers_end(tmp_path: Path, workers: int) -> None:
     for split in ("train", "val"):
         for i in range(8):
             path = tmp_path / split / ("even", "odd")[i % 2] / f"{i}.png"
@@ -455,27 +408,14 @@ def test_an_unreadable_image_is_named_and_loader_workers_end(
             Image.effect_noise((16, 16), 50).convert("RGB").save(path)
     broken = tmp_path / "train" / "odd" / "3.png"
     broken.write_bytes(broken.read_bytes()[:40])
-    with pytest.raises(SystemExit) as ending:
-        fit(tmp_path, tmp_path / "out", "--data.name=folder", f"--data.workers={workers}")
-    assert ending.value.code == 2
+    done = call(main, words(tmp_path, tmp_path / "out", "--data.name=folder", f"--data.workers={workers}"))
+    assert done.returncode == 2
     assert not multiprocessing.active_children()
-    last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith(f"error: {broken}: ")
-    assert last.endswith("repair or remove it")
+    assert error_line(done.stderr).startswith(f"{broken}: ")
+    assert error_line(done.stderr).endswith("repair or remove it")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit):
-        fit(photos, tmp_path / "run", "--optimizer.lr=1e30", "--clip_grad=0")
-    assert re.search(r"error: stopped at step \d+: the loss is", capsys.readouterr().err)
-
-
-def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.parse(Settings, ["--help"])
-    text = capsys.readouterr().out
-    options = {option.split()[0]: option for option in re.split(r"\n  (?=--)", text)[1:]}
-    assert len(options) > 50
-    for name, option in options.items():
-        explanation = re.sub(r"\((required|type|default).*", "", option, flags=re.S).split(maxsplit=2)[-1]
-        assert len(explanation.split()) >= 4, f"{name} is not explained"
+def test_a_loss_that_is_not_finite_stops_the_run(photos: Path, tmp_path: Path) -> None:
+    done = call(main, words(photos, tmp_path / "run", "--optimizer.lr=1e30", "--clip_grad=0"))
+    assert done.returncode == 2
+    assert re.match(r"stopped at step \d+: the loss is", error_line(done.stderr))

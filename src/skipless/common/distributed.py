@@ -6,11 +6,12 @@ group: NCCL on CUDA, gloo on CPU. Without, every function here does what it shou
 
 import os
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def start(device: str = "auto") -> torch.device:
@@ -92,6 +93,18 @@ def broadcast(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.broadcast(x, src=0)
     return x
+
+
+def sync(model: nn.Module) -> None:
+    """Give all processes the first one's parameters and buffers."""
+    for tensor in chain(model.parameters(), model.buffers()):
+        broadcast(tensor.data)
+
+
+def seed_step(seed: int, step: int, steps: int) -> None:
+    """Let torch's random numbers in a step of a run of `steps` depend on (seed, step, rank) alone, so that a run that
+    is resumed has no random state to restore."""
+    torch.manual_seed((seed * steps + step) * world_size() + rank())
 
 
 def gather_objects(value: Any) -> Sequence[Any]:

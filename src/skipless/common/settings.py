@@ -26,6 +26,16 @@ OLD_NAMES = {
 }
 # The same for values: (today's name of the setting, old value).
 OLD_VALUES: dict[tuple[str, Any], Any] = {("dino.balancing", "centre"): "center"}
+# Settings that came after the first runs and results, with the value that those without them had.
+LATER: dict[str, Any] = {
+    "model.value_output": True,
+    "model.query_key": True,
+    "model.depth_scale": 1.0,
+    "model.patches": "default",
+    "model.positions": "default",
+    "shard": False,
+    "precision": "fp32",
+}
 
 
 def plain(settings: Any) -> dict[str, Any]:

@@ -8,10 +8,9 @@ import scipy.linalg
 import timm
 import torch
 
-from skipless.ssl.config import ModelSettings
+from skipless.ssl.model.build import ModelSettings, build_backbone
 from skipless.ssl.model.initialization import PRESETS, choose_beta, query_key_matrices, rank_kept, skipless_init_
 from skipless.ssl.model.vit import VisionTransformer, vit_tiny
-from skipless.ssl.run.job import build_backbone
 
 D, HEADS, HEAD = 96, 3, 32
 

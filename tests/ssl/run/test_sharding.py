@@ -1,27 +1,23 @@
 """Sharded training: the curve, teacher and export of an unsharded run, and checkpoints for any number of processes."""
 
-import json
 import os
 import pickle
-import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, call, error_line, load, logged, run_group
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from skipless.eval.backbones import load_backbone
+from skipless.ssl import pretrain
 from skipless.ssl.run.checkpoints import load_run_backbone
-from skipless.ssl.run.sharding import clip_gradients
+from skipless.ssl.run.parallel import clip_grad_norm
 
-ROOT = Path(__file__).parent.parent.parent.parent
-scaling = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "scaling.py")))
+scaling = load(ROOT / "benchmarks" / "scaling.py")
 SMALL = [
     "--model.dim=32", "--model.depth=2", "--model.heads=2", "--model.patch=8", "--model.registers=2",
     "--crops.global_crops_size=32", "--crops.local_crops_size=16", "--crops.local_crops_number=2", "--dino.out_dim=33",
@@ -30,43 +26,11 @@ SMALL = [
     "--monitor.every_epochs=1", "--monitor.conditioning=true", "--device=cpu", "--data.workers=0", "--precision=fp32",
 ]  # fmt: skip
 
-# Runs one after the other, each of some processes under a launcher's variables (0: one process without them). They are
-# forked from one process that has imported everything, which torchrun's processes would each do again.
-LAUNCHER = """
-import json, os, socket, sys
-import jsonargparse
-from torch.utils import tensorboard
-from skipless.ssl import pretrain
-
-failed = False
-for processes, arguments in json.loads(sys.argv[1]):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
-    children = []
-    for rank in range(max(1, processes)):
-        children.append(os.fork())
-        if not children[-1]:
-            os.environ |= {**group, "RANK": str(rank)} if processes else {}
-            pretrain.main(arguments)
-            sys.stderr.flush()
-            os._exit(0)
-    failed |= any([os.waitpid(child, 0)[1] for child in children])
-sys.exit(failed)
-"""
+COMMAND = "skipless.ssl.pretrain"
 
 
-def launch(*runs: tuple[int, list[object]]) -> subprocess.CompletedProcess[str]:
-    """Run all (processes, arguments); the status is 1 if any of them fails."""
-    words = json.dumps([(processes, [str(word) for word in arguments]) for processes, arguments in runs])
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", LAUNCHER, words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
-
-
-def logged(folder: Path, name: str) -> list[float]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [entry[name] for entry in map(json.loads, lines) if name in entry]
+def words(images: Path, out: Path, *more: object) -> list[object]:
+    return ["--data.path", images, "--out", out, *SMALL, *more]
 
 
 def assert_same_run(folder: Path, reference: Path) -> None:
@@ -89,14 +53,10 @@ def assert_same_run(folder: Path, reference: Path) -> None:
 def runs(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten steps each: in one process and unsharded, and sharded over two, with one micro-batch a step and with two."""
     root = tmp_path_factory.mktemp("runs")
-    common = ["--data.path", photos, *SMALL]
+    assert call(pretrain.main, words(photos, root / "plain")).returncode == 0
+    run_group(COMMAND, words(photos, root / "sharded", "--shard=true"))
     micro = ["--shard=true", "--accumulate=2", "--model.checkpoint_activations=true"]
-    result = launch(
-        (0, [*common, "--out", root / "plain"]),
-        (2, [*common, "--out", root / "sharded", "--shard=true"]),
-        (2, [*common, "--out", root / "micro", *micro]),
-    )
-    assert result.returncode == 0, result.stderr
+    run_group(COMMAND, words(photos, root / "micro", *micro))
     return root
 
 
@@ -150,10 +110,9 @@ def test_each_process_holds_half_of_everything(runs: Path) -> None:
 
 def test_resumed_on_any_number_of_processes(photos: Path, runs: Path, halfway: Path) -> None:
     folders = {n: shutil.copytree(halfway, halfway.with_name(f"on-{n}"), symlinks=True) for n in (1, 2, 4)}
-    common = ["--data.path", photos, *SMALL, "--shard=true", "--resume", "--out"]
-    result = launch(*((processes, [*common, folder]) for processes, folder in folders.items()))
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("from step 5") == 3
+    for processes, folder in folders.items():
+        first, *_ = run_group(COMMAND, words(photos, folder, "--shard=true", "--resume"), processes)
+        assert "from step 5" in first.stderr
     for folder in folders.values():
         assert_same_run(folder, runs / "plain")
         assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["last.pt", "step-10", "step-5"]
@@ -166,15 +125,12 @@ def test_resumed_on_any_number_of_processes(photos: Path, runs: Path, halfway: P
 def test_optimizers_of_whole_matrices(photos: Path, tmp_path: Path, name: str) -> None:
     """As an unsharded run, and the same bits once more when it is resumed on as many processes. The turns of SOAP's
     bases depend on the number of processes, so its curve is compared with all of them refreshed in every step."""
-    common = ["--data.path", photos, *SMALL, f"--optimizer.name={name}", "--optimizer.lr=0.005"]
-    common += ["--monitor.every_epochs=0", "--monitor.conditioning=false"]
+    optimizer = [f"--optimizer.name={name}", "--optimizer.lr=0.005", "--monitor.every_epochs=0"]
+    optimizer += ["--monitor.conditioning=false"]
     every, stopped = "--optimizer.precondition_every", tmp_path / "stopped"
-    result = launch(
-        (0, [*common, f"{every}=1", "--out", tmp_path / "plain"]),
-        (2, [*common, f"{every}=1", "--shard=true", "--out", tmp_path / "sharded"]),
-        (2, [*common, f"{every}=4", "--shard=true", "--out", stopped]),
-    )
-    assert result.returncode == 0, result.stderr
+    assert call(pretrain.main, words(photos, tmp_path / "plain", *optimizer, f"{every}=1")).returncode == 0
+    run_group(COMMAND, words(photos, tmp_path / "sharded", *optimizer, f"{every}=1", "--shard=true"))
+    run_group(COMMAND, words(photos, stopped, *optimizer, f"{every}=4", "--shard=true"))
     expected = logged(tmp_path / "plain", "loss")
     np.testing.assert_allclose(logged(tmp_path / "sharded", "loss"), expected, rtol=1e-3)
     whole = load_file(stopped / "backbone.safetensors")
@@ -184,29 +140,31 @@ def test_optimizers_of_whole_matrices(photos: Path, tmp_path: Path, name: str) -
     (stopped / "checkpoints" / "last.pt").symlink_to("step-5/state.pt")
     shutil.rmtree(stopped / "checkpoints" / "step-10")
     again = shutil.copytree(stopped, tmp_path / "again", symlinks=True)
-    sharded = [*common, f"{every}=4", "--shard=true", "--resume", "--out"]
-    result = launch((2, [*sharded, again]), (1, [*sharded, stopped]))
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("from step 5") == 2
+    for processes, folder in ((2, again), (1, stopped)):
+        resumed = words(photos, folder, *optimizer, f"{every}=4", "--shard=true", "--resume")
+        assert "from step 5" in run_group(COMMAND, resumed, processes)[0].stderr
     for tensor_name, tensor in load_file(again / "backbone.safetensors").items():
         assert torch.equal(tensor, whole[tensor_name]), tensor_name
     np.testing.assert_allclose(logged(stopped, "loss"), expected, rtol=1e-2)
 
 
+def refused(images: Path, out: Path, *more: object) -> str:
+    """The sentence with which a group of one process refuses a sharded run."""
+    (done,) = run_group(COMMAND, words(images, out, "--shard=true", *more), processes=1, succeed=False)
+    assert done.returncode == 2
+    return error_line(done.stderr)
+
+
 def test_sharded_and_plain_checkpoints_are_not_mixed(photos: Path, runs: Path, halfway: Path) -> None:
-    common = ["--data.path", photos, *SMALL, "--resume", "--out"]
-    result = launch((0, [*common, halfway]), (1, [*common, runs / "plain", "--shard=true"]))
-    assert result.returncode == 1
-    assert "shard is True there and False here" in result.stderr
-    assert "shard is False there and True here" in result.stderr
+    plain = call(pretrain.main, words(photos, halfway, "--resume"))
+    assert "shard is True there and False here" in error_line(plain.stderr)
+    assert "shard is False there and True here" in refused(photos, runs / "plain", "--resume")
 
 
 def test_bad_settings_end_with_one_sentence(photos: Path, tmp_path: Path) -> None:
-    common = ["--data.path", photos, *SMALL, "--out", tmp_path / "run", "--shard=true"]
-    result = launch((0, common), (1, [*common, "--compile=true"]))
-    assert "shard is true, but no launcher has started the processes" in result.stderr
-    assert "shard and compile are true" in result.stderr
-    assert "Traceback" not in result.stderr
+    alone = call(pretrain.main, words(photos, tmp_path / "run", "--shard=true"))
+    assert "shard is true, but no launcher has started the processes" in error_line(alone.stderr)
+    assert "shard and compile are true" in refused(photos, tmp_path / "run", "--compile=true")
     assert not (tmp_path / "run").exists()
 
 
@@ -220,12 +178,9 @@ def test_damaged_or_malicious_checkpoint_is_named(photos: Path, halfway: Path) -
     (broken["bad"] / "checkpoints" / "step-5" / ".metadata").write_bytes(pickle.dumps(Malicious()))
     (broken["no"] / "checkpoints" / "step-5" / ".metadata").unlink()
     (broken["half"] / "checkpoints" / "step-5" / "__1_0.distcp").unlink()
-    common = ["--data.path", photos, *SMALL, "--shard=true", "--resume", "--out"]
-    result = launch(*((1, [*common, folder]) for folder in broken.values()))
-    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 3
-    assert all("step-5 cannot be read as a sharded checkpoint (" in line for line in said)
-    assert "its index refers to posix.mkdir" in said[0]
+    errors = {name: refused(photos, folder, "--resume") for name, folder in broken.items()}
+    assert all("step-5 cannot be read as a sharded checkpoint (" in error for error in errors.values())
+    assert "its index refers to posix.mkdir" in errors["bad"]
     assert not Path("owned").exists()
 
 
@@ -269,5 +224,5 @@ def test_clipping_without_shards_is_torchs(limit: float) -> None:
     """Gradients (3, 4) and 12 have the norm 13."""
     first, second = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(()))
     first.grad, second.grad = torch.tensor([3.0, 4.0]), torch.tensor(12.0)
-    assert clip_gradients([first, second], limit).item() == pytest.approx(13)
+    assert clip_grad_norm([first, second], limit).item() == pytest.approx(13)
     assert first.grad[1].item() == pytest.approx(4 * min(1, limit / 13))

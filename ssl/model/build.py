@@ -1,0 +1,132 @@
+"""The backbone of a run: its settings, and the model that they describe at its start."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from skipless.common import distributed
+from skipless.ssl.data.squares import Images, normalized_squares
+from skipless.ssl.dino import Pool
+from skipless.ssl.model.attention import Backend
+from skipless.ssl.model.embedding import images_to_whiten_on, sine_positions_, whiten_patches_
+from skipless.ssl.model.initialization import PRESETS, MlpInit, skipless_init_
+from skipless.ssl.model.vit import SIZES, VisionTransformer
+
+
+@dataclass
+class ModelSettings:
+    """The backbone. `size` gives dim, depth and heads; each can be set on its own too."""
+
+    size: Literal["tiny", "small", "base", "large", "huge", "giant"] = "small"
+    """ViT-Ti, S, B, L, H or g."""
+    dim: int | None = None
+    """Width of a token; by default that of `size`."""
+    depth: int | None = None
+    """Number of blocks; by default that of `size`."""
+    heads: int | None = None
+    """Attention heads; by default those of `size`. 64 channels a head are usual, 32 do for narrow models."""
+    patch: int = 16
+    """Side of a patch in pixels. Half the patch: four times the tokens, finer features, four times the time."""
+    residual: bool = False
+    """With skip connections (true) or without (false)."""
+    init: Literal["default", "paper-dino", "paper-supervised", "small"] | None = None
+    """Initialization; by default `small` without skip connections and `default` (ViT's usual one) with them. `small` is
+    for narrow models and small budgets, `paper-dino` is arXiv 2510.00345's for ViT-S on ImageNet."""
+    alpha: float | None = None
+    """Noise in the query-key product, instead of the initialization's own."""
+    beta: float | Literal["auto"] | None = None
+    """Identity in the query-key product, instead of the initialization's own: larger is more diagonal attention. `auto`
+    takes the smallest with which the fresh model keeps nine tenths of its patch tokens' effective rank, measured on 32
+    of the images; the number is what the run's settings then hold."""
+    c: float | None = None
+    """Scale of the value and output matrices, instead of the initialization's own."""
+    mlp: MlpInit | Literal["default"] | None = None
+    """suo or mirrored MLP layers, or ViT's usual ones (default), instead of the initialization's own."""
+    value_output: bool = True
+    """Initialize value and output matrices; false leaves them as ViT's usual ones, to see what that part is worth."""
+    query_key: bool = True
+    """Initialize query and key matrices; false leaves them as ViT's usual ones."""
+    depth_scale: float = 1.0
+    """How many times larger the last block's attention logits start than the first one's, growing geometrically."""
+    patches: Literal["default", "whitened"] | None = None
+    """Initialization of the patch embedding: torch's usual one (default), or one that makes the images' patches
+    uncorrelated and of equal variance, measured on some hundred of them (whitened): tokens that differ from the start.
+    Where it is not given: whitened with the initialization `small`, default with all others."""
+    positions: Literal["default", "sines"] | None = None
+    """Initialization of the positions: ViT's usual noise, next to nothing (default), or sines and cosines of row and
+    column, of a size that counts beside whitened patches. Learned in both. Where it is not given: sines with `small`,
+    default with all others."""
+    pool: Pool = "mean"
+    """What the DINO head reads: `mean` of the patch tokens, or the class token `cls` (DINO's). Without skip connections
+    use mean: near-identity attention starves a class token, and the loss would stay at ln K."""
+    registers: int = 0
+    """Register tokens; 4 in DINOv2."""
+    layer_scale: float | None = None
+    """Initial scale of each branch (DINOv2: 1e-5). Residual models only."""
+    drop_path: float = 0.0
+    """Stochastic depth; DINO uses 0.1. Residual models only."""
+    attention: Backend = "auto"
+    """auto takes xformers on CUDA where it is installed, torch's SDPA elsewhere."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+
+def initialization_of(model: ModelSettings) -> str:
+    """Name of the initialization: "default" for ViT's usual one, or one of `PRESETS`."""
+    return model.init or ("default" if model.residual else "small")
+
+
+def embedding_of(model: ModelSettings) -> tuple[Literal["default", "whitened"], Literal["default", "sines"]]:
+    """How patch embedding and positions start; where the settings do not say, as the initialization has it."""
+    small = initialization_of(model) == "small"
+    return model.patches or ("whitened" if small else "default"), model.positions or ("sines" if small else "default")
+
+
+def changed_initialization(model: ModelSettings) -> dict[str, Any]:
+    """What the settings change of their initialization, as arguments of `skipless_init_`."""
+    changes = {name: value for name in ("alpha", "beta", "c", "mlp") if (value := getattr(model, name)) is not None}
+    if model.mlp == "default":
+        changes["mlp"] = None
+    if model.depth_scale != 1:
+        changes["depth_scale"] = model.depth_scale
+    return changes | {name: False for name in ("value_output", "query_key") if not getattr(model, name)}
+
+
+def initialization_arguments(model: ModelSettings) -> dict[str, Any]:
+    """Arguments of `skipless_init_`: those of the preset, and what the settings change of them."""
+    return PRESETS[initialization_of(model)] | changed_initialization(model)
+
+
+def build_backbone(model: ModelSettings, image_size: int, seed: int, images: Images | None = None) -> VisionTransformer:
+    """The backbone at its start, initialized as the settings say.
+
+    Draws from torch's global random state; skipless initialization and whitening draw from `seed`.
+
+    Args:
+        image_size: side of the images that the grid of positions fits, in pixels.
+        images: those to train on, if patches are to be whitened where the settings say so: some hundred, evenly spread,
+            are looked at. Only the first process does, from which the others get their weights before training.
+
+    Raises:
+        ValueError: none of the images can be read, or all their patches are the same.
+    """
+    overrides = {name: getattr(model, name) for name in ("dim", "depth", "heads") if getattr(model, name) is not None}
+    backbone = VisionTransformer(
+        **(SIZES[model.size] | overrides),
+        patch=model.patch,
+        residual=model.residual,
+        registers=model.registers,
+        layer_scale=model.layer_scale,
+        drop_path=model.drop_path,
+        image_size=image_size,
+        attention=model.attention,
+        checkpoint_activations=model.checkpoint_activations,
+    )
+    if initialization_of(model) != "default":
+        skipless_init_(backbone, **initialization_arguments(model), seed=seed)
+    patches, positions = embedding_of(model)
+    if positions == "sines":
+        sine_positions_(backbone)
+    if patches == "whitened" and images is not None and distributed.rank() == 0:
+        squares = normalized_squares(images, images_to_whiten_on(image_size, model.patch), image_size)
+        whiten_patches_(backbone.patch_embed.proj, squares, seed)
+    return backbone

@@ -1,0 +1,246 @@
+"""A training run on disk: its folder, log and checkpoints, and the signals that end it. It sees no loss or gradient."""
+
+import math
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from skipless.common import distributed
+from skipless.common.files import write_text
+from skipless.common.precision import describe
+from skipless.common.provenance import provenance
+from skipless.common.settings import LATER, flat, plain
+from skipless.ssl.config import RunSettings
+from skipless.ssl.model.attention import choose_backend
+from skipless.ssl.model.vit import VisionTransformer
+from skipless.ssl.optim.schedules import Schedule
+from skipless.ssl.run.checkpoints import export_backbone, load_checkpoint, load_shards, save_checkpoint, save_shards
+from skipless.ssl.run.logging import RunLog
+from skipless.ssl.run.parallel import is_sharded
+
+# Settings, and groups of them, that a resumed run may have others of.
+FREE = ("out", "device", "wandb", "keep", "log_every", "save_every_epochs", "accumulate")
+FREE_GROUPS = ("data.", "model.attention", "model.checkpoint")
+
+
+class Run:
+    """A run from its settings to its last file. All processes make one and call the same methods together.
+
+    Args:
+        source: where the images lie, for messages.
+        data: what of the data a resumed run must share: `images`, their number, and maybe more.
+        parts: what a checkpoint holds under these names: networks, loss and optimizer. `student` has the backbone.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        schedule: Schedule,
+        device: torch.device,
+        source: str,
+        data: dict[str, Any],
+        parts: dict[str, Any],
+    ):
+        self.settings, self.schedule, self.device, self.source = settings, schedule, device, source
+        self.data, self.parts = data, parts
+        self.folder = Path(settings.out)
+        self.sharded = is_sharded(parts["student"])
+        self.first_process = distributed.rank() == 0
+        self.seconds_before, self.began = 0.0, time.perf_counter()
+        self.signaled = False
+
+    # Where it starts --------------------------------------------------------------------------------------------------
+
+    def resume(self, may_change: Sequence[str] = ()) -> int:
+        """Load the last checkpoint, if the run is to be resumed and has one, and return the step to go on from.
+
+        Args:
+            may_change: settings, or groups of them ending in a dot, that a resumed run may have others of.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or of another architecture, other images or other settings.
+        """
+        path = self.settings.last_checkpoint
+        if path is None:
+            return 0
+        state = load_checkpoint(path)
+        self._check_same(path, state, may_change)
+        whole = set(self.parts)
+        if self.sharded:
+            load_shards(path.parent, self.parts["student"], self.parts["teacher"], self.parts["optimizer"])
+            whole &= state.keys()
+        for name in whole:
+            self.parts[name].load_state_dict(state[name])
+        self.seconds_before = state["seconds"]
+        return state["step"]
+
+    def _check_same(self, path: Path, state: dict[str, Any], may_change: Sequence[str]) -> None:
+        architecture = self.parts["student"].backbone.architecture
+        if differing := _differing(state["architecture"], architecture):
+            raise ValueError(f"{path} is of another architecture: {differing}; use its settings or another --out")
+        if state["images"] != self.data["images"]:
+            raise ValueError(
+                f"{path} is of a run on {state['images']:,} images, and {self.source} has {self.data['images']:,}; "
+                "give the same images, or another --out"
+            )
+        if other := [name for name, value in self.data.items() if state[name] != value]:
+            raise ValueError(f"{path} is of a run with other {other[0]} than {self.source} has; give another --out")
+        old, new = LATER | flat(state["settings"]), flat(plain(self.settings))
+        if old["precision"] == "auto":  # as runs of earlier versions left it
+            old["precision"] = new["precision"]
+        groups = (*FREE_GROUPS, *(name for name in may_change if name.endswith(".")))
+        fixed = {k: v for k, v in new.items() if k not in (*FREE, *may_change) and not k.startswith(groups)}
+        if differing := _differing(old, fixed):
+            raise ValueError(f"{path} is of a run with other settings: {differing}; use its own, or another --out")
+
+    def open(self, start: int, images: str, network: nn.Module, more: str = "") -> None:
+        """Write the settings, begin the log, and say what is about to happen.
+
+        Args:
+            start: the step to go on from; images: those to train on, in words.
+            network: whose parameters are counted; more: at the end of the line about the machine.
+        """
+        settings, written = self.settings, plain(self.settings)
+        if self.first_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "settings.yaml", yaml.safe_dump(written, sort_keys=False))
+        steps = self.schedule.steps
+        self.log = RunLog(self.folder, written, start, steps, active=self.first_process, wandb=settings.wandb)
+        parameters = sum(p.numel() for p in network.parameters())
+        millions = f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters:,}"
+        kind = "residual" if settings.model.residual else "skipless"
+        self.say(
+            f"{images}; {kind} ViT, {millions} parameters; {steps:,} steps of {settings.batch_size} images"
+            + (f", from step {start:,}" if start else "")
+        )
+        processes = distributed.world_size()
+        precision = describe(self.device, settings.precision == "bf16")
+        attention = choose_backend(self.device, settings.model.attention)[1]
+        self.say(
+            f"{processes} process{'es' if processes > 1 else ''} on {self.device}; {precision}; "
+            f"attention: {attention}{more}"
+        )
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # which schedulers send before they end a job
+            signal.signal(number, self._note_signal)
+
+    def _note_signal(self, *_: Any) -> None:
+        self.signaled = True
+
+    # While it trains --------------------------------------------------------------------------------------------------
+
+    def interrupted(self) -> bool:
+        """Count a step, and tell whether any process was asked to end."""
+        self.log.advance()
+        return distributed.any_process(self.signaled)
+
+    def save_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after so many steps."""
+        return step == self.schedule.steps or self._ends_epochs(step, self.settings.save_every_epochs)
+
+    def measure_due(self, step: int, every_epochs: int, metric: str | None) -> bool:
+        """Whether something is to be measured after so many steps: every so many epochs and at the end, unless the run
+        that is resumed has logged this metric of it."""
+        due = step == self.schedule.steps or self._ends_epochs(step, every_epochs)
+        return due and metric is not None and not self.has(step, metric)
+
+    def has(self, step: int, metric: str) -> bool:
+        """Whether the run that is resumed has logged this metric at this step."""
+        return distributed.any_process(self.log.has(step, metric))
+
+    def _ends_epochs(self, step: int, epochs: int) -> bool:
+        return step % (self.schedule.steps_per_epoch * max(1, epochs)) == 0
+
+    def log_step(self, step: int, values: Mapping[str, float], text: str) -> None:
+        """Write a line of metrics.
+
+        Args:
+            values: by name, `loss`, `gradient_norm` and what `Meter.read` says of speed among them.
+            text: the line on the screen, before the speed.
+
+        Raises:
+            ValueError: loss or gradient are not finite.
+        """
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
+            raise ValueError(
+                f"stopped at step {step}: the loss is {values['loss']:g} and the gradient's norm "
+                f"{values['gradient_norm']:g}; lower the learning rate (--optimizer.lr) or clip gradients harder "
+                "(--clip_grad); the last checkpoint is from before"
+            )
+        self.log_values(step, values)
+        utilization = values.get("model_flops_utilisation")
+        self.log.progress(
+            step,
+            f"{text}, {values['images_per_second']:.0f} images/s, data {100 * values['data_share']:.0f} %, "
+            f"{values['memory_gb']:.1f} GB"
+            + (f", {100 * utilization:.0f} % of peak FLOPs" if utilization is not None else ""),
+        )
+
+    def log_values(self, step: int, values: Mapping[str, Any], text: str | None = None) -> None:
+        """Write metrics, if there are any: numbers, and lists with one number a block. Say `text` with the epoch before
+        it."""
+        epoch = step / self.schedule.steps_per_epoch
+        if values:
+            self.log.metrics(step, epoch, dict(values))
+        if text:
+            self.say(f"epoch {epoch:g}: {text}")
+
+    def say(self, *lines: str) -> None:
+        """Lines for people, from the first process."""
+        for line in lines:
+            self.log.say(line)
+
+    # What it leaves ---------------------------------------------------------------------------------------------------
+
+    @property
+    def seconds(self) -> float:
+        """Since its start, with those before it was resumed."""
+        return self.seconds_before + time.perf_counter() - self.began
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint."""
+        if not (self.first_process or self.sharded):
+            return
+        state = {
+            "step": step,
+            "seconds": self.seconds,
+            **{name: part.state_dict() for name, part in self.parts.items()},
+            "architecture": self.parts["student"].backbone.architecture,
+            "settings": plain(self.settings),
+            **self.data,
+        }
+        write = save_shards if self.sharded else save_checkpoint
+        write(self.folder / "checkpoints", step, state, self.settings.keep)
+
+    def stop(self, step: int) -> Path:
+        """End an interrupted run; its folder."""
+        self.say(f"interrupted after step {step}: checkpoint written; continue with --resume")
+        self.log.close()
+        return self.folder
+
+    def finish(self, backbone: VisionTransformer, name: str, about: dict[str, Any]) -> Path:
+        """Write backbone.safetensors and backbone.json, with `about` in it; the run's folder."""
+        if self.first_process:
+            facts = {
+                **about,
+                "step": self.schedule.steps,
+                "seconds": round(self.seconds, 1),
+                "processes": distributed.world_size(),
+                **provenance(self.device),
+                "settings": plain(self.settings),
+            }
+            export_backbone(self.folder, backbone, facts)
+        self.say(f"done: {name} is {self.folder / 'backbone.safetensors'}")
+        self.log.close()
+        return self.folder
+
+
+def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """The entries of `here` that are others than those there, in words."""
+    differing = [name for name, value in here.items() if there.get(name) != value]
+    return ", ".join(f"{name} is {there.get(name)!r} there and {here[name]!r} here" for name in differing)
