@@ -6,7 +6,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from skipless.common import distributed
 from skipless.datasets.labels.classes import LabeledSet, SetName, open_splits
 from skipless.eval.backbones import Backbone
 from skipless.eval.evaluation import Context
@@ -43,22 +42,21 @@ def open_labeled(data: DataSettings) -> tuple[LabeledSet, LabeledSet]:
     Raises:
         ValueError, FileNotFoundError: data that are not there, or two splits of different classes.
     """
-
-    train, val = open_splits(data.name, data.root, data.train_split, data.split, data.image, data.label)
-    if train.split == val.split and distributed.rank() == 0:
-        print(f"warning: {val.split} is both learned from and classified: images find themselves", flush=True)
-    return train, val
+    return open_splits(data.name, data.root, data.train_split, data.split, data.image, data.label)
 
 
-def warn_of_pool(backbone: Backbone, pool: Pooling) -> None:
-    """Say so where the vector that is measured is one that no loss has seen."""
-    if {backbone.pool, pool} == {"cls", "mean"} and distributed.rank() == 0:
+def warnings(backbone: Backbone, pool: Pooling, train: LabeledSet, val: LabeledSet) -> list[str]:
+    """Sentences, where the figure is one to be careful with."""
+    lines = []
+    if {backbone.pool, pool} == {"cls", "mean"}:  # a vector that no loss has seen
         other = "mean of the patches" if backbone.pool == "mean" else "CLS token"
-        print(
+        lines.append(
             f"warning: the head of {backbone.path} read the {other} in training, and pool is {pool}, which it did not "
-            f"train: --pool {backbone.pool} measures what it has learned",
-            flush=True,
+            f"train: --pool {backbone.pool} measures what it has learned"
         )
+    if train.split == val.split:
+        lines.append(f"warning: {val.split} is both learned from and classified: images find themselves")
+    return lines
 
 
 def pooled_features(context: Context, images: LabeledSet, size: int) -> Features:

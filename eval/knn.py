@@ -26,7 +26,7 @@ from skipless.eval.classification import (
     open_labeled,
     pooled_features,
     vectors,
-    warn_of_pool,
+    warnings,
 )
 from skipless.eval.evaluation import FeatureSettings, announce, finish, name_blocks, prepare
 from skipless.eval.neighbors import knn_predict, nearest, require_faiss
@@ -63,7 +63,6 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     """
     require_faiss()
     context = prepare(settings, "knn")
-    warn_of_pool(context.backbone, settings.pool)
     train, val = open_labeled(settings.data)
     if max(settings.k) > len(train):
         raise ValueError(
@@ -71,7 +70,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
             f"{min(20, len(train))}"
         )
     protocol = protocol_id(settings, val.name, context.choices[-1])
-    announce(context, protocol)
+    announce(context, protocol, *warnings(context.backbone, settings.pool, train, val))
 
     bank, queries = (pooled_features(context, images, settings.size) for images in (train, val))
     hits = []  # [choice] -> {k: bool [N]}

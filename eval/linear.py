@@ -40,7 +40,7 @@ from skipless.eval.classification import (
     open_labeled,
     pooled_features,
     vectors,
-    warn_of_pool,
+    warnings,
 )
 from skipless.eval.dense.heads import Heads, fit, row_batches
 from skipless.eval.evaluation import FeatureSettings, announce, finish, name_blocks, prepare
@@ -98,17 +98,14 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     """
     context = prepare(settings, "linear")
     choices = context.choices
-    warn_of_pool(context.backbone, settings.pool)
     train, val = open_labeled(settings.data)
     if len(train) < 2:
         raise ValueError(f"{train.name} {train.split} has one image; two or more are needed, one of them held out")
     protocol = protocol_id(settings, val.name, choices[-1])
-    slow = context.device.type == "cpu" and settings.protocol == "dino"
-    announce(
-        context,
-        protocol,
-        *["each epoch is a pass of the network over all images; --protocol cached takes minutes"] * slow,
-    )
+    lines = warnings(context.backbone, settings.pool, train, val)
+    if context.device.type == "cpu" and settings.protocol == "dino":
+        lines.append("each epoch is a pass of the network over all images; --protocol cached takes minutes")
+    announce(context, protocol, *lines)
     kept, held_out = hold_out(len(train))
     classes = len(train.classes)
     rates = [rate * settings.images_per_step / 256 for rate in settings.learning_rates]

@@ -29,11 +29,9 @@ def nearest(
         Similarities float32 [M, k], descending, and rows of `bank` int64 [M, k].
 
     Raises:
-        ValueError: faiss is missing, or `k` exceeds N.
+        ValueError: faiss is missing.
     """
     faiss = require_faiss()
-    if not 1 <= k <= len(bank):
-        raise ValueError(f"k is {k}, and there are {len(bank):,} vectors to choose from")
     bank, queries = unit(bank), unit(queries)
     index = faiss.IndexFlatIP(bank.shape[1])
     if device is not None and device.type == "cuda" and getattr(faiss, "get_num_gpus", lambda: 0)() > 0:

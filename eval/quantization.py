@@ -44,7 +44,7 @@ from skipless.eval.classification import (
     open_labeled,
     pooled_features,
     vectors,
-    warn_of_pool,
+    warnings,
 )
 from skipless.eval.dense.data import DATA, DataName
 from skipless.eval.dense.outcome import Outcome
@@ -105,8 +105,6 @@ def round_to_bits(x: Tensor, largest: Tensor, bits: int) -> Tensor:
         >>> round_to_bits(torch.tensor([0.2, -1.0, 3.0]), torch.tensor(0.7), bits=4)
         tensor([ 0.2000, -0.7000,  0.7000])
     """
-    if bits < 2:
-        raise ValueError(f"bits is {bits}; it must be at least 2")
     levels = 2 ** (bits - 1) - 1
     step = (largest.to(x.dtype) / levels).clamp_min(torch.finfo(x.dtype).tiny)
     return (x / step).round().clamp(-levels, levels) * step
@@ -237,7 +235,6 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     require_faiss()
     context = prepare(settings, "quantization")
     backbone = context.backbone
-    warn_of_pool(backbone, settings.pool)
     train, val = open_labeled(settings.data)
     if settings.k > len(train):
         raise ValueError(f"k is {settings.k}, and {train.name} {train.split} has {len(train):,} images: give fewer")
@@ -246,7 +243,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         masks = [DATA[settings.segmentation](settings.segmentation_root, split) for split in ("train", "val")]
     protocol = f"{val.name}-quantization/{settings.k}-nn-{settings.pool}"
     protocol += f"/{settings.size}px" if settings.size != 224 else ""
-    announce(context, protocol)
+    announce(context, protocol, *warnings(backbone, settings.pool, train, val))
 
     size = backbone.multiple_below(settings.size)
     largest = largest_inputs(backbone, backbone.normalize(central_squares(train, CALIBRATION_IMAGES, size)))

@@ -18,8 +18,6 @@ def windows(height: int, width: int, size: int, stride: int) -> list[Window]:
         >>> windows(512, 700, 512, 341)
         [(0, 0, 512, 512), (0, 188, 512, 700)]
     """
-    if not 0 < stride <= size:
-        raise ValueError(f"stride is {stride} and window {size}; the stride must be 1 to the window's size")
 
     def starts(length: int) -> list[int]:
         count = max(length - size + stride - 1, 0) // stride + 1

@@ -85,12 +85,6 @@ def test_vectors_without_length_are_like_nothing() -> None:
     np.testing.assert_array_equal(rows[0], [1, 0, 2])
 
 
-@pytest.mark.parametrize("k", [0, 4])
-def test_more_neighbors_than_there_are_is_an_error(k: int) -> None:
-    with pytest.raises(ValueError, match=f"k is {k}, and there are 3 vectors to choose from"):
-        nearest(np.eye(3), np.eye(3), k)
-
-
 def test_without_faiss_nothing_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ValueError, match="faiss-cpu"):

@@ -1,11 +1,12 @@
-"""Labels of patches: shares of classes by hand and by a plain loop."""
+"""Labels of patches and of pixels: shares of classes by hand and by a plain loop, resizing by hand."""
 
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from skipless.datasets.labels.masks import VOID
-from skipless.eval.dense.labels import label_shares
+from skipless.eval.dense.labels import label_shares, resize_logits
 
 
 def test_shares_by_hand() -> None:
@@ -41,3 +42,10 @@ def test_shares_are_those_of_a_plain_loop(height: int, width: int, h: int, w: in
             labels = members.get((row, column), [])
             expected = [labels.count(label) / max(1, len(labels)) for label in range(3)]
             np.testing.assert_allclose(shares[row, column], expected, rtol=1e-6)
+
+
+def test_logits_are_resized_bilinearly_with_half_pixel_centers() -> None:
+    """From 2 to 4, the centers of the new pixels lie at -1/4 (clamped to 0), 1/4, 3/4 and 5/4 (clamped to 1)."""
+    corners = torch.tensor([[0.0, 4.0], [8.0, 16.0]])
+    expected = [[0, 1, 3, 4], [2, 3.25, 5.75, 7], [6, 7.75, 11.25, 13], [8, 10, 14, 16]]
+    np.testing.assert_allclose(resize_logits(corners[None, None], (4, 4))[0, 0], expected)
