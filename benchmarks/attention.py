@@ -10,25 +10,33 @@ xformers takes all sequences in one call. Beside the time what it amounts to in 
 products alone; the backward pass counts two and a half forward passes, as it computes the attention map again).
 """
 
-import argparse
 import statistics
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+from measuring import MeasuringSettings, interleaved, markdown, on_device, publish, ratio, temporary_gb
 from torch import Tensor
-from tqdm import tqdm
 
-from skipless.common.files import write_result
+from skipless.common import cli
 from skipless.common.hardware import peak_flops
-from skipless.common.provenance import provenance
 from skipless.ssl.model.attention import Groups, attention, choose_backend
 
 HEADS, CHANNELS = 6, 64
 Way = Callable[[Tensor, Tensor, Tensor, Groups], Tensor]
+
+
+@dataclass(kw_only=True)
+class Settings(MeasuringSettings):
+    """Attention over packed crops."""
+
+    batch: int = 8
+    """Images."""
+    rounds: int = 7
+    """Rounds that count; one more warms up."""
+    calls: int = 3
+    """Calls of each way a round."""
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
@@ -44,10 +52,10 @@ def plain(q: Tensor, k: Tensor, v: Tensor, groups: Groups) -> Tensor:
 
 def ways(device: torch.device) -> dict[str, Way]:
     """What can run on the device, by name; the plain way is the first."""
-    found: dict[str, Way] = {"plain": plain, "sdpa": lambda q, k, v, groups: attention(q, k, v, groups, "sdpa")}
+    compared: dict[str, Way] = {"plain": plain, "sdpa": lambda q, k, v, groups: attention(q, k, v, groups, "sdpa")}
     if choose_backend(device)[0] == "xformers":
-        found["xformers"] = lambda q, k, v, groups: attention(q, k, v, groups, "xformers")
-    return found
+        compared["xformers"] = lambda q, k, v, groups: attention(q, k, v, groups, "xformers")
+    return compared
 
 
 def inputs(groups: Groups, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -67,85 +75,66 @@ def output_and_gradients(way: Way, groups: Groups, device: torch.device, dtype: 
     return [x.double() for x in (output, *gradients)]
 
 
-def main() -> None:
-    """Command line: see the docstring of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=8, help="Images (default: 8).")
-    parser.add_argument("--rounds", type=int, default=7, help="Rounds that count; one more warms up (default: 7).")
-    parser.add_argument("--calls", type=int, default=3, help="Calls of each way a round (default: 3).")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--out", type=Path, help="Where to write OUT.json and OUT.md.")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("error: --device is cuda, but torch finds no CUDA here; use cpu", file=sys.stderr)
-        sys.exit(2)
-    device = torch.device(arguments.device)
+def measure(settings: Settings) -> None:
+    """Check every way, time them, and publish."""
+    device = on_device(settings.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    groups: Groups = ((2 * arguments.batch, 197), (8 * arguments.batch, 37))
+    groups: Groups = ((2 * settings.batch, 197), (8 * settings.batch, 37))
     few: Groups = ((4, 197), (16, 37))
     compared = ways(device)
 
     exact = output_and_gradients(plain, few, device, torch.float64)
     errors = {}
     for name, way in compared.items():
-        found = output_and_gradients(way, few, device, dtype)
-        errors[name] = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
+        computed = output_and_gradients(way, few, device, dtype)
+        errors[name] = max(((a - b).norm() / b.norm()).item() for a, b in zip(computed, exact, strict=True))
 
     q, k, v, weights = inputs(groups, device, dtype)
-    seconds: dict[str, list[float]] = {name: [] for name in compared}
-    memory: dict[str, float] = {}
-    for number in tqdm(range(arguments.rounds + 1), desc="rounds"):
-        for name, way in compared.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            began = time.perf_counter()
-            for _ in range(arguments.calls):
-                torch.autograd.grad(way(q, k, v, groups), (q, k, v), weights)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**30
-            if number:
-                seconds[name].append((time.perf_counter() - began) / arguments.calls)
+
+    def step(way: Way) -> None:
+        for _ in range(settings.calls):
+            torch.autograd.grad(way(q, k, v, groups), (q, k, v), weights)
+
+    steps = {name: partial(step, way) for name, way in compared.items()}
+    seconds = interleaved(steps, settings.rounds, device)
     operations = 3.5 * sum(4 * batch * length**2 * HEADS * CHANNELS for batch, length in groups)
     peak = peak_flops(device)
-    rows: list[dict[str, Any]] = []
+    rows = []
     for name, times in seconds.items():
-        median = statistics.median(times)
-        ratios = [a / b for a, b in zip(seconds["plain"], times, strict=True)]
+        median, speedup = statistics.median(times) / settings.calls, ratio(seconds["plain"], times)
         rows.append(
             {
                 "way": name,
                 "ms": 1000 * median,
-                "times_plain": statistics.median(ratios),
-                "times_plain_range": [min(ratios), max(ratios)],
+                "times_plain": speedup["median"],
+                "times_plain_range": [speedup["lowest"], speedup["highest"]],
                 "gflops_per_second": operations / median / 1e9,
                 "share_of_peak": operations / median / peak if peak else None,
-                "memory_gb": memory.get(name),
+                "memory_gb": temporary_gb(steps[name], device),
                 "relative_error": errors[name],
             }
         )
-    about = provenance(device)
     kind = str(dtype).removeprefix("torch.")
+    result = {"task": "benchmark", "protocol": "attention", "groups": groups, "dtype": kind, "details": rows}
+    columns = {
+        "attention": "{way}",
+        "ms": "{ms:.1f}",
+        "speed, times plain": "{times_plain:.2f} ({times_plain_range[0]:.2f} to {times_plain_range[1]:.2f})",
+        "GFLOP/s": "{gflops_per_second:.0f}",
+        "error against float64": "{relative_error:.1e}",
+    }
     lines = [
         f"{groups[0][0]} sequences of 197 and {groups[1][0]} of 37 tokens, 6 heads of 64 channels, {kind}, forward and "
-        f"backward, on {about['hardware']}; medians of {arguments.rounds} rounds.",
+        f"backward, on {{hardware}}; medians of {settings.rounds} rounds.",
         "",
-        "| attention | ms | speed, times plain | GFLOP/s | error against float64 |",
-        "|---|---:|---:|---:|---:|",
+        *markdown(columns, rows),
     ]
-    for row in rows:
-        low, high = row["times_plain_range"]
-        lines.append(
-            f"| {row['way']} | {row['ms']:.1f} | {row['times_plain']:.2f} ({low:.2f} to {high:.2f}) | "
-            f"{row['gflops_per_second']:.0f} | {row['relative_error']:.1e} |"
-        )
-    text = "\n".join(lines) + "\n"
-    result = {"task": "benchmark", "protocol": "attention", "groups": groups, "dtype": kind, "details": rows, **about}
-    if arguments.out:
-        write_result(arguments.out, result, text)
-    print(text)
+    publish(settings.out, result, lines, device)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: see the docstring of this file."""
+    cli.run(measure, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/discovery.py --ckpt dino.pth --images VOC2007/JPEGImages --out results/speed/discovery_speed
 
 1. Seconds an image for features, graph, solver and components at about 600, 1,200 and 3,000 patches, and for the dense
-   generalised eigenproblem of the published code on the same graph. Interleaved: every image goes through every step
+   generalized eigenproblem of the published code on the same graph. Interleaved: every image goes through every step
    and every size in turn; medians. Beside them, how often mask and box are those of the dense solution.
 2. Resident memory of a loop (features, LOST and TokenCut) over images at their original size, every 50 images.
 3. Masks and boxes of LOST and TokenCut against plain loops and dense SciPy (discovery_reference.py), for the same
@@ -13,32 +13,38 @@
    weights are all alike and would make a complete graph, which costs nothing to solve.
 """
 
-import argparse
 import os
 import platform
 import resource
 import runpy
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measuring import markdown, on_device, publish, ratio, timed
 from torch import Tensor
 from tqdm import tqdm
 
-from skipless.common.files import write_result
-from skipless.common.provenance import provenance
+from skipless.common import cli
 from skipless.datasets.images import ImageSource, open_images
 from skipless.eval.backbones import Backbone, load_backbone, pad_to_patch
-from skipless.eval.objects import localization
-from skipless.eval.objects.localization import lost, second_eigenvectors, tokencut
+from skipless.eval.objects.localization import (
+    EPS,
+    bounding_box,
+    component,
+    lost,
+    second_eigenvectors,
+    similarity_graph,
+    tokencut,
+)
 from skipless.ssl.model.vit import vit_small
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,15 +54,28 @@ STEPS = ("features", "graph", "solver", "components", "dense SciPy solver")
 reference = SimpleNamespace(**runpy.run_path(str(ROOT / "tests/eval/objects/discovery_reference.py")))
 
 
-def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """What `work` returns, and the seconds it took, the device's included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return result, time.perf_counter() - began
+@dataclass
+class Settings:
+    """Object discovery, step by step."""
+
+    ckpt: str
+    """Trained backbone, as in the evaluations."""
+    images: Path
+    """Folder of photographs."""
+    out: Path = Path("results/speed/discovery_speed")
+    """Result, .json and .md."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where it runs."""
+    patches: tuple[int, ...] = (600, 1200, 3000)
+    """Sizes of graphs."""
+    repeats: int = 7
+    """Images for each size, at least 1."""
+    memory_images: int = 300
+    """Length of the loop; 0 leaves it out."""
+    agreement_images: int = 300
+    """Compared to the references; 0 leaves it out."""
+    batch: int = 32
+    """Batch of the whole on a GPU."""
 
 
 def resized(picture: np.ndarray, patches: int, patch: int) -> np.ndarray:
@@ -78,19 +97,17 @@ def one_image(backbone: Backbone, picture: np.ndarray, device: torch.device) -> 
     seconds: dict[str, float] = {}
     keys, seconds["features"] = timed(lambda: keys_of(backbone, picture), device)
     shape = tuple(keys.shape[1:3])
-    directions = keys.flatten(1, 2).double()
-    similar, seconds["graph"] = timed(lambda: localization._similar(F.normalize(directions, dim=-1), TAU), device)
-    (found,), seconds["solver"] = timed(lambda: second_eigenvectors(similar), device)
-    x = found[0]
+    flat = keys.flatten(1, 2).double()
+    similar, seconds["graph"] = timed(lambda: similarity_graph(F.normalize(flat, dim=-1), TAU), device)
+    (solution,), seconds["solver"] = timed(lambda: second_eigenvectors(similar), device)
+    x = solution[0]
     # Only now, so that the solver finds the caches as in TokenCut; and anew, as a dense fallback overwrites the graph.
-    again = localization._similar(F.normalize(directions, dim=-1), TAU)
-    weights = np.where(again[0].cpu().numpy() > 0, 1.0, localization.EPS)
+    weights = np.where(similarity_graph(F.normalize(flat, dim=-1), TAU)[0].cpu().numpy() > 0, 1.0, EPS)
 
-    def components() -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    def components() -> None:
         seed = int(np.argmax(np.abs(x)))
         side = x > x.mean()
-        mask = localization._component((side if side[seed] else ~side).reshape(shape), seed)
-        return mask, localization._box(mask)
+        bounding_box(component((side if side[seed] else ~side).reshape(shape), seed))
 
     _, seconds["components"] = timed(components, device)
     (vector, eigengap), seconds["dense SciPy solver"] = timed(lambda: reference.dense_solve(weights), device)
@@ -107,32 +124,28 @@ def one_image(backbone: Backbone, picture: np.ndarray, device: torch.device) -> 
     }
 
 
-def compare(
-    backbone: Backbone, images: ImageSource, sizes: list[int], repeats: int, device: torch.device
-) -> list[dict[str, Any]]:
+def compare(backbone: Backbone, images: ImageSource, settings: Settings, device: torch.device) -> list[dict[str, Any]]:
     """One row for each number of patches; images spread over the folder, one a repeat."""
-    measured: dict[int, list[dict[str, Any]]] = {size: [] for size in sizes}
-    for repeat in range(repeats + 1):
-        picture = images.read(repeat * len(images) // (repeats + 1))
-        for size in sizes:
+    measured: dict[int, list[dict[str, Any]]] = {size: [] for size in settings.patches}
+    for repeat in range(settings.repeats + 1):
+        picture = images.read(repeat * len(images) // (settings.repeats + 1))
+        for size in settings.patches:
             result = one_image(backbone, resized(picture, size, backbone.patch), device)
             if repeat:  # the first round warms up
                 measured[size].append(result)
     rows = []
     for results in measured.values():
-        medians = {step: statistics.median(r["seconds"][step] for r in results) for step in STEPS}
-        spread = {
-            step: [min(r["seconds"][step] for r in results), max(r["seconds"][step] for r in results)] for step in STEPS
-        }
-        ratios = [r["seconds"]["dense SciPy solver"] / r["seconds"]["solver"] for r in results]
+        seconds = {step: [r["seconds"][step] for r in results] for step in STEPS}
+        medians = {step: statistics.median(times) for step, times in seconds.items()}
+        speedup = ratio(seconds["dense SciPy solver"], seconds["solver"])
         rows.append(
             {
                 "patches": statistics.median(r["patches"] for r in results),
                 "images": len(results),
                 "seconds": medians,
-                "spread": spread,
+                "spread": {step: [min(times), max(times)] for step, times in seconds.items()},
                 "speedup of the solver": medians["dense SciPy solver"] / medians["solver"],
-                "spread of the speedup": [min(ratios), max(ratios)],
+                "spread of the speedup": [speedup["lowest"], speedup["highest"]],
                 "same masks": statistics.mean(r["same mask"] for r in results),
                 "same boxes": statistics.mean(r["same box"] for r in results),
                 "fallbacks": sum(r["fallback"] for r in results),
@@ -183,8 +196,8 @@ def agreement(backbone: Backbone, images: ImageSource, count: int) -> dict[str, 
         cut = reference.tokencut(exact, TAU)
         smallest = min(smallest, cut.eigengap)
         pairs = {"lost": (lost(keys)[0], reference.lost(exact)), "tokencut": (tokencut(keys, TAU)[0], cut)}
-        for method, (found, expected) in pairs.items():
-            same_mask, same_box = bool((found.mask == expected.mask).all()), found.box == expected.box
+        for method, (ours, expected) in pairs.items():
+            same_mask, same_box = bool((ours.mask == expected.mask).all()), ours.box == expected.box
             equal[f"{method} masks"] += same_mask
             equal[f"{method} boxes"] += same_box
             if not (same_mask and same_box):
@@ -197,14 +210,14 @@ def whole_on_gpu(device: torch.device, batch: int, repeats: int) -> dict[str, An
     """Images per second from uint8 pixels to masks and boxes."""
     torch.manual_seed(0)
     backbone = Backbone(vit_small().eval(), "random weights", "skipless", "").to(device)
-    # Blocks of colour, so that patches differ as they do in photographs.
+    # Blocks of color, so that patches differ as they do in photographs.
     coarse = torch.rand(batch, 3, 6, 8)
     pictures = (F.interpolate(coarse, (375, 500), mode="nearest").permute(0, 2, 3, 1) * 255).byte()
 
     def work() -> tuple[float, float]:
         images = pad_to_patch(backbone.normalize(pictures), backbone.patch)
-        (found,) = backbone.features(images, kind="keys")
-        keys = found.patches - found.patches.mean((1, 2), keepdim=True)
+        (last,) = backbone.features(images, kind="keys")
+        keys = last.patches - last.patches.mean((1, 2), keepdim=True)
         objects = tokencut(keys, TAU)
         return statistics.mean(o.edges for o in objects), statistics.mean(o.degenerate for o in objects)
 
@@ -222,106 +235,76 @@ def whole_on_gpu(device: torch.device, batch: int, repeats: int) -> dict[str, An
     }
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> list[str]:
     """The result for people, in Markdown."""
+    settings = result["settings"]
+    columns = {"patches": "{patches:.0f}"} | {step: f"{{seconds[{step}]:.4f}}" for step in STEPS}
+    columns |= {
+        "solver faster by": "{speedup of the solver:.0f}x ({spread of the speedup[0]:.0f} to "
+        "{spread of the speedup[1]:.0f})",
+        "same masks": "{same masks:.0%}",
+        "same boxes": "{same boxes:.0%}",
+        "fallbacks": "{fallbacks}",
+    }
     lines = [
         "# TokenCut: seconds an image",
         "",
-        f"{result['hardware']}; {result['settings']['threads']} threads of PyTorch; {result['checkpoint']}, device "
-        f"{result['settings']['device']}. Medians of {result['settings']['repeats']} images, interleaved.",
+        f"{{hardware}}; {settings['threads']} threads of PyTorch; {result['checkpoint']}, device {settings['device']}. "
+        f"Medians of {settings['repeats']} images, interleaved.",
         "",
-        "| patches | " + " | ".join(STEPS) + " | solver faster by | same masks | same boxes | fallbacks |",
-        "|" + "---|" * (len(STEPS) + 5),
+        *markdown(columns, result["steps"], len(columns)),
     ]
-    for row in result["steps"]:
-        seconds = " | ".join(f"{row['seconds'][step]:.4f}" for step in STEPS)
-        low, high = row["spread of the speedup"]
-        lines.append(
-            f"| {row['patches']:.0f} | {seconds} | {row['speedup of the solver']:.0f}x ({low:.0f} to {high:.0f}) | "
-            f"{row['same masks']:.0%} | {row['same boxes']:.0%} | {row['fallbacks']} |"
-        )
-    memory = result["memory"]
+    memory, agreed, whole = result["memory"], result["agreement"], result["whole_on_gpu"]
     if memory is not None:
-        pairs = ", ".join(
-            f"{mb:.0f} MB after {n}" for n, mb in zip(memory["images"], memory["resident_mb"], strict=True)
-        )
-        lines += ["", f"Resident memory of a loop over images at their original size (LOST and TokenCut): {pairs}."]
-    agreed = result["agreement"]
+        pairs = zip(memory["images"], memory["resident_mb"], strict=True)
+        resident = ", ".join(f"{mb:.0f} MB after {count}" for count, mb in pairs)
+        lines += ["", f"Resident memory of a loop over images at their original size (LOST and TokenCut): {resident}."]
     if agreed is not None:
         counts = ", ".join(f"{name} {number}" for name, number in agreed["equal"].items())
         lines += [
             "",
             f"Equal to plain loops and dense SciPy, of {agreed['images']} images at their original size: {counts}; "
             f"smallest eigengap {agreed['smallest_eigengap']:.3g}.",
+            *(f"- {e['method']} differs on {e['image']}, eigengap {e['eigengap']:.3g}" for e in agreed["exceptions"]),
         ]
-        lines += [
-            f"- {e['method']} differs on {e['image']}, eigengap {e['eigengap']:.3g}" for e in agreed["exceptions"]
-        ]
-    whole = result["whole_on_gpu"]
     if whole is not None:
         lines += [
             "",
             f"Whole of TokenCut, features by a ViT-S/16 included, 512 x 384 pixels, batches of {whole['batch']}: "
             f"{whole['images_per_second']:.0f} images a second.",
         ]
-    return "\n".join([*lines, ""])
+    return lines
 
 
-def main() -> None:
-    """Command line: see the docstring of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="Trained backbone, as in the evaluations.")
-    parser.add_argument("--images", type=Path, required=True, help="Folder of photographs.")
-    parser.add_argument(
-        "--out", type=Path, default=Path("results/speed/discovery_speed"), help="Result, .json and .md."
-    )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda.")
-    parser.add_argument("--patches", type=int, nargs="+", default=[600, 1200, 3000], help="Sizes of graphs.")
-    parser.add_argument("--repeats", type=int, default=7, help="Images for each size, at least 1.")
-    parser.add_argument("--memory-images", type=int, default=300, help="Length of the loop; 0 leaves it out.")
-    parser.add_argument(
-        "--agreement-images", type=int, default=300, help="Compared to the references; 0 leaves it out."
-    )
-    parser.add_argument("--batch", type=int, default=32, help="Batch of the whole on a GPU.")
-    arguments = parser.parse_args()
-    try:
-        if arguments.repeats < 1:
-            raise ValueError(f"--repeats is {arguments.repeats}: choose 1 or more.")
-        if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError("--device is cuda, and torch finds no CUDA here: choose cpu.")
-        device = torch.device(arguments.device)
-        images = open_images(arguments.images)
-        backbone = load_backbone(arguments.ckpt).to(device)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def measure(settings: Settings) -> None:
+    """Measure all parts, and publish."""
+    if settings.repeats < 1:
+        raise ValueError(f"--repeats is {settings.repeats}: choose 1 or more.")
+    device = on_device(settings.device)
+    images = open_images(settings.images)
+    backbone = load_backbone(settings.ckpt).to(device)
     began = time.perf_counter()
+    kept = {name: value for name, value in asdict(settings).items() if name not in ("ckpt", "images", "out")}
     result: dict[str, Any] = {
         "task": "discovery speed",
-        "checkpoint": f"{Path(arguments.ckpt).name} ({backbone.architecture})",
-        "settings": {
-            "device": str(device),
-            "threads": torch.get_num_threads(),
-            "tau": TAU,
-            "patches": arguments.patches,
-            "repeats": arguments.repeats,
-            "memory_images": arguments.memory_images,
-            "agreement_images": arguments.agreement_images,
-            "batch": arguments.batch,
-        },
-        **provenance(device),
-        "whole_on_gpu": whole_on_gpu(device, arguments.batch, arguments.repeats) if device.type == "cuda" else None,
+        "checkpoint": f"{Path(settings.ckpt).name} ({backbone.architecture})",
+        "settings": {**kept, "threads": torch.get_num_threads(), "tau": TAU},
+        "whole_on_gpu": whole_on_gpu(device, settings.batch, settings.repeats) if device.type == "cuda" else None,
     }
     with torch.inference_mode():
         # First, while nothing that a dense solver needed is still held by the allocator.
-        loop = arguments.memory_images
+        loop = settings.memory_images
         result["memory"] = memory_of_a_loop(backbone, images, loop, device) if loop else None
-        compared = min(arguments.agreement_images, len(images))
+        compared = min(settings.agreement_images, len(images))
         result["agreement"] = agreement(backbone, images, compared) if compared else None
-        result["steps"] = compare(backbone, images, arguments.patches, arguments.repeats, device)
+        result["steps"] = compare(backbone, images, settings, device)
     result["seconds"] = time.perf_counter() - began
-    write_result(arguments.out, result, table(result))
-    print(table(result))
+    publish(settings.out, result, table(result), device)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: see the docstring of this file."""
+    cli.run(measure, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ same images through every pipeline in turn, and the figures are medians over rou
 - torchvision, Pillow's blur: the same, with Pillow's GaussianBlur in its place, as facebookresearch/dino has it, which
   is faster.
 
-torchvision's pipelines end with normalised float tensors; ours ends with bytes, and turning these into normalised
+torchvision's pipelines end with normalized float tensors; ours ends with bytes, and turning these into normalized
 floats, which training leaves to its device, is timed as a stage of its own and counted in the ratio.
 
 With --device cuda nothing of that: what is measured is a whole loader with --workers processes whose crops are made on
@@ -20,15 +20,14 @@ the GPU, JPEGs decoded by the processes and by the GPU in turn, from files to vi
 compares the GPU's views of a batch with those of a CPU.
 """
 
-import argparse
 import random
-import shutil
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -36,20 +35,35 @@ from zipfile import ZipFile
 import cv2
 import numpy as np
 import torch
+from measuring import MeasuringSettings, interleaved, markdown, on_device, publish, ratio
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from skipless.common.files import write_result
+from skipless.common import cli
 from skipless.common.hardware import keep_freed_memory
-from skipless.common.provenance import provenance
+from skipless.common.pixels import MEAN, STD, normalize
 from skipless.datasets.images import ImageSource, open_images
 from skipless.datasets.storage.packing import write_shards
 from skipless.ssl.data import crops as ours
 from skipless.ssl.data.device_crops import DeviceCropDataset, DeviceCrops, collate_images, decodes_jpegs, make_views
 
-STAGES = ("resample", "color_jitter", "grey", "gaussian_blur", "solarize")
+STAGES = ("resample", "color_jitter", "gray", "gaussian_blur", "solarize")
+
+
+@dataclass(kw_only=True)
+class Settings(MeasuringSettings):
+    """Images a second of the loader."""
+
+    images: Path
+    """Folder of JPEGs, of about 500 x 375 pixels."""
+    count: int = 100
+    """How many of them, evenly spread."""
+    workers: int = 16
+    """With cuda: processes of the loader."""
+    batch_size: int = 128
+    """With cuda: images of a batch."""
 
 
 def pillow_blur(image: Image.Image) -> Image.Image:
@@ -72,7 +86,7 @@ def torchvision_views(blur: Callable[..., Any], crops: ours.Crops) -> Callable[[
                 *([v2.RandomSolarize(128, solarized)] if solarized else []),
                 v2.ToImage(),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(ours.MEAN, ours.STD),
+                v2.Normalize(MEAN, STD),
             ]
         )
 
@@ -108,13 +122,18 @@ def stage_times(seconds: dict[str, float]) -> Iterator[None]:
             setattr(ours, name, original)
 
 
-def our_round(source: ImageSource, crops: ours.Crops, epoch: int) -> float:
-    """Seconds for all images of a source, bytes to uint8 views."""
+def torchvision_round(folder: Path, views: Callable[[Image.Image], list[torch.Tensor]]) -> None:
+    """All images of a folder, files to floats."""
+    for path in sorted(folder.iterdir()):
+        with Image.open(path) as opened:
+            views(opened.convert("RGB"))
+
+
+def our_round(source: ImageSource, crops: ours.Crops) -> None:
+    """All images of a source, bytes to uint8 views."""
     dataset = ours.CropDataset(source, crops, seed=0)
-    began = time.perf_counter()
     for index in range(len(source)):
-        dataset[epoch, index]
-    return time.perf_counter() - began
+        dataset[0, index]
 
 
 def stages_round(source: ImageSource, crops: ours.Crops, epoch: int, batch_size: int = 32) -> dict[str, float]:
@@ -141,193 +160,161 @@ def stages_round(source: ImageSource, crops: ours.Crops, epoch: int, batch_size:
         seconds["collate"] = seconds.get("collate", 0.0) + clock() - began
         began = clock()
         for name in ("global", "local"):
-            ours.normalize(batch[name])
+            normalize(batch[name])
         seconds["normalize"] = seconds.get("normalize", 0.0) + clock() - began
     # `source.read` reads once more before it decodes.
     return seconds | {"decode": seconds["decode"] - seconds["read"], "draws, flips, copies": rest}
 
 
-def measure(images: Path, count: int, rounds: int) -> dict[str, Any]:
+def copies(images: ImageSource, rows: Sequence[int], work: Path) -> dict[str, ImageSource]:
+    """Some of the images in a folder, a zip archive and tar shards."""
+    folder = work / "folder"
+    folder.mkdir()
+    for row in rows:
+        (folder / f"{row:08}.jpg").write_bytes(images.read_bytes(int(row)))
+    with ZipFile(work / "images.zip", "w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.write(path, path.name)
+    write_shards(open_images(folder), work / "shards", workers=1)
+    return {name: open_images(work / name) for name in ("folder", "images.zip", "shards")}
+
+
+def on_cpu(settings: Settings) -> dict[str, Any]:
     """Medians over rounds, in images a second."""
-    crops = ours.Crops()
-    baselines = {
-        "torchvision": torchvision_views(v2.GaussianBlur(13, (0.1, 2.0)), crops),
-        "torchvision, Pillow's blur": torchvision_views(v2.Lambda(pillow_blur), crops),
-    }
-    everything = open_images(images)
-    rows = np.linspace(0, len(everything) - 1, min(count, len(everything))).round().astype(int)
+    crops, device = ours.Crops(), torch.device("cpu")
+    everything = open_images(settings.images)
+    count = min(settings.count, len(everything))
+    rows = np.linspace(0, len(everything) - 1, count).round().astype(int)
+    sizes = [everything.read(int(row)).shape[:2] for row in rows]
+    blurs = {"torchvision": v2.GaussianBlur(13, (0.1, 2.0)), "torchvision, Pillow's blur": v2.Lambda(pillow_blur)}
+    by_stage: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as work:
-        folder = Path(work, "folder")
-        folder.mkdir()
-        for row in rows:
-            (folder / f"{row:08}.jpg").write_bytes(everything.read_bytes(int(row)))
-        with ZipFile(Path(work, "images.zip"), "w") as archive:
-            for path in sorted(folder.iterdir()):
-                archive.write(path, path.name)
-        write_shards(open_images(folder), Path(work, "shards"), workers=1)
-        sources = {name: open_images(Path(work, name)) for name in ("folder", "images.zip", "shards")}
-        sizes = [everything.read(int(row)).shape[:2] for row in rows]
-        by_pipeline: dict[str, list[float]] = {}
-        by_stage: dict[str, list[float]] = {}
-        for number in tqdm(range(rounds + 1), desc="rounds"):  # the first warms up, and does not count
-            found = {}
-            for name, views in baselines.items():
-                began = time.perf_counter()
-                for path in sorted(folder.iterdir()):
-                    with Image.open(path) as opened:
-                        views(opened.convert("RGB"))
-                found[name] = time.perf_counter() - began
-            for name, source in sources.items():
-                found[f"ours, {name}"] = our_round(source, crops, number)
-            stages = stages_round(sources["folder"], crops, number)
-            for name, seconds in (found | {"normalize": stages["normalize"]}).items() if number else ():
-                by_pipeline.setdefault(name, []).append(seconds / len(rows))
-            for name, seconds in stages.items() if number else ():
-                by_stage.setdefault(name, []).append(seconds / len(rows))
-        shutil.rmtree(folder)
-    floats = by_pipeline.pop("normalize")
-    with_floats = [a + b for a, b in zip(by_pipeline["ours, folder"], floats, strict=True)]
-    ratios = {
-        name: [slow / fast for slow, fast in zip(by_pipeline[name], with_floats, strict=True)] for name in baselines
-    }
+        sources = copies(everything, rows, Path(work))
+        ways: dict[str, Callable[[], object]] = {
+            name: partial(torchvision_round, Path(work, "folder"), torchvision_views(blur, crops))
+            for name, blur in blurs.items()
+        }
+        ways |= {f"ours, {name}": partial(our_round, source, crops) for name, source in sources.items()}
+        ways["stages"] = lambda: by_stage.append(stages_round(sources["folder"], crops, 0))
+        seconds = interleaved(ways, settings.rounds, device)
+    del seconds["stages"], by_stage[0]  # the first round warms up
+    with_floats = [a + stages["normalize"] for a, stages in zip(seconds["ours, folder"], by_stage, strict=True)]
+    speed = {name: count / statistics.median(times) for name, times in seconds.items()}
     return {
-        "images": len(rows),
+        "images": count,
         "median_size": [int(statistics.median(side)) for side in zip(*sizes, strict=True)],
-        "rounds": rounds,
-        "images_per_second": {name: 1 / statistics.median(values) for name, values in by_pipeline.items()}
-        | {"ours, folder, floats too": 1 / statistics.median(with_floats)},
-        "times_as_fast": {
-            name: {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-            for name, values in ratios.items()
+        "rounds": settings.rounds,
+        "images_per_second": speed | {"ours, folder, floats too": count / statistics.median(with_floats)},
+        "times_as_fast": {name: ratio(seconds[name], with_floats) for name in blurs},
+        "milliseconds_by_stage": {
+            name: 1000 * statistics.median(stages[name] for stages in by_stage) / count for name in by_stage[0]
         },
-        "milliseconds_by_stage": {name: 1000 * statistics.median(values) for name, values in by_stage.items()},
     }
 
 
-def measure_on_gpu(images: Path, count: int, rounds: int, workers: int, batch_size: int) -> dict[str, Any]:
-    """Images a second from files to views on the GPU, medians over rounds, and how far the views are from a CPU's."""
-    crops, device = ours.Crops(), torch.device("cuda")
-    source = open_images(images)
-    keys = [[(0, i % len(source)) for i in range(first, first + batch_size)] for first in range(0, count, batch_size)]
-    cases = {"decoded by the loader": False, "decoded by the GPU": True}
-    if not decodes_jpegs(device):
-        del cases["decoded by the GPU"]
-
-    def loader(jpegs: bool) -> tuple[DataLoader[Any], DeviceCrops]:
-        dataset = DeviceCropDataset(source, crops, 0, jpegs)
-        batches = DataLoader(
-            dataset, batch_sampler=keys, num_workers=workers, collate_fn=collate_images, pin_memory=True
-        )
-        return batches, DeviceCrops(dataset, device, torch.bfloat16)
-
-    batch = collate_images([DeviceCropDataset(source, crops, 0, False)[key] for key in keys[0]])
-    images_on_gpu = DeviceCrops(DeviceCropDataset(source, crops, 0, False), device, torch.float32).decode(batch)
+def distance_from_cpu(source: ImageSource, keys: list[tuple[int, int]], crops: ours.Crops) -> dict[str, float]:
+    """How far the GPU's views of a batch are from a CPU's, in gray levels."""
+    dataset = DeviceCropDataset(source, crops, 0, False)
+    batch = collate_images([dataset[key] for key in keys])
+    images = DeviceCrops(dataset, torch.device("cuda"), torch.float32).decode(batch)
     differences = [
-        255 * 0.225 * (ours_.cpu() - theirs).abs().flatten()
-        for ours_, theirs in zip(
-            make_views(images_on_gpu, batch["parameters"], crops, torch.float32, torch.float16),
-            make_views([image.cpu() for image in images_on_gpu], batch["parameters"], crops),
+        255 * 0.225 * (gpu.cpu() - cpu).abs().flatten()
+        for gpu, cpu in zip(
+            make_views(images, batch["parameters"], crops, torch.float32, torch.float16),
+            make_views([image.cpu() for image in images], batch["parameters"], crops),
             strict=True,
         )
     ]
-    by_case: dict[str, list[float]] = {}
-    for number in tqdm(range(rounds + 1), desc="rounds"):
+    return {
+        "mean": statistics.mean(d.mean().item() for d in differences),
+        "largest": max(d.max().item() for d in differences),
+    }
+
+
+def on_gpu(settings: Settings) -> dict[str, Any]:
+    """Images a second from files to views on the GPU, medians over rounds, and how far the views are from a CPU's."""
+    crops, device, size = ours.Crops(), torch.device("cuda"), settings.batch_size
+    count = max(settings.count, 100 * size)
+    source = open_images(settings.images)
+    keys = [[(0, i % len(source)) for i in range(first, first + size)] for first in range(0, count, size)]
+    cases = {"decoded by the loader": False} | ({"decoded by the GPU": True} if decodes_jpegs(device) else {})
+    by_case: dict[str, list[float]] = {name: [] for name in cases}
+    for number in tqdm(range(settings.rounds + 1), desc="rounds"):
         for name, jpegs in cases.items():
-            batches, to_crops = loader(jpegs)
-            began, seen = 0.0, 0
+            dataset = DeviceCropDataset(source, crops, 0, jpegs)
+            batches: DataLoader[Any] = DataLoader(
+                dataset, batch_sampler=keys, num_workers=settings.workers, collate_fn=collate_images, pin_memory=True
+            )
+            to_crops = DeviceCrops(dataset, device, torch.bfloat16)
+            began = 0.0
             for position, batch in enumerate(batches):
                 to_crops(batch)
                 if position == len(keys) // 4:  # workers have started
                     torch.cuda.synchronize()
-                    began, seen = time.perf_counter(), 0
-                seen += batch_size
+                    began = time.perf_counter()
             torch.cuda.synchronize()
             if number:
-                by_case.setdefault(name, []).append((seen - batch_size) / (time.perf_counter() - began))
+                seen = size * (len(keys) - 1 - len(keys) // 4)
+                by_case[name].append(seen / (time.perf_counter() - began))
     return {
         "images": count,
-        "rounds": rounds,
-        "workers": workers,
-        "batch": batch_size,
+        "rounds": settings.rounds,
+        "workers": settings.workers,
+        "batch": size,
         "images_per_second": {name: statistics.median(values) for name, values in by_case.items()},
-        "grey_levels_from_cpu": {
-            "mean": statistics.mean(d.mean().item() for d in differences),
-            "largest": max(d.max().item() for d in differences),
-        },
+        "gray_levels_from_cpu": distance_from_cpu(source, keys[0], crops),
     }
 
 
-def gpu_table(result: dict[str, Any]) -> str:
-    """The result of `measure_on_gpu` in Markdown."""
-    found = result["details"]
-    lines = [
-        f"2 x 224 and 8 x 96 pixels from {found['images']:,} JPEGs, batches of {found['batch']}, {found['workers']} "
-        f"loader processes, medians of {found['rounds']} rounds, {result['hardware']}.",
+def gpu_table(details: dict[str, Any]) -> list[str]:
+    """The result of `on_gpu` in Markdown."""
+    distance = details["gray_levels_from_cpu"]
+    return [
+        f"2 x 224 and 8 x 96 pixels from {details['images']:,} JPEGs, batches of {details['batch']}, "
+        f"{details['workers']} loader processes, medians of {details['rounds']} rounds, {{hardware}}.",
         "",
-        "| JPEGs | images/s |",
-        "|---|---:|",
-        *(f"| {name} | {value:.0f} |" for name, value in found["images_per_second"].items()),
+        *figures("JPEGs", "images/s", "{value:.0f}", details["images_per_second"]),
         "",
-        f"Views differ from a CPU's by {found['grey_levels_from_cpu']['mean']:.2f} grey levels on average, "
-        f"{found['grey_levels_from_cpu']['largest']:.0f} at most.",
+        f"Views are {distance['mean']:.2f} gray levels from a CPU's on average, {distance['largest']:.0f} at most.",
     ]
-    return "\n".join(lines) + "\n"
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result in Markdown."""
-    found = result["details"]
-    lines = [
-        f"2 x 224 and 8 x 96 pixels from {found['images']} JPEGs of about {found['median_size'][1]} x "
-        f"{found['median_size'][0]}, one thread, medians of {found['rounds']} rounds, {result['hardware']}.",
+def table(details: dict[str, Any]) -> list[str]:
+    """The result of `on_cpu` in Markdown."""
+    return [
+        f"2 x 224 and 8 x 96 pixels from {details['images']} JPEGs of about {details['median_size'][1]} x "
+        f"{details['median_size'][0]}, one thread, medians of {details['rounds']} rounds, {{hardware}}.",
         "",
-        "| pipeline | images/s |",
-        "|---|---:|",
-        *(f"| {name} | {value:.1f} |" for name, value in found["images_per_second"].items()),
+        *figures("pipeline", "images/s", "{value:.1f}", details["images_per_second"]),
         "",
         *(
-            f"Ours, with floats, is {ratio['median']:.1f} times as fast as {name} ({ratio['lowest']:.1f} to "
-            f"{ratio['highest']:.1f})."
-            for name, ratio in found["times_as_fast"].items()
+            "Ours, with floats, is {median:.1f} times as fast as {} ({lowest:.1f} to {highest:.1f}).".format(name, **r)
+            for name, r in details["times_as_fast"].items()
         ),
         "",
-        "| stage | ms an image |",
-        "|---|---:|",
-        *(f"| {name} | {value:.2f} |" for name, value in found["milliseconds_by_stage"].items()),
+        *figures("stage", "ms an image", "{value:.2f}", details["milliseconds_by_stage"]),
     ]
-    return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Command line: see the docstring of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="Folder of JPEGs, of about 500 x 375 pixels.")
-    parser.add_argument("--count", type=int, default=100, help="How many of them, evenly spread (default: 100).")
-    parser.add_argument("--rounds", type=int, default=5, help="Rounds that count; one more warms up (default: 5).")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="Where crops are made.")
-    parser.add_argument("--workers", type=int, default=16, help="With cuda: processes of the loader (default: 16).")
-    parser.add_argument("--batch_size", type=int, default=128, help="With cuda: images of a batch (default: 128).")
-    parser.add_argument("--out", type=Path, help="Where to write OUT.json and OUT.md.")
-    arguments = parser.parse_args()
+def figures(head: str, unit: str, cell: str, values: dict[str, float]) -> list[str]:
+    """A table of two columns."""
+    return markdown({head: "{name}", unit: cell}, [{"name": k, "value": v} for k, v in values.items()])
+
+
+def measure(settings: Settings) -> None:
+    """Measure where --device says, and publish."""
+    device = on_device(settings.device)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     keep_freed_memory()  # as training on a CPU does; both sides have it
-    cuda = arguments.device == "cuda"
-    try:
-        if cuda:
-            count = max(arguments.count, 100 * arguments.batch_size)
-            details = measure_on_gpu(arguments.images, count, arguments.rounds, arguments.workers, arguments.batch_size)
-        else:
-            details = measure(arguments.images, arguments.count, arguments.rounds)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    about = provenance(arguments.device)
-    result = {"task": "benchmark", "protocol": "loader/2x224+8x96", "details": details, **about}
-    text = gpu_table(result) if cuda else table(result)
-    if arguments.out:
-        write_result(arguments.out, result, text)
-    print(text)
+    details = on_gpu(settings) if device.type == "cuda" else on_cpu(settings)
+    result = {"task": "benchmark", "protocol": "loader/2x224+8x96", "details": details}
+    publish(settings.out, result, gpu_table(details) if device.type == "cuda" else table(details), device)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: see the docstring of this file."""
+    cli.run(measure, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,16 @@ Communication is what each GPU sends, in rings. A ring of several nodes passes t
 rings use a node's eight network cards at once. Latency is left out, which at hundreds of GPUs it is not in practice.
 """
 
-import argparse
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from measuring import markdown, publish
 
-from skipless.common.files import write_result
-from skipless.common.provenance import provenance
+from skipless.common import cli
 from skipless.ssl.dino import DINOHead, DINOModel
 from skipless.ssl.model.vit import SIZES, VisionTransformer
 from skipless.ssl.optim.sharded import owners_of
@@ -201,8 +202,53 @@ def compute() -> dict[str, Any]:
     return result
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result for people, in Markdown."""
+def memory_table(models: dict[str, Any]) -> list[str]:
+    """GB on each GPU by model, without activations, and activations of an image."""
+    columns = {
+        "model": "{model}",
+        "parameters: backbone, head (M)": "{backbone_m:.0f}, {head_m:.0f}",
+        "DDP, AdamW": "{ddp_adamw:.1f}",
+        "DDP, SOAP": "{ddp_soap:.1f}",
+        **{f"FSDP2, {gpus} GPUs: AdamW, SOAP": f"{{fsdp_{gpus}:.1f}}, {{fsdp_{gpus}_soap:.1f}}" for gpus in GPUS},
+        "activations of an image": "{activations:.2f}",
+        "with checkpointing": "{checkpointed:.2f}",
+    }
+    rows = []
+    for name, row in models.items():
+        counted = row["counted"]
+        kept = {kind: counted[kind] for kind in ("activations", "checkpointed")}
+        gigabytes = {key: size / GB for key, size in (row["state_bytes"] | kept).items()}
+        millions = {"backbone_m": counted["backbone"] / 1e6, "head_m": counted["head"] / 1e6}
+        rows.append({"model": name, **millions, **gigabytes})
+    return markdown(columns, rows, len(columns))
+
+
+def step_table(models: dict[str, Any]) -> list[str]:
+    """Computing and sending of a step, by model and number of GPUs."""
+    head = ("model", "GPUs", "images a GPU", "computing, ms", "DDP: micro-batches", "GB sent", "ms",
+            "FSDP2: micro-batches", "GB sent", "ms")  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for name, row in models.items():
+        for gpus, step in row["steps"].items():
+            cells = [name, gpus, f"{step['images_per_gpu']:.0f}", f"{1000 * step['compute_seconds']:,.1f}"]
+            for sent in (step["ddp"], step["fsdp"]):
+                cells.append(str(sent["accumulate"] or "does not fit"))
+                cells += [f"{sent['sent_bytes'] / GB:.1f}", f"{1000 * sent['sent_seconds']:.1f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+@dataclass
+class Settings:
+    """Memory and communication, computed."""
+
+    out: Path = Path("results/speed/scaling")
+    """Result, without the ending."""
+
+
+def write(settings: Settings) -> None:
+    """Compute, and publish."""
+    result = {"task": "scaling", "measured": False, **compute()}
     lines = [
         "# Memory and communication of large runs: computed, not measured",
         "",
@@ -210,50 +256,22 @@ def table(result: dict[str, Any]) -> str:
         "",
         "GB on each GPU without activations, and activations of one image (ten crops):",
         "",
-        "| model | parameters: backbone, head (M) | DDP, AdamW | DDP, SOAP | "
-        + " | ".join(f"FSDP2, {gpus} GPUs: AdamW, SOAP" for gpus in GPUS)
-        + " | activations of an image | with checkpointing |",
-        "|---|---|---|---|" + "---|" * len(GPUS) + "---|---|",
-    ]
-    for name, row in result["models"].items():
-        counted, state = row["counted"], row["state_bytes"]
-        cells = [f"{counted['backbone'] / 1e6:.0f}, {counted['head'] / 1e6:.0f}"]
-        cells += [f"{state[kind] / GB:.1f}" for kind in ("ddp_adamw", "ddp_soap")]
-        cells += [f"{state[f'fsdp_{gpus}'] / GB:.1f}, {state[f'fsdp_{gpus}_soap'] / GB:.1f}" for gpus in GPUS]
-        cells += [f"{counted[kind] / GB:.2f}" for kind in ("activations", "checkpointed")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    assumed = result["assumed"]
-    lines += [
+        *memory_table(result["models"]),
         "",
-        f"A step of {assumed['images_per_step']:,} images with AdamW, without checkpointing, on GPUs of "
-        f"{assumed['gpu_gb']} GB that reach {100 * assumed['utilisation']:.0f} % of {assumed['peak_flops'] / 1e12:.0f} "
-        f"TFLOP/s, an assumption; {assumed['nvlink_gb_per_second']} GB/s a GPU in a node and "
-        f"{assumed['network_gb_per_second_and_gpu']} GB/s a GPU between nodes. Micro-batches are the fewest with which "
+        f"A step of {ASSUMED['images_per_step']:,} images with AdamW, without checkpointing, on GPUs of "
+        f"{ASSUMED['gpu_gb']} GB that reach {100 * ASSUMED['utilisation']:.0f} % of {ASSUMED['peak_flops'] / 1e12:.0f} "
+        f"TFLOP/s, an assumption; {ASSUMED['nvlink_gb_per_second']} GB/s a GPU in a node and "
+        f"{ASSUMED['network_gb_per_second_and_gpu']} GB/s a GPU between nodes. Micro-batches are the fewest with which "
         "it fits; sending is without overlap and without latency:",
         "",
-        "| model | GPUs | images a GPU | computing, ms | DDP: micro-batches | GB sent | ms | "
-        "FSDP2: micro-batches | GB sent | ms |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        *step_table(result["models"]),
     ]
-    for name, row in result["models"].items():
-        for gpus, step in row["steps"].items():
-            cells = [name, gpus, f"{step['images_per_gpu']:.0f}", f"{1000 * step['compute_seconds']:,.1f}"]
-            for sent in (step["ddp"], step["fsdp"]):
-                cells.append(str(sent["accumulate"] or "does not fit"))
-                cells += [f"{sent['sent_bytes'] / GB:.1f}", f"{1000 * sent['sent_seconds']:.1f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    publish(settings.out, result, lines, "cpu")
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/speed/scaling"), help="Result, without the ending.")
-    arguments = parser.parse_args()
-    result = {"task": "scaling", "measured": False, **provenance("cpu"), **compute()}
-    text = table(result)
-    write_result(arguments.out, result, text)
-    print(text)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: see the docstring of this file."""
+    cli.run(write, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

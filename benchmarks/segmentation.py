@@ -10,12 +10,10 @@
 Interleaved: every round takes the same images through both; medians over rounds.
 """
 
-import argparse
 import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,19 +21,34 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measuring import MeasuringSettings, interleaved, markdown, on_device, publish, ratio
 from PIL import Image
 from torchvision.transforms import v2
-from tqdm import tqdm
 
-from skipless.common.files import write_result
+from skipless.common import cli
 from skipless.common.hardware import keep_freed_memory
 from skipless.common.pixels import MEAN, STD
-from skipless.common.provenance import provenance
 from skipless.datasets.images import open_images
 from skipless.eval.backbones import Backbone, load_backbone
 from skipless.eval.dense.labels import predict
 from skipless.eval.features import extract
 from skipless.eval.metrics import confusion_matrix
+
+
+@dataclass(kw_only=True)
+class Settings(MeasuringSettings):
+    """Linear segmentation by stage."""
+
+    ckpt: str
+    """Whatever the evaluations take."""
+    images: Path
+    """A folder of images, without subfolders."""
+    count: int = 16
+    """Images a round."""
+    size: int = 448
+    """Side in pixels, a multiple of the patch."""
+    workers: int = 0
+    """Processes that read images for the library."""
 
 
 def plain_features(backbone: Backbone, paths: list[Path], size: int) -> None:
@@ -75,83 +88,61 @@ def our_prediction(logits: torch.Tensor, mask: torch.Tensor, classes: int) -> No
     confusion_matrix(mask, predict(logits, mask.shape), classes)
 
 
-def main() -> None:
-    """Command line: see the docstring of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="Whatever the evaluations take.")
-    parser.add_argument("--images", type=Path, required=True, help="A folder of images, without subfolders.")
-    parser.add_argument("--count", type=int, default=16, help="Images a round (default: 16).")
-    parser.add_argument("--size", type=int, default=448, help="Side in pixels, a multiple of the patch (default: 448).")
-    parser.add_argument("--rounds", type=int, default=5, help="Rounds that count; one more warms up (default: 5).")
-    parser.add_argument("--workers", type=int, default=0, help="Processes that read images for the library.")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--out", type=Path, help="Where to write OUT.json and OUT.md.")
-    arguments = parser.parse_args()
-    try:
-        backbone = load_backbone(arguments.ckpt).to(arguments.device)
-        images = open_images(arguments.images)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    if arguments.device == "cpu":
+def measure(settings: Settings) -> None:
+    """Time both stages, and publish."""
+    device = on_device(settings.device)
+    backbone = load_backbone(settings.ckpt).to(device)
+    images = open_images(settings.images)
+    if device.type == "cpu":
         keep_freed_memory()
-    paths = [images.root / images.names[i] for i in range(min(arguments.count, len(images)))]
+    paths = [images.root / images.names[i] for i in range(min(settings.count, len(images)))]
     torch.manual_seed(0)
-    stages: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
-        "features": (
-            partial(plain_features, backbone, paths, arguments.size),
-            partial(our_features, backbone, paths, arguments.size, arguments.workers),
-        )
+    ways: dict[str, Callable[[], None]] = {
+        "features, plain": partial(plain_features, backbone, paths, settings.size),
+        "features": partial(our_features, backbone, paths, settings.size, settings.workers),
     }
+
+    def repeated(way: Callable[..., None], *values: Any) -> None:
+        for _ in paths:
+            way(*values)
+
     for classes in (21, 150):
-        logits = torch.randn(classes, 28, 28, device=arguments.device)
-        mask = torch.randint(0, classes, (375, 500), dtype=torch.uint8, device=arguments.device)
-
-        def repeated(way: Callable[..., None], values: tuple[Any, ...] = (logits, mask, classes)) -> None:
-            for _ in paths:
-                way(*values)
-
-        stages[f"predictions, {classes} classes"] = (
-            partial(repeated, plain_prediction),
-            partial(repeated, our_prediction),
-        )
-    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in stages}
-    for number in tqdm(range(arguments.rounds + 1), desc="rounds"):
-        for name, ways in stages.items():
-            for way, times in zip(ways, seconds[name], strict=True):
-                began = time.perf_counter()
-                way()
-                if arguments.device == "cuda":
-                    torch.cuda.synchronize()
-                if number:
-                    times.append(time.perf_counter() - began)
-    about = provenance(torch.device(arguments.device))
-    lines = [
-        f"{backbone.path}, {len(paths)} images, squares of {arguments.size} pixels, on {about['hardware']}; medians of "
-        f"{arguments.rounds} rounds.",
-        "",
-        "| stage | plain, images/s | library, images/s | ratio |",
-        "|---|---:|---:|---:|",
-    ]
+        logits = torch.randn(classes, 28, 28, device=device)
+        mask = torch.randint(0, classes, (375, 500), dtype=torch.uint8, device=device)
+        stage = f"predictions, {classes} classes"
+        ways[f"{stage}, plain"] = partial(repeated, plain_prediction, logits, mask, classes)
+        ways[stage] = partial(repeated, our_prediction, logits, mask, classes)
+    seconds = interleaved(ways, settings.rounds, device)
     rows = []
-    for name, (plain, ours) in seconds.items():
-        ratios = [a / b for a, b in zip(plain, ours, strict=True)]
-        row = {
-            "stage": name,
-            "plain_images_per_second": len(paths) / statistics.median(plain),
-            "images_per_second": len(paths) / statistics.median(ours),
-            "ratio": statistics.median(ratios),
-            "range": [min(ratios), max(ratios)],
-        }
-        rows.append(row)
-        lines.append(
-            f"| {name} | {row['plain_images_per_second']:.1f} | {row['images_per_second']:.1f} | "
-            f"{row['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
+    for stage in (name for name in ways if f"{name}, plain" in ways):
+        speedup = ratio(seconds[f"{stage}, plain"], seconds[stage])
+        rows.append(
+            {
+                "stage": stage,
+                "plain_images_per_second": len(paths) / statistics.median(seconds[f"{stage}, plain"]),
+                "images_per_second": len(paths) / statistics.median(seconds[stage]),
+                "ratio": speedup["median"],
+                "range": [speedup["lowest"], speedup["highest"]],
+            }
         )
-    text = "\n".join(lines) + "\n"
-    if arguments.out:
-        write_result(arguments.out, {"task": "benchmark", "protocol": "segmentation", "details": rows, **about}, text)
-    print(text)
+    columns = {
+        "stage": "{stage}",
+        "plain, images/s": "{plain_images_per_second:.1f}",
+        "library, images/s": "{images_per_second:.1f}",
+        "ratio": "{ratio:.2f} ({range[0]:.2f} to {range[1]:.2f})",
+    }
+    lines = [
+        f"{backbone.path}, {len(paths)} images, squares of {settings.size} pixels, on {{hardware}}; medians of "
+        f"{settings.rounds} rounds.",
+        "",
+        *markdown(columns, rows),
+    ]
+    publish(settings.out, {"task": "benchmark", "protocol": "segmentation", "details": rows}, lines, device)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: see the docstring of this file."""
+    cli.run(measure, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -14,26 +14,25 @@
 The images are hard links to a few hundred different JPEGs of 64 x 64 pixels, in a hundred class folders.
 """
 
-import argparse
 import multiprocessing
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
+from measuring import markdown, publish, timed
 from torch.utils.data import DataLoader
 
-from skipless.common.files import write_result
-from skipless.common.provenance import provenance
+from skipless.common import cli
 from skipless.datasets.images import ImageSource, open_images
 from skipless.datasets.storage.packing import write_shards
 from skipless.ssl.data.crops import CropDataset, Crops, collate
@@ -43,39 +42,62 @@ DISTINCT, CLASSES, EPOCHS, BATCH = 300, 100, 3, 64
 CROPS = Crops(global_crops_size=32, local_crops_number=0)
 
 
-def make_sources(root: Path, count: int) -> tuple[dict[str, Path], dict[str, float]]:
-    """Where each source lies, and the seconds it took to make."""
+@dataclass
+class Settings:
+    """Start-up and memory."""
+
+    images: int = 100_000
+    """How many there are, at least 200."""
+    sample: int = 10_000
+    """Images an epoch of the memory test."""
+    workers: int = 2
+    """Processes that load."""
+    repeats: int = 5
+    """Rounds of the start-up test."""
+    folder: Path | None = None
+    """Where the images are made, and deleted again; by default in the system's folder for temporary files. They need
+    about 7 kB each."""
+    out: Path = Path("results/speed/start_up")
+    """Result, .json and .md."""
+
+
+def make_folder(root: Path, count: int) -> None:
+    """Class folders of `count` links to a few hundred JPEGs."""
     rng = np.random.default_rng(0)
-    folder, distinct, seconds = root / "folder", root / "distinct", {}
-    began = time.perf_counter()
+    distinct = root / "distinct"
     distinct.mkdir()
     for number in range(DISTINCT):
         small = rng.integers(0, 256, (8, 8, 3), np.uint8)
         picture = cv2.resize(small, (64, 64), interpolation=cv2.INTER_CUBIC)
         cv2.imwrite(str(distinct / f"{number}.jpg"), picture)
     for number in range(count):
-        path = folder / f"class_{number % CLASSES:03}" / f"image_{number:08}.jpg"
+        path = root / "folder" / f"class_{number % CLASSES:03}" / f"image_{number:08}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         original = distinct / f"{number % DISTINCT}.jpg"
         try:
             os.link(original, path)
         except OSError:  # a file system without hard links, or with few of them
             shutil.copyfile(original, path)
-    seconds["folder"] = time.perf_counter() - began
-    began = time.perf_counter()
-    source = open_images(folder)
-    with zipfile.ZipFile(root / "images.zip", "w") as archive:
-        for name in source.names:
-            archive.write(folder / name, name)
-    seconds["zip"] = time.perf_counter() - began
-    began = time.perf_counter()
-    write_shards(source, root / "shards", shard_size=20_000_000, workers=1)  # others would import PyTorch first
-    seconds["shards"] = time.perf_counter() - began
+
+
+def make_sources(root: Path, count: int) -> tuple[dict[str, Path], dict[str, float]]:
+    """Where each source lies, and the seconds it took to make."""
+
+    def pack_zip() -> None:
+        with zipfile.ZipFile(root / "images.zip", "w") as archive:
+            for name in open_images(root / "folder").names:
+                archive.write(root / "folder" / name, name)
+
+    def pack_shards() -> None:  # with one worker: others would import PyTorch first
+        write_shards(open_images(root / "folder"), root / "shards", shard_size=20_000_000, workers=1)
+
+    makers = {"folder": lambda: make_folder(root, count), "zip": pack_zip, "shards": pack_shards}
+    seconds = {name: timed(make, torch.device("cpu"))[1] for name, make in makers.items()}
     (root / "tars").mkdir()
     for tar in (root / "shards").glob("*.tar"):
         shutil.copyfile(tar, root / "tars" / tar.name)
-    sources = {"folder": folder, "zip": root / "images.zip", "shards": root / "shards", "tars": root / "tars"}
-    return sources, seconds
+    names = {"folder": "folder", "zip": "images.zip", "shards": "shards", "tars": "tars"}
+    return {name: root / place for name, place in names.items()}, seconds
 
 
 def load(images: ImageSource, batches: list[list[tuple[int, int]]], workers: int) -> Iterator[dict[str, Any]]:
@@ -119,110 +141,101 @@ def memory_of_epochs(images: ImageSource, sample: int, workers: int) -> dict[str
     """Memory of the workers when each epoch's first batch has arrived, and its last."""
     epochs = [keys(len(images), sample, epoch) for epoch in range(EPOCHS)]
     batches = load(images, [batch for epoch in epochs for batch in epoch], workers)
-    found: dict[str, Any] = {"epochs": []}
+    memory: dict[str, Any] = {"epochs": []}
     began = time.perf_counter()
     for epoch in epochs:
         next(batches)
         start = memory_mb()
         for _ in range(len(epoch) - 1):
             next(batches)
-        found["epochs"].append({"start": start, "end": memory_mb()})
-    found["images a second"] = EPOCHS * sample / (time.perf_counter() - began)
-    first, last = found["epochs"][0], found["epochs"][-1]["end"]
-    found["growth"] = {kind: last[kind] - first["start"][kind] for kind in ("pss", "private")}
+        memory["epochs"].append({"start": start, "end": memory_mb()})
+    memory["images a second"] = EPOCHS * sample / (time.perf_counter() - began)
+    first, last = memory["epochs"][0], memory["epochs"][-1]["end"]
+    memory["growth"] = {kind: last[kind] - first["start"][kind] for kind in ("pss", "private")}
     # The first epoch fills the allocator's and the decoder's buffers.
-    found["growth after the first epoch"] = {kind: last[kind] - first["end"][kind] for kind in ("pss", "private")}
-    return found
+    memory["growth after the first epoch"] = {kind: last[kind] - first["end"][kind] for kind in ("pss", "private")}
+    return memory
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> list[str]:
     """The result for people, in Markdown."""
     settings = result["settings"]
-    lines = [
+    seconds = [
+        {"source": source}
+        | {
+            name.replace(" ", "_"): f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+            for name, values in row.items()
+        }
+        for source, row in result["start_up"].items()
+    ]
+    memory = []
+    for source, row in result["memory"].items():
+        pss = [row["epochs"][0]["start"]["pss"], *(epoch["end"]["pss"] for epoch in row["epochs"])]
+        growth = [row[key]["private"] for key in ("growth", "growth after the first epoch")]
+        memory.append({"source": source, "pss": pss, "growth": growth, "speed": row["images a second"]})
+    starts = {"source": "{source}", "seconds to list": "{open_images}", "to the first batch": "{first_batch}"}
+    columns = {
+        "source": "{source}", "start": "{pss[0]:.1f}", "end 1": "{pss[1]:.1f}", "end 2": "{pss[2]:.1f}",
+        "end 3": "{pss[3]:.1f}", "private, growth": "{growth[0]:+.1f}", "after epoch 1": "{growth[1]:+.1f}",
+        "images a second": "{speed:.0f}",
+    }  # fmt: skip
+    made = ", ".join(f"{name} {value:.1f}" for name, value in result["seconds to make"].items())
+    return [
         f"# Start-up and memory: {settings['images']:,} small images",
         "",
-        f"{result['hardware']}; {settings['workers']} forked workers, batches of {BATCH}; files in the page cache. "
+        f"{{hardware}}; {settings['workers']} forked workers, batches of {BATCH}; files in the page cache. "
         f"Medians of {settings['repeats']} rounds in which the sources take turns, least to most in brackets.",
         "",
-        "| source | seconds to list | to the first batch |",
-        "|---|---|---|",
-    ]
-    for name, row in result["start_up"].items():
-        cells = (f"{statistics.median(row[key]):.2f} ({min(row[key]):.2f} to {max(row[key]):.2f})" for key in row)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += [
+        *markdown(starts, seconds),
         "",
         f"Memory of the workers together in MiB, three epochs over {settings['sample']:,} of the images: proportional "
         "set size at the start of the first epoch and at the end of each; growth of the private pages over all three, "
         "and over the last two.",
         "",
-        "| source | start | end 1 | end 2 | end 3 | private, growth | after epoch 1 | images a second |",
-        "|---|---|---|---|---|---|---|---|",
+        *markdown(columns, memory),
+        "",
+        f"Seconds to make: {made}.",
     ]
-    for name, row in result["memory"].items():
-        ends = [row["epochs"][0]["start"]["pss"], *(epoch["end"]["pss"] for epoch in row["epochs"])]
-        growth = [row[key]["private"] for key in ("growth", "growth after the first epoch")]
-        lines.append(
-            f"| {name} | {' | '.join(f'{mb:.1f}' for mb in ends)} | {growth[0]:+.1f} | {growth[1]:+.1f} | "
-            f"{row['images a second']:.0f} |"
-        )
-    made = ", ".join(f"{name} {seconds:.1f}" for name, seconds in result["seconds to make"].items())
-    return "\n".join([*lines, "", f"Seconds to make: {made}.", ""])
 
 
-def main() -> None:
-    """Command line: see the docstring of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=100_000, help="How many there are, at least 200.")
-    parser.add_argument("--sample", type=int, default=10_000, help="Images an epoch of the memory test.")
-    parser.add_argument("--workers", type=int, default=2, help="Processes that load.")
-    parser.add_argument("--repeats", type=int, default=5, help="Rounds of the start-up test.")
-    parser.add_argument("--folder", type=Path, help="Where the images are made, and deleted again; by default in the "
-                        "system's folder for temporary files. They need about 7 kB each.")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("results/speed/start_up"), help="Result, .json and .md.")
-    arguments = parser.parse_args()
-    try:
-        if arguments.images < 200 or min(arguments.workers, arguments.repeats) < 1:
-            raise ValueError("--images must be at least 200, --workers and --repeats at least 1")
-        if not BATCH <= arguments.sample <= arguments.images:
-            raise ValueError(f"--sample must be {BATCH} to --images")
-        if not Path("/proc/self/smaps_rollup").exists():
-            raise ValueError("this needs Linux, whose /proc says what memory processes share")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def measure(settings: Settings) -> None:
+    """Make the images, measure, and publish."""
+    if settings.images < 200 or min(settings.workers, settings.repeats) < 1:
+        raise ValueError("--images must be at least 200, --workers and --repeats at least 1")
+    if not BATCH <= settings.sample <= settings.images:
+        raise ValueError(f"--sample must be {BATCH} to --images")
+    if not Path("/proc/self/smaps_rollup").exists():
+        raise ValueError("this needs Linux, whose /proc says what memory processes share")
     began = time.perf_counter()
     seconds: dict[str, dict[str, list[float]]] = {}
-    with tempfile.TemporaryDirectory(prefix="start-up-", dir=arguments.folder) as folder:
-        sources, made = make_sources(Path(folder), arguments.images)
-        for _ in range(arguments.repeats):
+    with tempfile.TemporaryDirectory(prefix="start-up-", dir=settings.folder) as folder:
+        sources, made = make_sources(Path(folder), settings.images)
+        for _ in range(settings.repeats):
             for name, path in sources.items():
-                for key, value in start_up(path, arguments.workers).items():
+                for key, value in start_up(path, settings.workers).items():
                     seconds.setdefault(name, {}).setdefault(key, []).append(value)
-        memory = {}
-        for name, path in sources.items():
-            memory[name] = memory_of_epochs(open_images(path), arguments.sample, arguments.workers)
+        memory = {
+            name: memory_of_epochs(open_images(path), settings.sample, settings.workers)
+            for name, path in sources.items()
+        }
         images = open_images(sources["folder"])
         as_list = replace(images, names=list(images.names))  # type: ignore[arg-type]
-        memory["control: names as a list of str"] = memory_of_epochs(as_list, arguments.sample, arguments.workers)
+        memory["control: names as a list of str"] = memory_of_epochs(as_list, settings.sample, settings.workers)
+    kept = {name: value for name, value in asdict(settings).items() if name not in ("folder", "out")}
     result = {
         "task": "start-up and memory",
-        "settings": {
-            "images": arguments.images,
-            "sample": arguments.sample,
-            "workers": arguments.workers,
-            "repeats": arguments.repeats,
-            "epochs": EPOCHS,
-            "batch": BATCH,
-        },
-        **provenance("cpu"),
+        "settings": {**kept, "epochs": EPOCHS, "batch": BATCH},
         "start_up": seconds,
         "memory": memory,
         "seconds to make": made,
         "seconds": time.perf_counter() - began,
     }
-    write_result(arguments.out, result, table(result))
-    print(table(result))
+    publish(settings.out, result, table(result), "cpu")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: see the docstring of this file."""
+    cli.run(measure, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

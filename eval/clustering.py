@@ -36,11 +36,10 @@ from tqdm import tqdm
 
 from skipless.common import cli
 from skipless.common.distributed import gather_objects, rank, world_size
-from skipless.datasets.labels.counts import COUNTS
 from skipless.datasets.labels.masks import SegmentationSet
 from skipless.eval.dense.data import SplitSettings, described, open_split, square_features
-from skipless.eval.dense.report import choose_shown, draw, protocol_id, report
-from skipless.eval.evaluation import FeatureSettings, announce, finish, prepare
+from skipless.eval.dense.report import choose_shown, finish_segmentation, protocol_id
+from skipless.eval.evaluation import FeatureSettings, announce, prepare
 from skipless.eval.features import Features
 from skipless.eval.metrics import segmentation_scores
 from skipless.eval.neighbors import require_faiss
@@ -83,7 +82,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     clusters = classes if settings.clusters is None else settings.clusters
     if clusters < classes:
         raise ValueError(f"clusters is {clusters}, fewer than the {classes} classes of {val.name}; give more")
-    size = max(settings.size // patch, 1) * patch
+    size = context.backbone.multiple_below(settings.size)
     if clusters > (count := len(val) * (size // patch) ** 2):
         raise ValueError(f"clusters is {clusters}, and {val.name} {val.split} has {count:,} patches of {size} pixels")
     changed = {} if settings.size == Settings.size else {"size": [Settings.size, settings.size]}
@@ -129,10 +128,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         details["every_block"] = [
             {"block": choice[0] + 1, **mean} for choice, mean in zip(context.choices, means, strict=True)
         ]
-    to_text = partial(report, how=how(details), published="published")
-    files = {"pictures.png": partial(draw, val, predictions)}
-    official = COUNTS.get((val.name, val.split))
-    return finish(context, protocol, val, "mIoU", means[-1]["miou"], details, to_text, files, official)
+    miou = means[-1]["miou"]
+    return finish_segmentation(context, protocol, val, miou, details, predictions, how(details), "published")
 
 
 def standardized_components(features: Features, blocks: Sequence[int]) -> np.ndarray:

@@ -184,10 +184,28 @@ def finish(
         files: functions that write further files, by the files' names.
         official: images of the whole split, where that is known.
     """
-    result = result_of(
-        context.task, protocol, images.name, images.split, len(images), metric, value, details, context.backbone,
-        context.recorded, context.recorded["seed"], time.perf_counter() - context.began, context.device, official,
-    )  # fmt: skip
+    backbone, about = context.backbone, ("path", "sha256", "architecture", "family", "mean", "std")
+    if backbone.precision == "bf16":
+        published, changed, _ = protocol.partition(" (changed)")
+        protocol = f"{published}/bf16{changed}"
+    result = {
+        "task": context.task,
+        "protocol": protocol,
+        "dataset": images.name,
+        "split": images.split,
+        "images": len(images),
+        "official_images": official,
+        "metric": metric,
+        "value": value,
+        "details": details,
+        "checkpoint": {name: getattr(backbone, name) for name in about},
+        "precision": backbone.described_precision,
+        "settings": context.recorded,
+        "seed": context.recorded["seed"],
+        "seconds": round(time.perf_counter() - context.began, 1),
+        "processes": distributed.world_size(),
+        **provenance(context.device),
+    }
     if context.first:
         text = report(result)
         files = files or {}
@@ -206,47 +224,6 @@ def finish(
 def name_blocks(choice: tuple[int, ...]) -> str:
     """Blocks as they stand in a figure's id."""
     return "blocks-" + "-".join(str(block + 1) for block in choice)
-
-
-def result_of(
-    task: str,
-    protocol: str,
-    dataset: str,
-    split: str,
-    images: int,
-    metric: str | None,
-    value: float | None,
-    details: dict[str, Any],
-    backbone: Backbone,
-    recorded: dict[str, Any],
-    seed: int,
-    seconds: float,
-    device: torch.device,
-    official: int | None = None,
-) -> dict[str, Any]:
-    """The content of a result file; see `finish`."""
-    if backbone.precision == "bf16":
-        published, changed, _ = protocol.partition(" (changed)")
-        protocol = f"{published}/bf16{changed}"
-    about = ("path", "sha256", "architecture", "family", "mean", "std")
-    return {
-        "task": task,
-        "protocol": protocol,
-        "dataset": dataset,
-        "split": split,
-        "images": images,
-        "official_images": official,
-        "metric": metric,
-        "value": value,
-        "details": details,
-        "checkpoint": {name: getattr(backbone, name) for name in about},
-        "precision": backbone.described_precision,
-        "settings": recorded,
-        "seed": seed,
-        "seconds": round(seconds, 1),
-        "processes": distributed.world_size(),
-        **provenance(device),
-    }
 
 
 def keep_other_result(path: Path, settings: dict[str, Any]) -> None:

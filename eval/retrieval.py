@@ -30,7 +30,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -41,13 +40,12 @@ from tqdm import tqdm
 from skipless.common import cli
 from skipless.common.distributed import rank, world_size
 from skipless.common.provenance import host_memory
-from skipless.datasets.labels.counts import COUNTS
 from skipless.datasets.labels.masks import SegmentationSet
 from skipless.eval.dense.data import DataSettings, described, open_split, square_features
 from skipless.eval.dense.labels import predict, read_label_shares
 from skipless.eval.dense.outcome import Tally, figures
-from skipless.eval.dense.report import choose_shown, draw, protocol_id, report
-from skipless.eval.evaluation import FeatureSettings, announce, finish, prepare
+from skipless.eval.dense.report import choose_shown, finish_segmentation, protocol_id
+from skipless.eval.evaluation import FeatureSettings, announce, prepare
 from skipless.eval.features import Features
 from skipless.eval.neighbors import require_faiss, unit
 
@@ -94,9 +92,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     context = prepare(settings, "retrieval")
     train = open_split(settings.data, settings.data.train_split or default_train_split(settings.data.name))
     val = open_split(settings.data, settings.data.split)
-    patch, device = context.backbone.patch, context.device
-    size = max(settings.size // patch, 1) * patch
-    per_image = min(settings.memory_size // len(train), (size // patch) ** 2)
+    device, size = context.device, context.backbone.multiple_below(settings.size)
+    per_image = min(settings.memory_size // len(train), (size // context.backbone.patch) ** 2)
     if per_image < 1:
         raise ValueError(f"memory-size is {settings.memory_size}: give one or more for each of {len(train):,} images")
     on_gpu = device.type == "cuda" and getattr(faiss, "get_num_gpus", lambda: 0)() > 0
@@ -138,10 +135,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     miou, details = figures(context, outcome, val.classes)
     how = f"memory of {len(labels):,} patches of {len(train):,} images ({train.split}), "
     how += f"{details['neighbours']} neighbors, search {name}"
-    files = {"pictures.png": partial(draw, val, outcome.predictions)}
-    official = COUNTS.get((val.name, val.split))
-    to_text = partial(report, how=how, published="published")
-    return finish(context, protocol, val, "mIoU", miou, details, to_text, files, official)
+    return finish_segmentation(context, protocol, val, miou, details, outcome.predictions, how, "published")
 
 
 def choose_patches(

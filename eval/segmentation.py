@@ -20,19 +20,17 @@ command.
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from skipless.common import cli
 from skipless.common.settings import flat, plain
-from skipless.datasets.labels.counts import COUNTS
 from skipless.eval.dense.data import DataSettings, described, open_split
 from skipless.eval.dense.outcome import figures
 from skipless.eval.dense.quick import QuickSettings, quick
-from skipless.eval.dense.report import choose_shown, draw, protocol_id, report
+from skipless.eval.dense.report import choose_shown, finish_segmentation, protocol_id
 from skipless.eval.dense.training import TrainingSettings, train_and_evaluate
-from skipless.eval.evaluation import FeatureSettings, announce, finish, prepare
+from skipless.eval.evaluation import FeatureSettings, announce, prepare
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs" / "segmentation"
 
@@ -88,9 +86,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     how = f"trained on {details['train_images']:,} images"
     if "held_out_images" in details:
         how += f" ({details['held_out_images']:,} more chose the learning rate)"
-    files = {"pictures.png": partial(draw, val, outcome.predictions)}
-    official = COUNTS.get((val.name, val.split))
-    return finish(context, protocol, val, "mIoU", miou, details, partial(report, how=how), files, official)
+    return finish_segmentation(context, protocol, val, miou, details, outcome.predictions, how)
 
 
 def changed_settings(settings: Settings) -> dict[str, list[Any]]:

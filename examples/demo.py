@@ -6,13 +6,14 @@ tables, a PCA picture, and a page to open in a browser.
 Run again, it continues where it was interrupted; delete the folder to start afresh.
 """
 
-import argparse
 import contextlib
 import io
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -28,8 +29,9 @@ from skipless.datasets.images import open_images
 from skipless.datasets.synthetic.dataset import write_scenes
 from skipless.eval.backbones import Backbone, load_backbone
 from skipless.eval.figures.pca import pca_colors
-from skipless.eval.report import DiscoveryData, SegmentationData, Settings, make_report
-from skipless.ssl.config import Settings as TrainingSettings
+from skipless.eval.report import DiscoveryData, SegmentationData, make_report
+from skipless.eval.report import Settings as ReportSettings
+from skipless.ssl.config import Settings as Pretraining
 from skipless.ssl.model.build import build_backbone
 from skipless.ssl.run.checkpoints import export_backbone
 
@@ -37,11 +39,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PICTURES = 8
 
 
-def main() -> None:
+@dataclass
+class Settings:
+    """The demo."""
+
+    out: Path = Path("demo")
+    """Folder for everything the demo writes."""
+
+
+def demo(settings: Settings) -> None:
     """Scenes, training, tables, PCA picture, page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="Folder for everything the demo writes.")
-    out: Path = parser.parse_args().out
+    out = settings.out
     began = time.perf_counter()
 
     print(f"1/3 synthetic scenes -> {out / 'scenes'}", flush=True)
@@ -49,13 +57,9 @@ def main() -> None:
 
     print("\n2/3 pretraining a skipless ViT with DINO; no label is used", flush=True)
     run = out / "run"
-    arguments = [
-        f"--config={ROOT / 'configs' / 'demo.yaml'}",
-        f"--data.path={out / 'scenes' / 'train'}",
-        f"--out={run}",
-    ]
+    words = [f"--config={ROOT / 'configs/demo.yaml'}", f"--data.path={out / 'scenes/train'}", f"--out={run}"]
     if not (run / "backbone.json").exists():
-        command = [sys.executable, str(ROOT / "ssl" / "pretrain.py"), *arguments, "--resume"]
+        command = [sys.executable, str(ROOT / "ssl" / "pretrain.py"), *words, "--resume"]
         # In a session of its own: Ctrl-C reaches it as our SIGTERM, on which it saves a checkpoint.
         process = subprocess.Popen(command, start_new_session=True)
         try:
@@ -70,19 +74,19 @@ def main() -> None:
             sys.exit("interrupted: the same command continues")
 
     print("\n3/3 what it learned, on held-out scenes", flush=True)
-    settings = cli.parse(TrainingSettings, arguments)
-    settings.resume = False  # from the start
-    torch.manual_seed(settings.seed)
+    recipe = cli.parse(Pretraining, words)
+    recipe.resume = False  # from the start
+    torch.manual_seed(recipe.seed)
     # The very weights that training started from.
     (out / "untrained").mkdir(exist_ok=True)
     images = open_images(out / "scenes" / "train")
-    start = build_backbone(settings.model, settings.crops.global_crops_size, settings.seed, images)
+    start = build_backbone(recipe.model, recipe.crops.global_crops_size, recipe.seed, images)
     export_backbone(out / "untrained", start, {})
     backbones = {name: load_backbone(folder) for name, folder in (("untrained", out / "untrained"), ("trained", run))}
     picture = out / "pca.png"
     draw_pca(out / "scenes" / "val", backbones, picture)
     page = make_page(out, run)
-    print_knn(run, settings.monitor.k)
+    print_knn(run, recipe.monitor.k)
     print_dense(out)
     print(f"PCA picture: {picture}\npage:        {page}   (open it in a browser)")
     print(f"backbone:    {run / 'backbone.safetensors'}\nmetrics:     {run / 'metrics.jsonl'}")
@@ -104,7 +108,7 @@ def print_knn(run: Path, k: int) -> None:
 
 def make_page(out: Path, run: Path) -> Path:
     """Measure both backbones as the evaluations do, and write the page that compares them."""
-    settings = Settings(
+    settings = ReportSettings(
         ckpt=(str(out / "untrained"), str(run)),
         names=("untrained", "trained"),
         out=str(out / "report"),
@@ -155,6 +159,11 @@ def draw_pca(folder: Path, backbones: dict[str, Backbone], path: Path) -> None:
     figure.tight_layout(pad=0.3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: see the docstring of this file."""
+    cli.run(demo, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ optimizer in --arms and --optimizers, and the table says how many bits a byte co
 block is the vision model's: its attention sees the past alone, and nothing else differs.
 """
 
-import argparse
 import math
 import sysconfig
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from skipless.common import cli
 from skipless.common.files import write_result
 from skipless.common.provenance import provenance
 from skipless.ssl.model.initialization import PRESETS, skipless_init_
@@ -38,6 +40,52 @@ ARMS: dict[str, tuple[bool, dict[str, Any] | None]] = {
     "skipless small, beta 12": (False, PRESETS["small"] | {"beta": 12.0}),
 }
 BYTES = 256
+Arm = Literal["residual", "skipless default", "skipless paper", "skipless small", "skipless small, beta 12"]
+Optimizer = Literal["adamw", "soap"]
+
+
+@dataclass
+class Settings:
+    """The language models. Raises ValueError for values that do not go together."""
+
+    arms: tuple[Arm, ...] = get_args(Arm)
+    """Models to train."""
+    optimizers: tuple[Optimizer, ...] = ("adamw", "soap")
+    """One run each."""
+    dim: int = 128
+    """Width."""
+    depth: int = 8
+    """Blocks."""
+    heads: int = 4
+    """Attention heads."""
+    context: int = 128
+    """Bytes that a prediction can look back on."""
+    batch: int = 32
+    """Pieces of text a step."""
+    steps: int = 600
+    """Optimizer steps."""
+    bytes: int = 4_000_000
+    """Text, at most."""
+    lr_adamw: float = 1e-3
+    """Peak learning rate of AdamW."""
+    lr_soap: float = 3e-3
+    """Peak learning rate of SOAP."""
+    seed: int = 0
+    """Of weights and batches."""
+    out: Path = Path("runs/language_model")
+    """Result, .json and .md."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "depth", "heads", "context", "batch", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}: it must be 1 or more")
+        for name in ("lr_adamw", "lr_soap"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive")
+        if self.seed < 0:
+            raise ValueError(f"--seed is {self.seed}: it must be 0 or more")
+        if self.dim % self.heads:
+            raise ValueError(f"--dim {self.dim} is not divisible by --heads {self.heads}")
 
 
 class CausalAttention(nn.Module):
@@ -124,41 +172,39 @@ def last_block(model: LanguageModel, text: Tensor, context: int) -> dict[str, fl
     return {"mean_share": float(mean_share(tokens).mean()), "effective_rank": float(effective_rank(tokens).mean())}
 
 
-def train_arm(
-    arm: str, optimizer_name: str, train: Tensor, val: Tensor, arguments: argparse.Namespace
-) -> dict[str, Any]:
+def train_arm(arm: Arm, optimizer_name: Optimizer, train: Tensor, val: Tensor, settings: Settings) -> dict[str, Any]:
     """Train one model and measure it before, on the way and after."""
     residual, initialization = ARMS[arm]
-    torch.manual_seed(arguments.seed)
-    model = LanguageModel(arguments.dim, arguments.depth, arguments.heads, arguments.context, residual)
+    torch.manual_seed(settings.seed)
+    model = LanguageModel(settings.dim, settings.depth, settings.heads, settings.context, residual)
     if initialization is not None:
-        skipless_init_(model, **initialization, seed=arguments.seed)
-    peak = {"adamw": arguments.lr_adamw, "soap": arguments.lr_soap}[optimizer_name]
+        skipless_init_(model, **initialization, seed=settings.seed)
+    peak = {"adamw": settings.lr_adamw, "soap": settings.lr_soap}[optimizer_name]
     optimizer = make_optimizer(model, OptimizerSettings(name=optimizer_name, lr=peak, max_precondition_dim=1024))
-    rng = np.random.default_rng(arguments.seed)
+    rng = np.random.default_rng(settings.seed)
     began = time.perf_counter()
-    start = {"bits_per_byte": bits_per_byte(model, val, arguments.context), **last_block(model, val, arguments.context)}
+    start = {"bits_per_byte": bits_per_byte(model, val, settings.context), **last_block(model, val, settings.context)}
     curve = []
-    warmup = arguments.steps // 20
-    with tqdm(range(1, arguments.steps + 1), desc=f"{arm}, {optimizer_name}", unit="step") as progress:
+    warmup = settings.steps // 20
+    with tqdm(range(1, settings.steps + 1), desc=f"{arm}, {optimizer_name}", unit="step") as progress:
         for step in progress:
-            first = torch.from_numpy(rng.integers(0, len(train) - arguments.context - 1, arguments.batch))
-            pieces = train[first[:, None] + torch.arange(arguments.context + 1)].long()
+            first = torch.from_numpy(rng.integers(0, len(train) - settings.context - 1, settings.batch))
+            pieces = train[first[:, None] + torch.arange(settings.context + 1)].long()
             loss = F.cross_entropy(model(pieces[:, :-1]).flatten(0, 1), pieces[:, 1:].flatten())
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            set_rates(optimizer, cosine(step - 1, arguments.steps, peak, 0.0, warmup), 0.04, False)
+            set_rates(optimizer, cosine(step - 1, settings.steps, peak, 0.0, warmup), 0.04, False)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if step % max(arguments.steps // 8, 1) == 0 or step == arguments.steps:
-                curve.append({"step": step, "bits_per_byte": bits_per_byte(model, val, arguments.context)})
+            if step % max(settings.steps // 8, 1) == 0 or step == settings.steps:
+                curve.append({"step": step, "bits_per_byte": bits_per_byte(model, val, settings.context)})
                 progress.set_postfix(bits=f"{curve[-1]['bits_per_byte']:.3f}")
     return {
         "arm": arm,
         "optimizer": optimizer_name,
         "lr": peak,
         "start": start,
-        "end": {**curve[-1], **last_block(model, val, arguments.context)},
+        "end": {**curve[-1], **last_block(model, val, settings.context)},
         "curve": curve,
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -180,62 +226,35 @@ def table(arms: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of the description, and names defaults."""
-
-
-def main() -> None:
-    """Command line: see the docstring of this file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="Models to train.")
-    parser.add_argument(
-        "--optimizers", nargs="+", choices=["adamw", "soap"], default=["adamw", "soap"], help="One run each."
-    )
-    parser.add_argument("--dim", type=int, default=128, help="Width.")
-    parser.add_argument("--depth", type=int, default=8, help="Blocks.")
-    parser.add_argument("--heads", type=int, default=4, help="Attention heads.")
-    parser.add_argument("--context", type=int, default=128, help="Bytes that a prediction can look back on.")
-    parser.add_argument("--batch", type=int, default=32, help="Pieces of text a step.")
-    parser.add_argument("--steps", type=int, default=600, help="Optimizer steps.")
-    parser.add_argument("--bytes", type=int, default=4_000_000, help="Text, at most.")
-    parser.add_argument("--lr-adamw", type=float, default=1e-3, help="Peak learning rate of AdamW.")
-    parser.add_argument("--lr-soap", type=float, default=3e-3, help="Peak learning rate of SOAP.")
-    parser.add_argument("--seed", type=int, default=0, help="Of weights and batches.")
-    parser.add_argument("--out", type=Path, default=Path("runs/language_model"), help="Result, .json and .md.")
-    arguments = parser.parse_args()
-    for name in ("dim", "depth", "heads", "context", "batch", "steps"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} is {getattr(arguments, name)}: it must be 1 or more")
-    for name in ("lr_adamw", "lr_soap"):
-        if not 0 < getattr(arguments, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: it must be positive")
-    if arguments.seed < 0:
-        parser.error(f"--seed is {arguments.seed}: it must be 0 or more")
-    if arguments.dim % arguments.heads:
-        parser.error(f"--dim {arguments.dim} is not divisible by --heads {arguments.heads}")
-    train, val = standard_library(arguments.bytes)
-    if len(val) < 33 * arguments.context:
-        parser.error(f"--bytes {arguments.bytes} leaves too little text to validate on: give more")
+def compare(settings: Settings) -> None:
+    """Train all arms with all optimizers, and write the table after every one."""
+    train, val = standard_library(settings.bytes)
+    if len(val) < 33 * settings.context:
+        raise ValueError(f"--bytes {settings.bytes} leaves too little text to validate on: give more")
     print(f"{len(train):,} bytes to train on, {len(val):,} to validate; a byte of them costs 8 bits uncompressed")
     began = time.perf_counter()
     arms: list[dict[str, Any]] = []
-    settings = {k: v for k, v in vars(arguments).items() if k != "out"}
-    for optimizer in arguments.optimizers:
-        for arm in arguments.arms:
-            arms.append(train_arm(arm, optimizer, train, val, arguments))
+    for optimizer in settings.optimizers:
+        for arm in settings.arms:
+            arms.append(train_arm(arm, optimizer, train, val, settings))
             result = {
                 "task": "language model",
                 "protocol": "stdlib-bytes",
                 "metric": "bits per byte",
                 "arms": arms,
-                "settings": settings,
-                "seed": arguments.seed,
+                "settings": {name: value for name, value in asdict(settings).items() if name != "out"},
+                "seed": settings.seed,
                 "seconds": round(time.perf_counter() - began, 1),
                 **provenance("cpu"),
             }
             # After every arm, so that an interruption costs one arm.
-            write_result(arguments.out, result, table(arms))
+            write_result(settings.out, result, table(arms))
     print("\n" + table(arms))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: see the docstring of this file."""
+    cli.run(compare, Settings, __doc__, arguments)
 
 
 if __name__ == "__main__":

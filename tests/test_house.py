@@ -19,20 +19,11 @@ LIBRARY_TOO = {"skipless.eval.report"}
 # What does not hold yet. These lists only shrink.
 CIRCLES: set[str] = set()
 FOR_TYPE_CHECKING: set[str] = set()
-IMPORTS_A_COMMAND: set[str] = {
-    "benchmarks/step_profile.py: train_step",
-}
+IMPORTS_A_COMMAND: set[str] = set()
 TAKES_A_PRIVATE_NAME: set[str] = {
-    "benchmarks/discovery.py: _box",
-    "benchmarks/discovery.py: _component",
-    "benchmarks/discovery.py: _similar",
     "datasets/storage/huggingface.py: _fingerprint",
 }
-LONG_OR_DEEP: set[str] = {
-    "benchmarks/loader.py: measure",
-    "benchmarks/train_step.py: time_cases",
-    "eval/figures/conditioning.py: draw_conditioning",
-}
+LONG_OR_DEEP: set[str] = set()
 
 
 def folder(floor: str) -> Path:

@@ -179,6 +179,29 @@ def test_console_command_refuses_an_unknown_name() -> None:
     assert skipless("zzzzzz").stderr == "error: there is no command zzzzzz: skipless --help lists them\n"
 
 
+# --- every command
+
+COMMANDS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("datasets", "ssl", "eval", "benchmarks", "experiments", "examples")
+    for path in (ROOT / folder).glob("*.py")
+    if "\ndef main(" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_help_of_every_command(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    inside = script.split("/")[0] in FOLDERS
+    name = "skipless." + script.removesuffix(".py").replace("/", ".")
+    module = importlib.import_module(name) if inside else helpers.load(ROOT / script)
+    with pytest.raises(SystemExit) as end:
+        module.main(["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: {script} ")
+    assert module.__doc__.splitlines()[0] in printed
+
+
 # --- what installs it
 
 

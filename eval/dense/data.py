@@ -72,10 +72,5 @@ def square_features(context: Context, images: SegmentationSet, size: int, rows: 
     )  # fmt: skip
 
 
-def image_of_pair(images: SegmentationSet, index: int) -> np.ndarray:
-    """uint8 [H, W, 3], after its mask was checked against it."""
-    return images.read(index)[0]
-
-
 def _image_of_row(images: SegmentationSet, rows: np.ndarray, position: int) -> np.ndarray:
-    return image_of_pair(images, int(rows[position]))
+    return images.read(int(rows[position]))[0]

@@ -1,5 +1,6 @@
 """Segmentation for people: the tables in Markdown and the sheet of pictures, for all its evaluations."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,9 @@ import matplotlib
 import numpy as np
 
 from skipless.common.files import write_atomically
-from skipless.datasets.labels.counts import describe_split
+from skipless.datasets.labels.counts import COUNTS, describe_split
 from skipless.datasets.labels.masks import VOID, SegmentationSet
-from skipless.eval.evaluation import Context, name_blocks
+from skipless.eval.evaluation import Context, finish, name_blocks
 from skipless.eval.figures.pictures import label_row
 
 matplotlib.use("Agg")
@@ -28,6 +29,23 @@ def protocol_id(context: Context, name: str, changed: bool) -> str:
     """The figure's id: `name`, the blocks where they are not the last, and whether settings of the protocol differ."""
     parts = [name] if context.recorded["blocks"] == "last" else [name, name_blocks(context.choices[-1])]
     return "/".join(parts) + (" (changed)" if changed else "")
+
+
+def finish_segmentation(
+    context: Context,
+    protocol: str,
+    images: SegmentationSet,
+    miou: float,
+    details: dict[str, Any],
+    predictions: dict[int, np.ndarray],
+    how: str,
+    published: str = "recipe",
+) -> dict[str, Any]:
+    """Write, print and return the result; see `finish` and `report`."""
+    files = {"pictures.png": partial(draw, images, predictions)}
+    official = COUNTS.get((images.name, images.split))
+    in_words = partial(report, how=how, published=published)
+    return finish(context, protocol, images, "mIoU", miou, details, in_words, files, official)
 
 
 def report(result: dict[str, Any], how: str, published: str = "recipe") -> str:

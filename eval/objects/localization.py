@@ -118,7 +118,7 @@ def lost(features: Tensor, k: int = 100) -> list[Localization]:
     for grids in _groups(features):
         b, h, w, _ = grids.shape
         keys = grids.flatten(1, 2)
-        similar = _similar(keys, 0.0)
+        similar = similarity_graph(keys, 0.0)
         itself = similar.diagonal(dim1=1, dim2=2)
         degrees = (similar.sum(-1) - itself).cpu().numpy()
         for i in range(b):
@@ -128,9 +128,11 @@ def lost(features: Tensor, k: int = 100) -> list[Localization]:
             chosen = lowest[similar[i, seed, lowest] > 0]
             foreground = (keys[i] @ keys[i, chosen].sum(0) > 0).cpu().numpy().reshape(h, w)
             empty = not bool(itself[i, seed])
-            mask = np.ones((h, w), bool) if empty else _component(foreground, seed)
+            mask = np.ones((h, w), bool) if empty else component(foreground, seed)
             objects.append(
-                Localization(mask, _box(mask), seed, degrees[i].reshape(h, w), _share(degrees[i]), degenerate=empty)
+                Localization(
+                    mask, bounding_box(mask), seed, degrees[i].reshape(h, w), _share(degrees[i]), degenerate=empty
+                )
             )
     return objects
 
@@ -161,7 +163,7 @@ def tokencut(features: Tensor, tau: float = 0.2) -> list[Localization]:
             if cut.degenerate:
                 objects.append(_whole(cut, shape))
                 continue
-            mask = _component(cut.foreground.reshape(shape), cut.seed)
+            mask = component(cut.foreground.reshape(shape), cut.seed)
             objects.append(_localization(mask, cut.seed, cut.vector, cut))
     return objects
 
@@ -218,7 +220,7 @@ def maskcut(features: Tensor, n: int = 3, tau: float = 0.15) -> list[list[Locali
                 if foreground[[0, 0, -1, -1], [0, -1, 0, -1]].sum() >= 3:
                     foreground, vector = ~foreground, -vector
                     seed = _first(vector >= vector.max() - TIE)
-                mask = _component(foreground, seed)
+                mask = component(foreground, seed)
                 if step > 0 and (mask.sum() <= 0.01 * mask.size or _iou(mask, previous[i]) > 0.5):
                     previous[i] = False
                     continue
@@ -250,7 +252,7 @@ class _Cut:
 def _cut(keys: Tensor, tau: float) -> list[_Cut]:
     """Normalized cuts of the graphs of keys, float64 [B, N, D]."""
     n = keys.shape[1]
-    similar = _similar(F.normalize(keys, dim=-1), tau)
+    similar = similarity_graph(F.normalize(keys, dim=-1), tau)
     rows = similar.sum(-1)
     shares = [_share(degrees) for degrees in (rows - similar.diagonal(dim1=1, dim2=2)).cpu().numpy()]
     cuts = [_Cut(np.zeros(n), 0, np.ones(n, bool), share, degenerate=True) for share in shares]
@@ -417,7 +419,7 @@ def _check_tau(tau: float) -> None:
         raise ValueError(f"tau is {tau}: choose a cosine between -1 and 1.")
 
 
-def _similar(keys: Tensor, threshold: float) -> Tensor:
+def similarity_graph(keys: Tensor, threshold: float) -> Tensor:
     """1.0 where the dot product of two keys [B, N, D] exceeds the threshold, else 0.0: float64 [B, N, N]."""
     return torch.bmm(keys, keys.mT).gt_(threshold)
 
@@ -432,13 +434,14 @@ def _first(flags: np.ndarray) -> int:
     return int(np.argmax(flags))
 
 
-def _component(foreground: np.ndarray, seed: int) -> np.ndarray:
+def component(foreground: np.ndarray, seed: int) -> np.ndarray:
     """The 4-connected part of `foreground`, bool [h, w], that holds the patch `seed`."""
     labels, _ = scipy.ndimage.label(foreground)
     return labels == labels.flat[seed]
 
 
-def _box(mask: np.ndarray) -> Box:
+def bounding_box(mask: np.ndarray) -> Box:
+    """The box around the set patches of a mask, bool [h, w]; ends are exclusive."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -450,7 +453,7 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
 def _localization(mask: np.ndarray, seed: int, vector: np.ndarray, cut: _Cut) -> Localization:
     grid = vector.reshape(mask.shape)
     return Localization(
-        mask, _box(mask), seed, grid, cut.edges, cut.degenerate, cut.eigengap, cut.residual, cut.fallback
+        mask, bounding_box(mask), seed, grid, cut.edges, cut.degenerate, cut.eigengap, cut.residual, cut.fallback
     )
 
 

@@ -361,7 +361,7 @@ def test_the_name_of_a_run_holds_all_settings_but_those_of_speed_and_place() -> 
 
 def test_two_processes_train_the_heads_of_one(data: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
     """Also where the last step has an image for one of them alone."""
-    flags = command(data, ckpt, cache, *DINO, "--batch-size=4")
+    flags = command(data, ckpt, cache, *DINO, "--epochs=1", "--batch-size=4")
     run_group("skipless.eval.linear", [*flags, "--out", tmp_path / "two"])
     one, two = (
         evaluate(cli.parse(Settings, [*flags, f"--out={tmp_path / 'one'}"])),

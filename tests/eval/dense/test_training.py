@@ -18,13 +18,7 @@ from skipless.datasets.labels.masks import VOID, SegmentationSet
 from skipless.datasets.labels.voc import voc_segmentation
 from skipless.eval.backbones import Backbone, pad_to_patch
 from skipless.eval.dense import training
-from skipless.eval.dense.augmentation import (
-    AugmentationSettings,
-    resize_image,
-    resize_mask,
-    resized_crop,
-    size_within,
-)
+from skipless.eval.dense.augmentation import AugmentationSettings, resize_image, resize_mask, resized_crop, size_within
 from skipless.eval.dense.heads import HeadSettings, LinearHeads
 from skipless.eval.dense.inference import InferenceSettings, nearest_labels, score_heads
 from skipless.eval.dense.training import (
