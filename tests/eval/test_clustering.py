@@ -188,7 +188,7 @@ def test_command_leaves_a_result_a_table_and_pictures(
     assert [entry["block"] for entry in details["every_block"]] == [1, 2]
     assert details["every_block"][-1]["miou"] == result["value"]
     assert np.mean([details["iou"][name] for name in NAMES]) == pytest.approx(result["value"])
-    # Colors are separable, and a patch holds one colour.
+    # Colors are separable, and a patch holds one color.
     assert 0.9 < result["value"] <= 1
 
     table = (out / "clustering.md").read_text()

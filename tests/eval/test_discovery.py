@@ -37,6 +37,7 @@ METHODS = ("lost", "tokencut", "maskcut")
 FILES = ["detections.json", "discovery.json", "discovery.md", "pictures.png"]
 # (width, height), objects (x0, y0, x1, y1 half-open, flags). 37 x 50 and 40 x 56 have one size after padding.
 HARD, CUT = "<difficult>1</difficult>", "<truncated>1</truncated>"
+Save = Callable[[dict[str, torch.Tensor]], Path]
 Objects = list[tuple[tuple[int, int, int, int], str]]
 VOC: dict[str, tuple[tuple[int, int], Objects]] = {
     "a": ((40, 56), [((0, 0, 40, 56), "")]),
@@ -49,7 +50,7 @@ VOC: dict[str, tuple[tuple[int, int], Objects]] = {
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
-    """A noisy disc on noise of another colour."""
+    """A noisy disc on noise of another color."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     inside = ((x - 0.6 * width) / (0.3 * width)) ** 2 + ((y - 0.4 * height) / (0.35 * height)) ** 2 < 1
@@ -116,7 +117,7 @@ def random_tensors(depth: int = 2) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def save(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, torch.Tensor]], Path]:
+def save(tmp_path_factory: pytest.TempPathFactory) -> Save:
     def save(tensors: dict[str, torch.Tensor]) -> Path:
         path = tmp_path_factory.mktemp("ckpt") / "tiny.safetensors"
         save_file(tensors, path)
@@ -126,7 +127,7 @@ def save(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, torch.
 
 
 @pytest.fixture(scope="module")
-def ckpt(save: Callable[[dict[str, torch.Tensor]], Path]) -> Path:
+def ckpt(save: Save) -> Path:
     """A random ViT of two blocks."""
     return save(random_tensors())
 
@@ -346,7 +347,7 @@ def test_boxes_and_corloc_are_those_of_images_alone(voc: Path, ckpt: Path, tmp_p
 def test_masks_of_resized_images_come_back_to_their_pixels(
     tmp_path: Path, ckpt: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None
 ) -> None:
-    """An image of 3 x 10 seen as 16 x 16, 2 x 2 patches. The centres of its columns lie at 0.8, 2.4, ..., 7.2 | 8.8,
+    """An image of 3 x 10 seen as 16 x 16, 2 x 2 patches. The centers of its columns lie at 0.8, 2.4, ..., 7.2 | 8.8,
     ..., those of its rows at 2.7 | 8 (which belongs to the second patch) and 13.3. Without a size it is 480 x 480."""
     (tmp_path / "in").mkdir()
     picture(10, 3, 0).save(tmp_path / "in" / "x.png")
@@ -578,7 +579,7 @@ def test_interrupted_twice(voc: Path, ckpt: Path, tmp_path: Path, monkeypatch: p
 def test_leftovers_of_another_run_are_not_mixed_in(
     voc: Path,
     ckpt: Path,
-    save: Callable[[dict[str, torch.Tensor]], Path],
+    save: Save,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -625,14 +626,12 @@ def test_two_processes_find_what_one_does(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_odd_images_are_searched_like_others(
-    save: Callable[[dict[str, torch.Tensor]], Path], tmp_path: Path, method: str
-) -> None:
-    """One colour and no positions: all patches are the same, and the object is the image. LOST finds that all patches
+def test_odd_images_are_searched_like_others(save: Save, tmp_path: Path, method: str) -> None:
+    """One color and no positions: all patches are the same, and the object is the image. LOST finds that all patches
     resemble the seed; the others have nothing to cut."""
     flat = save(random_tensors() | {"pos_embed": torch.zeros(1, 65, 192)})
     (tmp_path / "in").mkdir()
-    Image.new("RGB", (40, 32), (90, 10, 200)).save(tmp_path / "in" / "colour.png")
+    Image.new("RGB", (40, 32), (90, 10, 200)).save(tmp_path / "in" / "color.png")
     Image.new("RGB", (1, 1), (3, 2, 1)).save(tmp_path / "in" / "dot.png")
     picture(800, 16, 0).save(tmp_path / "in" / "panorama.png")
     out = tmp_path / "out"
@@ -644,7 +643,7 @@ def test_odd_images_are_searched_like_others(
     assert told == (method != "lost")
     found = found_in(out)
     assert [(item["file_name"], item["bbox"]) for item in found[:2]] == [
-        ("colour.png", [0, 0, 40, 32]),
+        ("color.png", [0, 0, 40, 32]),
         ("dot.png", [0, 0, 1, 1]),
     ]
     assert found[2]["file_name"] == "panorama.png"
@@ -665,13 +664,7 @@ def test_images_without_boxes_leave_a_run_without_a_score(ckpt: Path, tmp_path: 
 
 @pytest.mark.parametrize("method", ["lost", "tokencut", "maskcut"])
 def test_a_key_bias_is_warned_of_and_can_be_left_out(
-    voc: Path,
-    ckpt: Path,
-    save: Callable[[dict[str, torch.Tensor]], Path],
-    tmp_path: Path,
-    undrawn: None,
-    capsys: pytest.CaptureFixture[str],
-    method: str,
+    voc: Path, ckpt: Path, save: Save, tmp_path: Path, undrawn: None, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
     tensors = random_tensors()
     tensors["blocks.1.attn.qkv.bias"][192:384] += 50
@@ -788,7 +781,7 @@ def test_an_image_whose_graph_does_not_fit_into_memory_is_named(
 
 def test_nan_is_not_searched(
     voc: Path,
-    save: Callable[[dict[str, torch.Tensor]], Path],
+    save: Save,
     ckpt: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

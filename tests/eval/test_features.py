@@ -202,7 +202,7 @@ def _elsewhere(backbone: Backbone, paths: list[Path]) -> dict[str, Any]:
 
 CHANGES: dict[str, Callable[[Backbone, list[Path]], dict[str, Any]]] = {
     "weights": _weights,
-    "normalisation": lambda backbone, _: {"backbone": replace(backbone, mean=(0.5, 0.5, 0.5))},
+    "normalization": lambda backbone, _: {"backbone": replace(backbone, mean=(0.5, 0.5, 0.5))},
     "size": lambda *_: {"size": 32},
     "kind": lambda *_: {"kind": "keys"},
     "content of an image": _image,
@@ -211,7 +211,7 @@ CHANGES: dict[str, Callable[[Backbone, list[Path]], dict[str, Any]]] = {
     "order": lambda _, paths: {"paths": paths[::-1]},
     "fewer": lambda _, paths: {"paths": paths[:9]},
     "pooled": lambda *_: {"pooled": True},
-    "centre": lambda *_: {"resize": 24},
+    "center": lambda *_: {"resize": 24},
     "identity": lambda *_: {"identity": "arrays"},
     "precision": lambda backbone, _: {"backbone": replace(backbone, precision="bf16")},
 }

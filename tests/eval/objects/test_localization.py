@@ -43,13 +43,13 @@ def small_graphs_are_iterated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def clustered(h: int, w: int, clusters: int, noise: float, zeros: int, seed: int) -> Tensor:
-    """float32 features [1, h, w, 12]: blobs around random centres, some patches without features."""
+    """float32 features [1, h, w, 12]: blobs around random centers, some patches without features."""
     rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(clusters, 12)) + rng.normal(size=12) * 0.3
+    centers = rng.normal(size=(clusters, 12)) + rng.normal(size=12) * 0.3
     places = rng.uniform(size=(clusters, 2)) * (h, w)
     ys, xs = np.mgrid[:h, :w]
     nearest = np.argmin([(ys - y) ** 2 + (xs - x) ** 2 for y, x in places], axis=0)
-    features = centres[nearest] + noise * rng.normal(size=(h, w, 12))
+    features = centers[nearest] + noise * rng.normal(size=(h, w, 12))
     features.reshape(h * w, 12)[rng.choice(h * w, zeros, replace=False)] = 0
     return torch.from_numpy(features.astype(np.float32))[None]
 
