@@ -123,7 +123,7 @@ def test_recipe_comes_before_the_words(tmp_path: Path) -> None:
     ("words", "sentence"),
     [
         (["--nope", "3"], "--nope"),
-        (["--k", "x"], '"k"'),
+        (["--k", "x"], "k is 'x'; give a whole number"),
         (["--data.name=ade"], "data.name is 'ade'; choose one of folder, voc12"),
         (["--every-block=perhaps"], "every_block"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),

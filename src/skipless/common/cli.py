@@ -16,6 +16,7 @@ import functools
 import inspect
 import json
 import multiprocessing
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from skipless.common.settings import OLD_NAMES, OLD_VALUES, renamed
 T = TypeVar("T")
 
 LISTS = (tuple, list)
+TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 HELP = "In flag names - and _ are the same. A YAML file given as --config can hold any of the settings."
 
@@ -112,7 +114,13 @@ def sentence(error: BaseException) -> str:
     text = str(error).strip()
     if "Traceback" in text:
         return text.splitlines()[-1].partition("Error: ")[2] or text.splitlines()[-1]
-    return " ".join(text.split())
+    text = " ".join(text.split())
+    # jsonargparse tells the types that a value may have by their classes in Python.
+    wrong = re.fullmatch(r'Parser key "([\w.]+)": (.*)(?:Got|Given) value: (.*)', text)
+    if wrong is None:
+        return text
+    wanted = [TYPES[kind] for kind in re.findall(r"Expected a <class '(\w+)'>", wrong[2]) if kind in TYPES]
+    return f"{wrong[1]} is {wrong[3]!r}; give {' or '.join(wanted)}" if wanted else text
 
 
 def canonical(settings: type, words: Sequence[str], positional: bool = False) -> list[str]:
