@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import pydoc
 import re
 import shlex
 import sys
@@ -208,3 +209,9 @@ def test_changelog_has_modules_that_exist() -> None:
             importlib.import_module(f"skipless.{name}")
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module(f"skipless.{old}")
+
+
+def test_changelog_has_functions_that_exist() -> None:
+    assert len(rows("Functions")) > 20
+    for _, new in rows("Functions"):
+        assert pydoc.locate(f"skipless.{new}") is not None, new
