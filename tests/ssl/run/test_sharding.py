@@ -26,6 +26,7 @@ SMALL = [
     "--monitor.every_epochs=1", "--monitor.conditioning=true", "--device=cpu", "--data.workers=0", "--precision=fp32",
 ]  # fmt: skip
 
+UNWATCHED = ["--monitor.every_epochs=0", "--monitor.conditioning=false"]
 COMMAND = "skipless.ssl.pretrain"
 
 
@@ -109,9 +110,9 @@ def test_each_process_holds_half_of_everything(runs: Path) -> None:
 
 
 def test_resumed_on_any_number_of_processes(photos: Path, runs: Path, halfway: Path) -> None:
-    folders = {n: shutil.copytree(halfway, halfway.with_name(f"on-{n}"), symlinks=True) for n in (1, 2, 4)}
+    folders = {n: shutil.copytree(halfway, halfway.with_name(f"on-{n}"), symlinks=True) for n in (2, 4)}
     for processes, folder in folders.items():
-        first, *_ = run_group(COMMAND, words(photos, folder, "--shard=true", "--resume"), processes)
+        first, *_ = run_group(COMMAND, words(photos, folder, "--shard=true", "--resume", *UNWATCHED), processes)
         assert "from step 5" in first.stderr
     for folder in folders.values():
         assert_same_run(folder, runs / "plain")
@@ -125,14 +126,16 @@ def test_resumed_on_any_number_of_processes(photos: Path, runs: Path, halfway: P
 def test_optimizers_of_whole_matrices(photos: Path, tmp_path: Path, name: str) -> None:
     """As an unsharded run, and the same bits once more when it is resumed on as many processes. The turns of SOAP's
     bases depend on the number of processes, so its curve is compared with all of them refreshed in every step."""
-    optimizer = [f"--optimizer.name={name}", "--optimizer.lr=0.005", "--monitor.every_epochs=0"]
-    optimizer += ["--monitor.conditioning=false"]
+    optimizer = [f"--optimizer.name={name}", "--optimizer.lr=0.005", *UNWATCHED]
     every, stopped = "--optimizer.precondition_every", tmp_path / "stopped"
     assert call(pretrain.main, words(photos, tmp_path / "plain", *optimizer, f"{every}=1")).returncode == 0
-    run_group(COMMAND, words(photos, tmp_path / "sharded", *optimizer, f"{every}=1", "--shard=true"))
     run_group(COMMAND, words(photos, stopped, *optimizer, f"{every}=4", "--shard=true"))
+    sharded = stopped
+    if name == "soap":
+        sharded = tmp_path / "sharded"
+        run_group(COMMAND, words(photos, sharded, *optimizer, f"{every}=1", "--shard=true"))
     expected = logged(tmp_path / "plain", "loss")
-    np.testing.assert_allclose(logged(tmp_path / "sharded", "loss"), expected, rtol=1e-3)
+    np.testing.assert_allclose(logged(sharded, "loss"), expected, rtol=1e-3)
     whole = load_file(stopped / "backbone.safetensors")
 
     for file in ("backbone.json", "backbone.safetensors", "checkpoints/last.pt"):
@@ -214,7 +217,8 @@ def test_scaling_by_hand() -> None:
 
 def test_tables_of_the_page_are_the_scripts() -> None:
     page = (ROOT / "docs" / "scaling.md").read_text().splitlines()
-    rows = [line for line in scaling.table(scaling.compute()).splitlines() if line.startswith("|")]
+    models = scaling.compute()["models"]
+    rows = [*scaling.memory_table(models), *scaling.step_table(models)]
     assert len(rows) == 20
     assert not [row for row in rows if row not in page]
 
