@@ -182,11 +182,12 @@ def compare(settings: Settings) -> None:
     Raises:
         ValueError, FileNotFoundError: images or checkpoints that cannot be used.
     """
-    figure = settings.figure or (f"{settings.out}.png" if settings.out else None)
-    if figure:
-        check_out(figure).parent.mkdir(parents=True, exist_ok=True)
+    figure = check_out(settings.figure or f"{settings.out}.png") if settings.figure or settings.out else None
     source = open_images(settings.images)
     candidates, depths, kind = choose_models(settings, source)
+    for path in (figure, settings.out):
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour's work
     started = time.time()
     jacobian_images = 0 if settings.cheap else settings.jacobian_images
     details: list[dict[str, Any]] = []
@@ -221,7 +222,7 @@ def compare(settings: Settings) -> None:
     if settings.out:
         write_result(Path(settings.out), result, text)
     if figure:
-        draw_conditioning(statistics, title, Path(figure))
+        draw_conditioning(statistics, title, figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -142,5 +142,5 @@ def test_bad_input_is_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert sentence in refusal(main, [*words.format(photos=photos, **runs).split(), "--out", "out"], capsys)
+    assert sentence in refusal(main, [*words.format(photos=photos, **runs).split(), "--out", "new/out"], capsys)
     assert not list(tmp_path.iterdir())
