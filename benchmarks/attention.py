@@ -116,18 +116,11 @@ def measure(settings: Settings) -> None:
         )
     kind = str(dtype).removeprefix("torch.")
     result = {"task": "benchmark", "protocol": "attention", "groups": groups, "dtype": kind, "details": rows}
-    columns = {
-        "attention": "{way}",
-        "ms": "{ms:.1f}",
-        "speed, times plain": "{times_plain:.2f} ({times_plain_range[0]:.2f} to {times_plain_range[1]:.2f})",
-        "GFLOP/s": "{gflops_per_second:.0f}",
-        "error against float64": "{relative_error:.1e}",
-    }
     lines = [
         f"{groups[0][0]} sequences of 197 and {groups[1][0]} of 37 tokens, 6 heads of 64 channels, {kind}, forward and "
         f"backward, on {{hardware}}; medians of {settings.rounds} rounds.",
         "",
-        *markdown(columns, rows),
+        *markdown(rows),
     ]
     publish(settings.out, result, lines, device)
 

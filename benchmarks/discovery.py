@@ -238,21 +238,17 @@ def whole_on_gpu(device: torch.device, batch: int, repeats: int) -> dict[str, An
 def table(result: dict[str, Any]) -> list[str]:
     """The result for people, in Markdown."""
     settings = result["settings"]
-    columns = {"patches": "{patches:.0f}"} | {step: f"{{seconds[{step}]:.4f}}" for step in STEPS}
-    columns |= {
-        "solver faster by": "{speedup of the solver:.0f}x ({spread of the speedup[0]:.0f} to "
-        "{spread of the speedup[1]:.0f})",
-        "same masks": "{same masks:.0%}",
-        "same boxes": "{same boxes:.0%}",
-        "fallbacks": "{fallbacks}",
-    }
+    shown = ("speedup of the solver", "spread of the speedup", "same masks", "same boxes", "fallbacks")
+    rows = [
+        {"patches": row["patches"], **row["seconds"], **{name: row[name] for name in shown}} for row in result["steps"]
+    ]
     lines = [
         "# TokenCut: seconds an image",
         "",
         f"{{hardware}}; {settings['threads']} threads of PyTorch; {result['checkpoint']}, device {settings['device']}. "
         f"Medians of {settings['repeats']} images, interleaved.",
         "",
-        *markdown(columns, result["steps"], len(columns)),
+        *markdown(rows),
     ]
     memory, agreed, whole = result["memory"], result["agreement"], result["whole_on_gpu"]
     if memory is not None:

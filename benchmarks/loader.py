@@ -273,7 +273,7 @@ def gpu_table(details: dict[str, Any]) -> list[str]:
         f"2 x 224 and 8 x 96 pixels from {details['images']:,} JPEGs, batches of {details['batch']}, "
         f"{details['workers']} loader processes, medians of {details['rounds']} rounds, {{hardware}}.",
         "",
-        *figures("JPEGs", "images/s", "{value:.0f}", details["images_per_second"]),
+        *figures("JPEGs", "images/s", details["images_per_second"]),
         "",
         f"Views are {distance['mean']:.2f} gray levels from a CPU's on average, {distance['largest']:.0f} at most.",
     ]
@@ -285,20 +285,20 @@ def table(details: dict[str, Any]) -> list[str]:
         f"2 x 224 and 8 x 96 pixels from {details['images']} JPEGs of about {details['median_size'][1]} x "
         f"{details['median_size'][0]}, one thread, medians of {details['rounds']} rounds, {{hardware}}.",
         "",
-        *figures("pipeline", "images/s", "{value:.1f}", details["images_per_second"]),
+        *figures("pipeline", "images/s", details["images_per_second"]),
         "",
         *(
             "Ours, with floats, is {median:.1f} times as fast as {} ({lowest:.1f} to {highest:.1f}).".format(name, **r)
             for name, r in details["times_as_fast"].items()
         ),
         "",
-        *figures("stage", "ms an image", "{value:.2f}", details["milliseconds_by_stage"]),
+        *figures("stage", "ms an image", details["milliseconds_by_stage"]),
     ]
 
 
-def figures(head: str, unit: str, cell: str, values: dict[str, float]) -> list[str]:
+def figures(head: str, unit: str, values: dict[str, float]) -> list[str]:
     """A table of two columns."""
-    return markdown({head: "{name}", unit: cell}, [{"name": k, "value": v} for k, v in values.items()])
+    return markdown([{head: name, unit: value} for name, value in values.items()])
 
 
 def measure(settings: Settings) -> None:

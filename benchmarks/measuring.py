@@ -3,7 +3,7 @@
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -79,12 +79,20 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
 
 
-def markdown(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]], words: int = 1) -> list[str]:
-    """Lines of a table. `columns`: for each head how its cells are written, as a format of a row's values; the first
-    ones, `words` of them, hold words and the others numbers."""
-    rule = ["---"] * words + ["---:"] * (len(columns) - words)
-    lines = [f"| {' | '.join(cell.format(**row) for cell in columns.values())} |" for row in rows]
-    return [f"| {' | '.join(columns)} |", f"|{'|'.join(rule)}|", *lines]
+def markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a table of rows with the same keys; a list is shown by its smallest and largest value."""
+    words = [isinstance(value, str) for value in rows[0].values()]
+    cells = [" | ".join(map(_cell, row.values())) for row in rows]
+    head = " | ".join(rows[0]).replace("_", " ")
+    return [f"| {head} |", f"|{'|'.join('---' if word else '---:' for word in words)}|", *(f"| {c} |" for c in cells)]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if isinstance(value, list):
+        return f"{_cell(min(value))} to {_cell(max(value))}"
+    return "" if value is None else str(value)
 
 
 def publish(out: Path | None, result: dict[str, Any], lines: Sequence[str], device: torch.device | str) -> None:

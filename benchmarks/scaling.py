@@ -204,38 +204,32 @@ def compute() -> dict[str, Any]:
 
 def memory_table(models: dict[str, Any]) -> list[str]:
     """GB on each GPU by model, without activations, and activations of an image."""
-    columns = {
-        "model": "{model}",
-        "parameters: backbone, head (M)": "{backbone_m:.0f}, {head_m:.0f}",
-        "DDP, AdamW": "{ddp_adamw:.1f}",
-        "DDP, SOAP": "{ddp_soap:.1f}",
-        **{f"FSDP2, {gpus} GPUs: AdamW, SOAP": f"{{fsdp_{gpus}:.1f}}, {{fsdp_{gpus}_soap:.1f}}" for gpus in GPUS},
-        "activations of an image": "{activations:.2f}",
-        "with checkpointing": "{checkpointed:.2f}",
-    }
+    head = ["model", "parameters: backbone, head (M)", "DDP, AdamW", "DDP, SOAP"]
+    head += [f"FSDP2, {gpus} GPUs: AdamW, SOAP" for gpus in GPUS] + ["activations of an image", "with checkpointing"]
     rows = []
     for name, row in models.items():
-        counted = row["counted"]
-        kept = {kind: counted[kind] for kind in ("activations", "checkpointed")}
-        gigabytes = {key: size / GB for key, size in (row["state_bytes"] | kept).items()}
-        millions = {"backbone_m": counted["backbone"] / 1e6, "head_m": counted["head"] / 1e6}
-        rows.append({"model": name, **millions, **gigabytes})
-    return markdown(columns, rows, len(columns))
+        counted, state = row["counted"], row["state_bytes"]
+        cells = [name, f"{counted['backbone'] / 1e6:.0f}, {counted['head'] / 1e6:.0f}"]
+        cells += [f"{state[kind] / GB:.1f}" for kind in ("ddp_adamw", "ddp_soap")]
+        cells += [f"{state[f'fsdp_{gpus}'] / GB:.1f}, {state[f'fsdp_{gpus}_soap'] / GB:.1f}" for gpus in GPUS]
+        cells += [f"{counted[kind] / GB:.2f}" for kind in ("activations", "checkpointed")]
+        rows.append(dict(zip(head, cells, strict=True)))
+    return markdown(rows)
 
 
 def step_table(models: dict[str, Any]) -> list[str]:
     """Computing and sending of a step, by model and number of GPUs."""
-    head = ("model", "GPUs", "images a GPU", "computing, ms", "DDP: micro-batches", "GB sent", "ms",
-            "FSDP2: micro-batches", "GB sent", "ms")  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for name, row in models.items():
-        for gpus, step in row["steps"].items():
-            cells = [name, gpus, f"{step['images_per_gpu']:.0f}", f"{1000 * step['compute_seconds']:,.1f}"]
-            for sent in (step["ddp"], step["fsdp"]):
-                cells.append(str(sent["accumulate"] or "does not fit"))
-                cells += [f"{sent['sent_bytes'] / GB:.1f}", f"{1000 * sent['sent_seconds']:.1f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    rows = []
+    for name, model in models.items():
+        for gpus, step in model["steps"].items():
+            row = {"model": name, "GPUs": gpus, "images a GPU": f"{step['images_per_gpu']:.0f}"}
+            row["computing, ms"] = f"{1000 * step['compute_seconds']:,.1f}"
+            for kind, sent in (("DDP", step["ddp"]), ("FSDP2", step["fsdp"])):
+                row[f"{kind}: micro-batches"] = str(sent["accumulate"] or "does not fit")
+                row[f"{kind}: GB sent"] = f"{sent['sent_bytes'] / GB:.1f}"
+                row[f"{kind}: ms"] = f"{1000 * sent['sent_seconds']:.1f}"
+            rows.append(row)
+    return markdown(rows)
 
 
 @dataclass

@@ -125,17 +125,11 @@ def measure(settings: Settings) -> None:
                 "range": [speedup["lowest"], speedup["highest"]],
             }
         )
-    columns = {
-        "stage": "{stage}",
-        "plain, images/s": "{plain_images_per_second:.1f}",
-        "library, images/s": "{images_per_second:.1f}",
-        "ratio": "{ratio:.2f} ({range[0]:.2f} to {range[1]:.2f})",
-    }
     lines = [
         f"{backbone.path}, {len(paths)} images, squares of {settings.size} pixels, on {{hardware}}; medians of "
         f"{settings.rounds} rounds.",
         "",
-        *markdown(columns, rows),
+        *markdown(rows),
     ]
     publish(settings.out, {"task": "benchmark", "protocol": "segmentation", "details": rows}, lines, device)
 

@@ -160,39 +160,33 @@ def memory_of_epochs(images: ImageSource, sample: int, workers: int) -> dict[str
 def table(result: dict[str, Any]) -> list[str]:
     """The result for people, in Markdown."""
     settings = result["settings"]
-    seconds = [
+    starts = [
         {"source": source}
-        | {
-            name.replace(" ", "_"): f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-            for name, values in row.items()
-        }
+        | {name: statistics.median(row[name]) for name in row}
+        | {f"{name}, range": row[name] for name in row}
         for source, row in result["start_up"].items()
     ]
-    memory = []
-    for source, row in result["memory"].items():
-        pss = [row["epochs"][0]["start"]["pss"], *(epoch["end"]["pss"] for epoch in row["epochs"])]
-        growth = [row[key]["private"] for key in ("growth", "growth after the first epoch")]
-        memory.append({"source": source, "pss": pss, "growth": growth, "speed": row["images a second"]})
-    starts = {"source": "{source}", "seconds to list": "{open_images}", "to the first batch": "{first_batch}"}
-    columns = {
-        "source": "{source}", "start": "{pss[0]:.1f}", "end 1": "{pss[1]:.1f}", "end 2": "{pss[2]:.1f}",
-        "end 3": "{pss[3]:.1f}", "private, growth": "{growth[0]:+.1f}", "after epoch 1": "{growth[1]:+.1f}",
-        "images a second": "{speed:.0f}",
-    }  # fmt: skip
+    memory = [
+        {"source": source, "start": row["epochs"][0]["start"]["pss"]}
+        | {f"end {number}": epoch["end"]["pss"] for number, epoch in enumerate(row["epochs"], 1)}
+        | {key: row[key]["private"] for key in ("growth", "growth after the first epoch")}
+        | {"images a second": row["images a second"]}
+        for source, row in result["memory"].items()
+    ]
     made = ", ".join(f"{name} {value:.1f}" for name, value in result["seconds to make"].items())
     return [
         f"# Start-up and memory: {settings['images']:,} small images",
         "",
-        f"{{hardware}}; {settings['workers']} forked workers, batches of {BATCH}; files in the page cache. "
-        f"Medians of {settings['repeats']} rounds in which the sources take turns, least to most in brackets.",
+        f"{{hardware}}; {settings['workers']} forked workers, batches of {BATCH}; files in the page cache. Seconds to "
+        f"list the images, and to the first batch: medians of {settings['repeats']} rounds, the sources in turns.",
         "",
-        *markdown(starts, seconds),
+        *markdown(starts),
         "",
         f"Memory of the workers together in MiB, three epochs over {settings['sample']:,} of the images: proportional "
         "set size at the start of the first epoch and at the end of each; growth of the private pages over all three, "
         "and over the last two.",
         "",
-        *markdown(columns, memory),
+        *markdown(memory),
         "",
         f"Seconds to make: {made}.",
     ]

@@ -133,8 +133,7 @@ def bytes_moved(step: Step, recipe: Pretraining, width: int) -> float:
 def shares(head: str, seconds: dict[str, float]) -> list[str]:
     """A table of seconds by name, with their share of all."""
     total = sum(seconds.values())
-    columns = {head: "{name}", "ms": "{ms:.1f}", "share": "{share:.0f} %"}
-    return markdown(columns, [{"name": k, "ms": 1000 * s, "share": 100 * s / total} for k, s in seconds.items()])
+    return markdown([{head: name, "ms": 1000 * s, "share, %": 100 * s / total} for name, s in seconds.items()])
 
 
 def measure(settings: Settings) -> None:

@@ -137,38 +137,23 @@ def time_cases(settings: Settings, recipe: Pretraining, device: torch.device) ->
 
 def table(details: dict[str, Any]) -> list[str]:
     """The result in Markdown."""
-    columns = {
-        "model": "{model}",
-        "optimizer": "{optimizer}",
-        "step": "{step}",
-        "images/s": "{images_per_second:.1f}",
-        "mean ms": "{mean_ms:.0f}",
-        "slowest step / median": "{slowest_over_median:.2f}",
-        "times plain": "{times_plain:.2f}",
-        "MFU": "{mfu}",
-    }
     cases = {(case["model"], case["optimizer"], case["step"]): case for case in details["cases"]}
     rows = []
     for (model, optimizer, _), case in cases.items():
-        share = case.get("model_flops_utilisation")
         faster = case["images_per_second"] / cases[model, optimizer, "plain"]["images_per_second"]
-        rows.append({**case, "times_plain": faster, "mfu": f"{100 * share:.1f} %" if share else ""})
+        rows.append({**case, "times_plain": faster})
     lines = [
         f"{details['architecture']}, batch {details['batch']}, on {{hardware}}; {details['rounds']} rounds of "
         f"{details['steps']} steps, interleaved.",
         "",
-        *markdown(columns, rows, words=3),
+        *markdown(rows),
     ]
     for model in ("residual", "skipless"):
         times = cases[model, "soap", "library"]["mean_ms"] / cases[model, "adamw", "library"]["mean_ms"]
         lines += ["", f"SOAP's average step, {model}: {times:.2f} times AdamW's."]
     if details["curves"]["library"]:
         differences = [f"{value:.1e} ({way})" for way, value in details["largest_difference"].items()]
-        lines += [
-            "",
-            f"Losses over {len(details['curves']['library'])} steps differ from the library's in float32 by at most "
-            f"{', '.join(differences)}.",
-        ]
+        lines += ["", f"Losses differ from the library's in float32 by at most {', '.join(differences)}."]
     return lines
 
 
