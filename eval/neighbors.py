@@ -15,6 +15,11 @@ def require_faiss() -> Any:
     return faiss
 
 
+def searches_on_gpu(device: torch.device) -> bool:
+    """Whether the device is a GPU, and faiss was built for it."""
+    return device.type == "cuda" and getattr(require_faiss(), "get_num_gpus", lambda: 0)() > 0
+
+
 def nearest(
     bank: np.ndarray, queries: np.ndarray, k: int, device: torch.device | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -34,7 +39,7 @@ def nearest(
     faiss = require_faiss()
     bank, queries = unit(bank), unit(queries)
     index = faiss.IndexFlatIP(bank.shape[1])
-    if device is not None and device.type == "cuda" and getattr(faiss, "get_num_gpus", lambda: 0)() > 0:
+    if device is not None and searches_on_gpu(device):
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
     index.add(bank)
     return index.search(queries, k)

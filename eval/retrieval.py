@@ -47,7 +47,7 @@ from skipless.eval.dense.outcome import Tally, figures
 from skipless.eval.dense.report import choose_shown, finish_segmentation, protocol_id
 from skipless.eval.evaluation import FeatureSettings, announce, prepare
 from skipless.eval.features import Features
-from skipless.eval.neighbors import require_faiss, unit
+from skipless.eval.neighbors import require_faiss, searches_on_gpu, unit
 
 PUBLISHED = ("size", "memory_size", "k", "temperature")  # settings that make another protocol when they are changed
 EXACT_ON_CPU = 1_000_000  # patches
@@ -88,7 +88,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used, or no faiss.
     """
-    faiss = require_faiss()
+    require_faiss()
     context = prepare(settings, "retrieval")
     train = open_split(settings.data, settings.data.train_split or default_train_split(settings.data.name))
     val = open_split(settings.data, settings.data.split)
@@ -96,10 +96,9 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     per_image = min(settings.memory_size // len(train), (size // context.backbone.patch) ** 2)
     if per_image < 1:
         raise ValueError(f"memory-size is {settings.memory_size}: give one or more for each of {len(train):,} images")
-    on_gpu = device.type == "cuda" and getattr(faiss, "get_num_gpus", lambda: 0)() > 0
-    gpu = device if on_gpu else None
+    gpu = device if searches_on_gpu(device) else None
     small = per_image * len(train) <= EXACT_ON_CPU
-    exact = settings.index == "exact" or (settings.index == "auto" and (on_gpu or small))
+    exact = settings.index == "exact" or (settings.index == "auto" and (gpu is not None or small))
     dim = context.backbone.dim * max(map(len, context.choices))
     require_memory(per_image * len(train), dim, len(train.classes), exact, gpu)
     changed = changed_settings(settings)
