@@ -1,12 +1,11 @@
 """What k-NN and linear classification share: the data sets, one vector an image, the result."""
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from skipless.datasets.labels.classes import LabeledSet, SetName, open_splits
+from skipless.datasets.labels.classes import LabeledSet
 from skipless.eval.backbones import Backbone
 from skipless.eval.evaluation import Context
 from skipless.eval.features import Features, extract
@@ -14,35 +13,6 @@ from skipless.eval.metrics import bootstrap_interval
 from skipless.ssl.dino import Pool
 
 Pooling = Literal[Pool, "both"]
-
-
-@dataclass
-class DataSettings:
-    """What is classified."""
-
-    root: str
-    """folder: the folder that holds train/CLASS/*.jpg and val/CLASS/*.jpg (or train.zip, val.zip). cifar10, cifar100:
-    the one that holds the authors' Python version. arrays: the one that holds train.npz and val.npz, with the arrays
-    images (uint8 [N, H, W, 3]) and labels. huggingface: a folder that save_to_disk wrote, or a name on the hub."""
-    name: SetName = "folder"
-    """Where the data come from."""
-    split: str | None = None
-    """Split that is classified: by default val, for CIFAR test, for huggingface validation."""
-    train_split: str = "train"
-    """Split whose labels are known."""
-    image: str = "image"
-    """huggingface: the column of images."""
-    label: str = "label"
-    """huggingface: the column of classes."""
-
-
-def open_labeled(data: DataSettings) -> tuple[LabeledSet, LabeledSet]:
-    """The training images and those to classify.
-
-    Raises:
-        ValueError, FileNotFoundError: data that are not there, or two splits of different classes.
-    """
-    return open_splits(data.name, data.root, data.train_split, data.split, data.image, data.label)
 
 
 def warnings(backbone: Backbone, pool: Pooling, train: LabeledSet, val: LabeledSet) -> list[str]:

@@ -16,14 +16,13 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from skipless.common import cli
+from skipless.datasets.labels.classes import LabeledData, open_splits
 from skipless.eval.classification import (
-    DataSettings,
     Pooling,
     accuracy,
     block_rows,
     every_block,
     headline,
-    open_labeled,
     pooled_features,
     vectors,
     warnings,
@@ -36,7 +35,7 @@ from skipless.eval.neighbors import knn_predict, nearest, require_faiss
 class Settings(FeatureSettings):
     """k-NN classification."""
 
-    data: DataSettings
+    data: LabeledData
     k: tuple[int, ...] = (20, 10, 100, 200)
     """Neighbors that vote, as in 20 10; accuracy is given for each, and the first is the figure."""
     temperature: float = 0.07
@@ -63,7 +62,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     """
     require_faiss()
     context = prepare(settings, "knn")
-    train, val = open_labeled(settings.data)
+    train, val = open_splits(settings.data)
     if max(settings.k) > len(train):
         raise ValueError(
             f"k is {max(settings.k)}, and {train.name} {train.split} has {len(train):,} images: give fewer, as in --k "

@@ -29,15 +29,13 @@ from torch import Tensor
 
 from skipless.common import cli
 from skipless.common.settings import plain
-from skipless.datasets.labels.classes import LabeledSet
+from skipless.datasets.labels.classes import LabeledData, LabeledSet, open_splits
 from skipless.eval.classification import (
-    DataSettings,
     Pooling,
     accuracy,
     block_rows,
     every_block,
     headline,
-    open_labeled,
     pooled_features,
     vectors,
     warnings,
@@ -58,7 +56,7 @@ IDENTIFYING = (
 class Settings(FeatureSettings):
     """Linear classification."""
 
-    data: DataSettings
+    data: LabeledData
     protocol: Literal["cached", "dino"] = "cached"
     """cached trains on features of central crops, standardized, computed once. dino trains on random crops and flips,
     as published: a forward pass over the training set in every epoch."""
@@ -98,7 +96,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     """
     context = prepare(settings, "linear")
     choices = context.choices
-    train, val = open_labeled(settings.data)
+    train, val = open_splits(settings.data)
     if len(train) < 2:
         raise ValueError(f"{train.name} {train.split} has one image; two or more are needed, one of them held out")
     protocol = protocol_id(settings, val.name, choices[-1])

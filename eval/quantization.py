@@ -35,13 +35,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from skipless.common import cli
-from skipless.datasets.labels.classes import LabeledSet
+from skipless.datasets.labels.classes import LabeledData, LabeledSet, open_splits
 from skipless.eval.backbones import Backbone
 from skipless.eval.classification import (
-    DataSettings,
     Pooling,
     accuracy,
-    open_labeled,
     pooled_features,
     vectors,
     warnings,
@@ -65,7 +63,7 @@ CALIBRATION_IMAGES = 64
 class Settings(EvaluationSettings):
     """Simulated quantization."""
 
-    data: DataSettings
+    data: LabeledData
     """Labeled images: for the scales, and for k-NN."""
     segmentation: DataName | None = None
     """A data set of eval/segmentation.py, to measure the drop in mIoU too; by default it is not measured."""
@@ -235,7 +233,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     require_faiss()
     context = prepare(settings, "quantization")
     backbone = context.backbone
-    train, val = open_labeled(settings.data)
+    train, val = open_splits(settings.data)
     if settings.k > len(train):
         raise ValueError(f"k is {settings.k}, and {train.name} {train.split} has {len(train):,} images: give fewer")
     masks = []

@@ -28,7 +28,8 @@ from skipless.common import cli, distributed
 from skipless.common.files import write_text
 from skipless.common.settings import LATER, plain
 from skipless.datasets.images import read_image
-from skipless.eval import classification, clustering, discovery, knn, linear, retrieval, segmentation
+from skipless.datasets.labels.classes import LabeledData
+from skipless.eval import clustering, discovery, knn, linear, retrieval, segmentation
 from skipless.eval.backbones import Backbone, FeatureKind, Precision, load_backbone, untrained, usable_precision
 from skipless.eval.classification import Pooling
 from skipless.eval.dense import data as dense
@@ -45,7 +46,7 @@ TASKS = ("knn", "linear", "segmentation", "retrieval", "clustering", "lost", "to
 
 
 @dataclass
-class ClassificationData(classification.DataSettings):
+class ClassificationData(LabeledData):
     """Data of knn and linear; see eval/knn.py."""
 
     root: str = ""
@@ -243,7 +244,7 @@ def planned(settings: Settings, candidate: Candidate, folder: Path) -> list[Task
 
     c, s, d = settings.classification, settings.segmentation, settings.discovery
     if c.root:
-        images = part(classification.DataSettings, c)
+        images = part(LabeledData, c)
         add("knn", knn, data=images, pool=c.pool, size=c.size, k=(20,), every_block=True, **on_features)
         add("linear", linear, data=images, pool=c.pool, size=c.size, **on_features)
     if s.root:

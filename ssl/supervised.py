@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Subset
 
 from skipless.common import cli, distributed
 from skipless.common.pixels import normalize
-from skipless.datasets.labels.classes import LabeledSet, SetName, open_splits
+from skipless.datasets.labels.classes import LabeledData, LabeledSet, open_splits
 from skipless.ssl.config import RunSettings, check, check_size, resolve
 from skipless.ssl.data.augmentation import Augmentation, TrainingImages, ValidationImages, mixing
 from skipless.ssl.data.loader import StepBatches, leave_signals_to_main, loader_workers, micro_batches, step_loader
@@ -45,23 +45,9 @@ from skipless.ssl.run.run import Run
 
 
 @dataclass
-class DataSettings:
-    """What is classified."""
+class DataSettings(LabeledData):
+    """What is learned from and what is classified."""
 
-    root: str
-    """folder: the folder that holds train/CLASS/*.jpg and val/CLASS/*.jpg (or train.zip, val.zip). cifar10, cifar100:
-    the one that holds the authors' Python version. arrays: the one that holds train.npz and val.npz, with the arrays
-    images (uint8 [N, H, W, 3]) and labels. huggingface: a folder that save_to_disk wrote, or a name on the hub."""
-    name: SetName = "folder"
-    """Where the data come from."""
-    split: str | None = None
-    """Split to validate on: by default val, for CIFAR test, for huggingface validation."""
-    train_split: str = "train"
-    """Split to train on."""
-    image: str = "image"
-    """huggingface: the column of images."""
-    label: str = "label"
-    """huggingface: the column of classes."""
     workers: int | None = None
     """Processes per training process that load and augment images; by default all cores shared out on a GPU machine,
     none on a CPU, where training needs the cores itself."""
@@ -107,7 +93,7 @@ def train(cfg: Settings) -> Path:
     """
     device = distributed.start(cfg.device)
     data = cfg.data
-    images, val_images = open_splits(data.name, data.root, data.train_split, data.split, data.image, data.label)
+    images, val_images = open_splits(data)
     cfg, notes = check_and_resolve(cfg, images, device)  # nothing is written before the run is opened
     size, workers = cfg.augmentation.size, loader_workers(data.workers, device)
 

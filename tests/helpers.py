@@ -10,8 +10,10 @@ import os
 import signal
 import socket
 import sys
+import tarfile
 import tempfile
 import threading
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -135,6 +137,25 @@ def load(script: Path) -> ModuleType:
     finally:
         sys.path.remove(str(script.parent))
     return module
+
+
+def write_archive(
+    path: Path, members: Mapping[str, bytes | tarfile.TarInfo], method: int = zipfile.ZIP_DEFLATED
+) -> Path:
+    """A .zip, or a tar that is compressed or not, as its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)  # type: ignore[arg-type]
+        return path
+    with tarfile.open(path, "w:gz" if path.suffix in (".tgz", ".gz") else "w") as tar:
+        for name, content in members.items():
+            entry = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo()
+            data = b"" if isinstance(content, tarfile.TarInfo) else content
+            entry.name, entry.size = name, len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return path
 
 
 @contextlib.contextmanager

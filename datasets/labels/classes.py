@@ -53,31 +53,44 @@ def _read_row(read: Callable[[int], np.ndarray], rows: np.ndarray, index: int) -
     return read(int(rows[index]))
 
 
-def open_splits(
-    name: SetName, root: str, train_split: str, split: str | None, image: str = "image", label: str = "label"
-) -> tuple[LabeledSet, LabeledSet]:
-    """The split whose labels are learned from, and the one to classify.
+@dataclass
+class LabeledData:
+    """What is learned from and what is classified."""
 
-    Args:
-        name, root: what kind of data, and where.
-        split: by default val, for CIFAR test, for huggingface validation.
-        image, label: huggingface: the columns.
+    root: str
+    """folder: the folder that holds train/CLASS/*.jpg and val/CLASS/*.jpg (or train.zip, val.zip). cifar10, cifar100:
+    the one that holds the authors' Python version. arrays: the one that holds train.npz and val.npz, with the arrays
+    images (uint8 [N, H, W, 3]) and labels. huggingface: a folder that save_to_disk wrote, or a name on the hub."""
+    name: SetName = "folder"
+    """Where the data come from."""
+    split: str | None = None
+    """Split that is classified: by default val, for CIFAR test, for huggingface validation."""
+    train_split: str = "train"
+    """Split that is learned from."""
+    image: str = "image"
+    """huggingface: the column of images."""
+    label: str = "label"
+    """huggingface: the column of classes."""
+
+
+def open_splits(data: LabeledData) -> tuple[LabeledSet, LabeledSet]:
+    """The split that is learned from, and the one that is classified.
 
     Raises:
         ValueError, FileNotFoundError: data that are not there, or two splits of different classes.
     """
 
     def opened(part: str) -> LabeledSet:
-        if name == "folder":
-            return class_folders(root, part)
-        if name == "arrays":
-            return arrays(root, part)
-        if name == "huggingface":
-            return hugging_face(root, part, image, label)
-        return cifar(root, part, int(name.removeprefix("cifar")))
+        if data.name == "folder":
+            return class_folders(data.root, part)
+        if data.name == "arrays":
+            return arrays(data.root, part)
+        if data.name == "huggingface":
+            return hugging_face(data.root, part, data.image, data.label)
+        return cifar(data.root, part, int(data.name.removeprefix("cifar")))
 
-    default = {"cifar10": "test", "cifar100": "test", "huggingface": "validation"}.get(name, "val")
-    train, val = opened(train_split), opened(split or default)
+    default = {"cifar10": "test", "cifar100": "test", "huggingface": "validation"}.get(data.name, "val")
+    train, val = opened(data.train_split), opened(data.split or default)
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise ValueError(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import write_archive
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -153,9 +154,8 @@ def test_an_archive_reads_as_the_folder_it_holds(tmp_path: Path, method: int) ->
     (root / "b" / "notes.txt").write_text("no image")
     save(root / "__MACOSX" / "a" / "1.png")
     save(root / "a" / "._1.png")
-    with zipfile.ZipFile(tmp_path / "images.zip", "w", method) as archive:
-        for path in sorted(root.rglob("*"), reverse=True):
-            archive.write(path, path.relative_to(root))
+    files = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    write_archive(tmp_path / "images.zip", files | {"b/": b""}, method)
     folder, packed = open_images(root), open_images(str(tmp_path / "images.zip"))
     assert list(packed.names) == list(folder.names) == ["a/1.png", "a/2.jpg", "b/4.bmp", "b/c/3.webp", "b/é.png"]
     assert packed.classes == folder.classes == ("a", "b")
@@ -179,10 +179,8 @@ def test_an_archive_written_on_windows_has_the_same_names(tmp_path: Path) -> Non
 def test_a_damaged_member_is_unreadable_and_its_neighbors_are_not(tmp_path: Path) -> None:
     path = tmp_path / "images.zip"
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        with zipfile.ZipFile(path, "w", method) as archive:
-            for name in ("1.bmp", "2.bmp", "3.bmp"):
-                archive.writestr(name, encode(RGB, "BMP"))
-            offset = archive.getinfo("2.bmp").header_offset + 30 + 5
+        write_archive(path, {f"{number}.bmp": encode(RGB, "BMP") for number in (1, 2, 3)}, method)
+        offset = zipfile.ZipFile(path).getinfo("2.bmp").header_offset + 30 + 5
         data = bytearray(path.read_bytes())
         data[offset + 200 : offset + 210] = bytes(10)
         path.write_bytes(data)
@@ -207,8 +205,7 @@ def test_a_folder_without_images_names_the_extensions(tmp_path: Path) -> None:
     (tmp_path / "a.tiff").write_bytes(b"")
     with pytest.raises(ValueError, match=r"no image found \(looked for \.jpg, \.jpeg, \.png, \.webp, \.bmp"):
         open_images(tmp_path)
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("a.txt", "")
+    write_archive(tmp_path / "a.zip", {"a.txt": b""})
     with pytest.raises(ValueError, match=r"a\.zip: no image found"):
         open_images(tmp_path / "a.zip")
 
@@ -217,9 +214,8 @@ def test_a_file_that_is_no_archive_and_a_damaged_archive(tmp_path: Path) -> None
     save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a\.png: is a file, but not a zip archive"):
         open_images(tmp_path / "a.png")
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("a.png", PNG)
-    (tmp_path / "a.zip").write_bytes((tmp_path / "a.zip").read_bytes()[:-40])
+    path = write_archive(tmp_path / "a.zip", {"a.png": PNG})
+    path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValueError, match=r"a\.zip: damaged zip archive"):
         open_images(tmp_path / "a.zip")
 
@@ -227,9 +223,7 @@ def test_a_file_that_is_no_archive_and_a_damaged_archive(tmp_path: Path) -> None
 @given(st.binary(max_size=40), st.integers(0, 400))
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_scrambled_archive_gives_an_image_or_one_of_our_errors(tmp_path: Path, junk: bytes, place: int) -> None:
-    path = tmp_path / "images.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a.png", encode(RGB[:4, :4], "PNG"))
+    path = write_archive(tmp_path / "images.zip", {"a.png": encode(RGB[:4, :4], "PNG")}, zipfile.ZIP_STORED)
     data = bytearray(path.read_bytes())
     data[place : place + len(junk)] = junk
     path.write_bytes(data)
@@ -241,15 +235,13 @@ def test_a_scrambled_archive_gives_an_image_or_one_of_our_errors(tmp_path: Path,
 
 
 def test_archives_with_other_compression_or_a_password_are_refused(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_BZIP2) as archive:
-        archive.writestr("a.png", PNG)
+    write_archive(tmp_path / "a.zip", {"a.png": PNG}, zipfile.ZIP_BZIP2)
     with pytest.raises(ValueError, match=r"a\.zip: a\.png is encrypted or compressed by a method other than deflate"):
         open_images(tmp_path / "a.zip")
-    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
-        archive.writestr("b.png", PNG)
-    data = (tmp_path / "b.zip").read_bytes()
+    path = write_archive(tmp_path / "b.zip", {"b.png": PNG})
+    data = path.read_bytes()
     directory = data.index(b"PK\x01\x02")
-    (tmp_path / "b.zip").write_bytes(data[: directory + 8] + b"\x01" + data[directory + 9 :])  # flag bit 0: encrypted
+    path.write_bytes(data[: directory + 8] + b"\x01" + data[directory + 9 :])  # flag bit 0: encrypted
     with pytest.raises(ValueError, match=r"b\.zip: b\.png is encrypted"):
         open_images(tmp_path / "b.zip")
 

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import shutil
-import tarfile
+import tempfile
 import zipfile
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torchvision
-from helpers import refusal
+from helpers import refusal, write_archive
 from PIL import Image
 from scipy.io import savemat
 
 from skipless.common import cli
 from skipless.datasets import prepare as command
 from skipless.datasets.labels.ade20k import ade20k
+from skipless.datasets.labels.classes import LabeledData, open_splits
 from skipless.datasets.labels.coco import coco20k, coco_stuff
 from skipless.datasets.labels.counts import BOX_COUNTS, COUNTS
 from skipless.datasets.labels.voc import voc_boxes, voc_segmentation
@@ -32,7 +33,7 @@ from skipless.datasets.prepare import Settings, main, prepare
 from skipless.datasets.public import builders, downloads
 from skipless.datasets.public.downloads import DamagedArchive
 from skipless.datasets.public.sets import DATA_SETS, DataSet, Part
-from skipless.eval import classification, clustering, discovery, segmentation
+from skipless.eval import clustering, discovery, segmentation
 from skipless.ssl import pretrain
 
 Files = Mapping[str, bytes]
@@ -47,28 +48,6 @@ def jpg(seed: int = 0) -> bytes:
 def png(value: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.full((6, 8), value, np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write(path: Path, files: Files) -> None:
-    """An archive of the kind that its name says. .txt is no archive: its one file."""
-    if path.suffix == ".txt":
-        path.write_bytes(files[path.name])
-    elif path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
-    else:
-        path.write_bytes(tar(files, "w:gz" if path.suffix in (".tgz", ".gz") else "w"))
-
-
-def tar(files: Files, mode: str = "w") -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as archive:  # type: ignore[call-overload]
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
 
 
@@ -219,6 +198,11 @@ def tiny_imagenet() -> Mapping[str, Files]:
     return {"tiny-imagenet-200.zip": files}
 
 
+def tar(files: Files) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return write_archive(Path(folder, "a.tar"), files).read_bytes()
+
+
 def imagenet() -> Mapping[str, Files]:
     """meta.mat lists leaves in the order of their ids, which is not the alphabetical one, and then their parents."""
     buffer = io.BytesIO()
@@ -272,7 +256,10 @@ def miniature(name: str, folder: Path) -> dict[str, DataSet]:
     make, counts = MINIATURES[name]
     folder.mkdir(parents=True, exist_ok=True)
     for archive, files in make().items():
-        write(folder / archive, files)
+        if archive.endswith(".txt"):  # no archive, but its one file
+            (folder / archive).write_bytes(files[archive])
+        else:
+            write_archive(folder / archive, files)
 
     def shrink(part: Part) -> Part:
         archives = []
@@ -329,7 +316,7 @@ def test_voc12_and_trainaug(tmp_path: Path) -> None:
 
 def test_voc12_where_voc_is_there_already(tmp_path: Path) -> None:
     table = miniature("voc12", tmp_path / "mine")
-    write(tmp_path / "VOC.zip", voc12()["VOCtrainval_11-May-2012.tar"])
+    write_archive(tmp_path / "VOC.zip", voc12()["VOCtrainval_11-May-2012.tar"])
     with zipfile.ZipFile(tmp_path / "VOC.zip") as archive:
         archive.extractall(tmp_path / "data")
     (tmp_path / "mine" / "VOCtrainval_11-May-2012.tar").unlink()
@@ -383,7 +370,7 @@ def test_ade20k(tmp_path: Path) -> None:
 )
 def test_class_folders(tmp_path: Path, name: str, train_classes: list[str], val_files: list[str]) -> None:
     root = make(name, tmp_path) / name
-    train, val = classification.open_labeled(classification.DataSettings(root=str(root)))
+    train, val = open_splits(LabeledData(str(root)))
     assert [train.classes[label] for label in train.labels] == train_classes
     short = [path.relative_to(root / "val").as_posix().replace("ILSVRC2012_val_", "") for path in val.places]
     assert short == [f"{file}.JPEG" for file in val_files]
@@ -633,10 +620,9 @@ def test_table_is_sound() -> None:
 
 @pytest.mark.parametrize("line", ["authorized_keys\t../../../victim", "../up.JPEG\tn01", "alone.JPEG"])
 def test_annotations_cannot_move_files_elsewhere(tmp_path: Path, line: str) -> None:
-    archive = tmp_path / "tiny.zip"
-    with zipfile.ZipFile(archive, "w") as packed:
-        packed.writestr("tiny-imagenet-200/val/val_annotations.txt", line + "\n")
-        packed.writestr("tiny-imagenet-200/val/images/authorized_keys", b"x")
+    val = "tiny-imagenet-200/val"
+    files = {f"{val}/val_annotations.txt": line.encode(), f"{val}/images/authorized_keys": b"x"}
+    archive = write_archive(tmp_path / "tiny.zip", files)
     (tmp_path / "work").mkdir()
     with pytest.raises(DamagedArchive, match=r"names .* of class"):
         builders.tiny_imagenet([archive], tmp_path / "work", tmp_path)

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import tarfile
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from helpers import ROOT, refusal, serving
+from helpers import ROOT, refusal, serving, write_archive
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -495,9 +494,8 @@ def test_several_processes_read_at_once(
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} on this system")
     here = pack(photos, tmp_path / "out")
-    with zipfile.ZipFile(tmp_path / "photos.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for number in range(len(here)):
-            archive.writestr(f"{number:02}.png", here.read_bytes(number))
+    files = {f"{number:02}.png": here.read_bytes(number) for number in range(len(here))}
+    write_archive(tmp_path / "photos.zip", files)
     sources = [here, open_images(f"{server[0]}/out"), open_images(tmp_path / "photos.zip")]
     expected = [here.read_bytes(index) for index in range(len(here))]
     with ProcessPoolExecutor(2, multiprocessing.get_context(method)) as pool:

@@ -21,9 +21,9 @@ import datasets as hf
 from skipless.common import cli
 from skipless.common.pixels import center_crop
 from skipless.datasets.images import read_image
-from skipless.datasets.labels.classes import class_folders
+from skipless.datasets.labels.classes import LabeledData, class_folders
 from skipless.eval.backbones import Backbone, choose_blocks, load_backbone
-from skipless.eval.classification import DataSettings, pooled_features, vectors
+from skipless.eval.classification import pooled_features, vectors
 from skipless.eval.evaluation import prepare
 from skipless.eval.knn import Settings, evaluate, main, protocol_id
 from skipless.eval.neighbors import knn_predict, nearest
@@ -133,7 +133,7 @@ def reference(backbone: Backbone, images: list[np.ndarray], size: int, resize: i
 def test_vectors_are_class_tokens_means_or_both(data: Path, ckpt: Path, cache: Path) -> None:
     """224 pixels of 256, in proportion: 35 is made 32, whose 8/7 is 37."""
     backbone, images = load_backbone(ckpt), class_folders(data, "val")
-    settings = Settings(str(ckpt), DataSettings(str(data)), blocks="2,1", cache=str(cache), device="cpu", batch_size=4)
+    settings = Settings(str(ckpt), LabeledData(str(data)), blocks="2,1", cache=str(cache), device="cpu", batch_size=4)
     features = pooled_features(prepare(settings, "knn"), images, 35)
     cls, mean = reference(backbone, [read_image(path) for path in images.places], 32, 37).values()
     for pool, expected in (("cls", cls), ("mean", mean)):

@@ -4,12 +4,12 @@ import json
 import os
 import pickle
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers import write_archive
 from PIL import Image
 
 from skipless.datasets.labels.boxes import BoxSet, folder_boxes
@@ -308,8 +308,7 @@ def test_boxes_refer_to_stored_pixels_wherever_they_are_read(tmp_path: Path) -> 
 
 def test_archives_and_missing_folders_are_refused(tmp_path: Path) -> None:
     save_image(tmp_path / "a.jpg")
-    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
-        archive.write(tmp_path / "a.jpg", "a.jpg")
+    write_archive(tmp_path / "photos.zip", {"a.jpg": (tmp_path / "a.jpg").read_bytes()})
     with pytest.raises(ValueError, match=r"photos\.zip: is a zip archive; unpack it"):
         folder_boxes(tmp_path / "photos.zip")
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):

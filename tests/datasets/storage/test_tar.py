@@ -9,20 +9,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from helpers import write_archive
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from skipless.datasets.images import open_images
 from skipless.datasets.storage.tar import expand_braces, header_number, members, scan_shards
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=form) as archive:
-        for name, data in members:
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
 
 
 def png(number: int) -> bytes:
@@ -86,11 +78,11 @@ def test_a_size_below_zero_is_no_tar(tmp_path: Path) -> None:
 def test_foreign_shards(tmp_path: Path) -> None:
     """Masks, captions and metadata beside the image, classes before and after it, names that come again."""
     root = tmp_path / "data"
-    write_tar(root / "007.tar", [
-        ("./a/1.cls", b"7\n"), ("./a/1.png", png(1)), ("./a/1.seg.png", png(99)), ("./a/1.txt", b"a cat"),
-        ("./a/2.b.png", png(98)), ("./a/2.png", png(2)), ("./a/2.cls", b"12"), ("./a/._2.png", b"mac"),
-    ])  # fmt: skip
-    write_tar(root / "008.tar", [("a/1.PNG", png(3)), ("a/1.webp", png(97)), ("a/1.cls", b"7")])
+    write_archive(root / "007.tar", {
+        "./a/1.cls": b"7\n", "./a/1.png": png(1), "./a/1.seg.png": png(99), "./a/1.txt": b"a cat",
+        "./a/2.b.png": png(98), "./a/2.png": png(2), "./a/2.cls": b"12", "./a/._2.png": b"mac",
+    })  # fmt: skip
+    write_archive(root / "008.tar", {"a/1.PNG": png(3), "a/1.webp": png(97), "a/1.cls": b"7"})
     for place in (root, f"{root}/{{007..008}}.tar"):
         found = open_images(place)
         assert list(found.names) == ["007.tar/a/1.png", "007.tar/a/2.png", "008.tar/a/1.PNG"]
@@ -106,9 +98,8 @@ def test_foreign_shards(tmp_path: Path) -> None:
 
 
 def test_folders_in_tars_are_classes_where_no_numbers_are(tmp_path: Path) -> None:
-    write_tar(
-        tmp_path / "a.tar", [("dog/1.png", png(1)), ("cat/1.png", png(2)), ("cat/2.png", png(2)), ("cat/2.cls", b"3")]
-    )
+    files = {"dog/1.png": png(1), "cat/1.png": png(2), "cat/2.png": png(2), "cat/2.cls": b"3"}
+    write_archive(tmp_path / "a.tar", files)
     found = open_images(tmp_path)
     assert found.classes == ("cat", "dog")
     assert found.labels is not None
@@ -118,19 +109,19 @@ def test_folders_in_tars_are_classes_where_no_numbers_are(tmp_path: Path) -> Non
 def test_images_of_a_folder_come_before_tars_that_lie_beside_them(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/1.png").write_bytes(png(1))
-    write_tar(tmp_path / "b.tar", [("2.png", png(2))])
+    write_archive(tmp_path / "b.tar", {"2.png": png(2)})
     assert list(open_images(tmp_path).names) == ["a/1.png"]
 
 
 def test_what_is_no_tar_or_a_part_of_one(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", [("1.png", png(1)), ("2.png", bytes(5000))])
+    write_archive(tmp_path / "a.tar", {"1.png": png(1), "2.png": bytes(5000)})
     data = (tmp_path / "a.tar").read_bytes()
     for wrong in (data[:700], data[:1100], data[:3000], gzip.compress(data), b"<html>" * 200, data[:600] + data[601:]):
         (tmp_path / "a.tar").write_bytes(wrong)
         with pytest.raises(ValueError, match=r"a\.tar: (truncated at byte|no tar header at byte)"):
             open_images(tmp_path)
-    for content in ([], [("a.txt", b"x"), ("1.seg.png", b"x")]):
-        write_tar(tmp_path / "a.tar", content)
+    for content in ({}, {"a.txt": b"x", "1.seg.png": b"x"}):
+        write_archive(tmp_path / "a.tar", content)
         with pytest.raises(ValueError, match=r"no image found in these tars \(looked for KEY\.jpg"):
             open_images(tmp_path)
 
@@ -138,7 +129,7 @@ def test_what_is_no_tar_or_a_part_of_one(tmp_path: Path) -> None:
 @given(st.binary(min_size=1, max_size=40), st.integers(0, 3000))
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_scrambled_tar_gives_images_or_one_of_our_errors(tmp_path: Path, junk: bytes, place: int) -> None:
-    write_tar(tmp_path / "a.tar", [("1.png", png(1)), ("é" * 60 + ".png", png(2))])
+    write_archive(tmp_path / "a.tar", {"1.png": png(1), "é" * 60 + ".png": png(2)})
     data = bytearray((tmp_path / "a.tar").read_bytes())
     data[place : place + len(junk)] = junk
     (tmp_path / "a.tar").write_bytes(data)
