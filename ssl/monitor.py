@@ -16,7 +16,7 @@ from skipless.common.pixels import center_crop, normalize
 from skipless.datasets.images import ImageSource, UnreadableImage, open_images
 from skipless.ssl.data.loader import leave_signals_to_main
 from skipless.ssl.data.squares import normalized_squares
-from skipless.ssl.dino import Pool, diagnose_collapse
+from skipless.ssl.dino import DINOOutput, Pool, diagnose_collapse
 from skipless.ssl.model.statistics import DEAD, cheap_conditioning, effective_rank, mean_share
 from skipless.ssl.model.vit import VisionTransformer
 
@@ -119,8 +119,8 @@ class CollapseAlarm:
         self.prototypes, self.warmup, self.suspicions = prototypes, warmup, 0
 
     def __call__(self, step: int, means: dict[str, float]) -> list[str]:
-        """A warning, from the means of what `DINOOutput` holds, or none."""
-        cause = diagnose_collapse(prototypes=self.prototypes, **means)
+        """A warning, from the means of what `DINOOutput` holds (and maybe of other losses), or none."""
+        cause = diagnose_collapse(prototypes=self.prototypes, **{name: means[name] for name in DINOOutput._fields})
         self.suspicions = self.suspicions + 1 if cause and step > self.warmup else 0
         return [f"WARNING at step {step}: {cause}"] if self.suspicions == self.PATIENCE else []
 

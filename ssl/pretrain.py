@@ -56,8 +56,8 @@ def pretrain(cfg: Settings) -> Path:
     student = build_dino(backbone, cfg.dino, cfg.model.pool).to(device)
     distributed.sync(student)
     teacher = make_teacher(student)
-    parallel = parallelize(student, device, cfg.precision, cfg.shard, cfg.compile)  # DDP, FSDP2 or nothing
-    teacher_forward = parallelize(teacher, device, cfg.precision, cfg.shard, cfg.compile).forward
+    student_parallel = parallelize(student, device, cfg.precision, cfg.shard, cfg.compile)  # DDP, FSDP2 or nothing
+    teacher_parallel = parallelize(teacher, device, cfg.precision, cfg.shard, cfg.compile)
     loss_fn = DINOLoss(cfg.dino.out_dim, cfg.dino.student_temp, cfg.dino.center_momentum, cfg.dino.balancing).to(device)
     optimizer = make_optimizer(student, cfg.optimizer)
     schedule = DINOSchedule(cfg.optimizer, cfg.dino, cfg.epochs, cfg.batch_size, len(images))
@@ -75,12 +75,12 @@ def pretrain(cfg: Settings) -> Path:
     run.open(start, f"{len(images):,} images of {images.origin}", student.backbone, f"; crops: made {where}")
     run.say(*monitor.introduction(), *notes)
 
-    def measure(step: int) -> None:
+    def measure_teacher(step: int) -> None:
         if run.measure_due(step, cfg.monitor.every_epochs, monitor.metric):
-            run.log_values(step, *monitor(full_backbone(teacher), parallel.autocast))
-            meter.restart_clock()
+            run.log_values(step, *monitor(full_backbone(teacher), student_parallel.autocast))
+            meter.restart_clock()  # images a second are those of training
 
-    measure(start)
+    measure_teacher(start)
     batches = meter.timed(iter(loader))
     for step in range(start, schedule.steps):
         now = schedule.at(step)
@@ -88,11 +88,11 @@ def pretrain(cfg: Settings) -> Path:
         distributed.seed_step(cfg.seed, step, schedule.steps)
         for batch, last in micro_batches(batches, cfg.accumulate):
             crops = make_crops(batch)
-            with torch.no_grad(), parallel.autocast:
-                targets = teacher_forward(crops[:1])
-            with parallel.sync_gradients(last):
-                with parallel.autocast:
-                    result = loss_fn(parallel.forward(crops), targets, views, now.teacher_temperature)
+            with torch.no_grad(), student_parallel.autocast:
+                targets = teacher_parallel.forward(crops[:1])  # the two global crops of every image
+            with student_parallel.sync_gradients(last):
+                with student_parallel.autocast:
+                    result = loss_fn(student_parallel.forward(crops), targets, views, now.teacher_temperature)
                 (result.loss / cfg.accumulate).backward()
             meter.add(*result)
             unreadable.add(batch["unreadable"])
@@ -107,12 +107,12 @@ def pretrain(cfg: Settings) -> Path:
         saving = interrupted or run.save_due(done)
         if saving or done % cfg.log_every == 0:
             unreadable.check()
-            means, speed = meter.read()  # the only place where the host waits for the device
+            means, speed = meter.read()  # between two checkpoints the host waits for the device here alone
             more = {"below_ln_k": ln_k - means["loss"], "gradient_norm": gradient_norm.item()}
             run.log_step(done, means | more | now.metrics() | speed, f"loss {means['loss']:.3f} (ln K {ln_k:.2f})")
             run.say(*alarm(done, means))
         if not interrupted and done % schedule.steps_per_epoch == 0:
-            measure(done)
+            measure_teacher(done)
         if saving:
             run.save(done)
         if interrupted:

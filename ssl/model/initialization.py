@@ -3,9 +3,11 @@
 Without skips the derivative of a block is that of its attention and MLP alone, so these must be well conditioned from
 the start. Three parts, each of which can be left out:
 
-1. value-output: W_V W_O = c^2 x (an orthogonal matrix), so its condition number is 1;
-2. query-key: W_Q W_K^T of a head is close to alpha Z + beta I, so its attention map is close to the identity;
-3. MLP: orthogonal matrices ("suo"), or a pair of mirrored layers that is exactly an orthogonal map ("mirrored").
+1. value-output (`value_output_matrices`): W_V W_O = c^2 x (an orthogonal matrix), so its condition number is 1;
+2. query-key (`query_key_matrices`): W_Q W_K^T of a head is close to alpha Z + beta I, so its attention map is close to
+   the identity;
+3. MLP (`suo_matrices`, `mirrored_matrices`): orthogonal matrices ("suo"), or a pair of mirrored layers that is exactly
+   an orthogonal map ("mirrored").
 
 Weights follow the row-vector convention of the paper (y = x W); torch's `Linear.weight` is the transpose of W.
 """
