@@ -115,8 +115,8 @@ def make_page(out: Path, run: Path) -> Path:
         images=str(out / "scenes" / "val"),
         size=96,
         tasks=("segmentation", "tokencut"),
-        segmentation=SegmentationData(str(out / "scenes"), "scenes", size=96, max_images=300),
-        discovery=DiscoveryData(str(out / "scenes"), "scenes"),
+        segmentation=SegmentationData(name="scenes", root=str(out / "scenes"), size=96, max_images=300),
+        discovery=DiscoveryData(name="scenes", root=str(out / "scenes")),
         cache=str(out / "features"),
         batch_size=64,
     )

@@ -101,7 +101,7 @@ def guard(command: Callable[[], object]) -> None:
         print(f"error{who}: {sentence(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from what was saved, if anything was", file=sys.stderr)
+        print("interrupted: the same command goes on from what was saved; for training, with --resume", file=sys.stderr)
         sys.exit(130)
     finally:
         _end_loader_workers()
