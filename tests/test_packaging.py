@@ -180,6 +180,7 @@ def test_console_command_refuses_an_unknown_name() -> None:
     done = skipless("kn", "--ckpt", "x")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: there is no command kn: did you mean knn? skipless --help lists them\n"
+    assert skipless("attention_maps").stderr.startswith("error: --ckpt and --images are missing")
     assert skipless("zzzzzz").stderr == "error: there is no command zzzzzz: skipless --help lists them\n"
 
 

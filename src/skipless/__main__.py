@@ -11,6 +11,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 COMMANDS = {
     "pretrain": ("ssl.pretrain", "Pretrain a backbone with DINO, without labels."),
@@ -39,7 +40,8 @@ def table() -> str:
     """What `skipless --help` prints."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {sentence}" for name, (_, sentence) in COMMANDS.items()]
-    return "\n".join(["usage: skipless COMMAND ...", "", *lines, "", "skipless COMMAND --help tells more."])
+    usage = "usage: skipless COMMAND ... | --version"
+    return "\n".join([usage, "", *lines, "", "skipless COMMAND --help tells more."])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name in ("--help", "-h"):
         print(table())
         return
+    if name == "--version":
+        print(f"skipless {version('skipless')}")
+        return
+    name = name.replace("_", "-")
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
         hint = f"did you mean {nearest[0]}? " if nearest else ""

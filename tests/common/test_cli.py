@@ -1,5 +1,6 @@
 """The command line of every command: what its words mean, and how mistakes end."""
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -122,11 +123,14 @@ def test_recipe_comes_before_the_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--nope", "3"], "--nope"),
+        (["--nope", "3"], "there is no setting --nope: --help-all"),
+        (["--scael", "1"], "did you mean --scale?"),
+        (["--train-splits", "x"], "did you mean --data.train_split?"),
+        (["--every", "true"], "there is no setting --every: "),  # a beginning is not enough
         (["--k", "x"], "k is 'x'; give a whole number"),
         (["--data.name=ade"], "data.name is 'ade'; choose one of folder, voc12"),
         (["--every-block=perhaps"], "every_block"),
-        (["--config=nowhere.yaml"], "nowhere.yaml"),
+        (["--config=nowhere.yaml"], "there is no settings file nowhere.yaml"),
     ],
 )
 def test_mistakes_end_in_one_sentence_and_status_2(
@@ -174,6 +178,44 @@ def test_other_errors_are_bugs_and_keep_their_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         cli.guard(command)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"data: {rot: y}", "x.yaml: there is no setting data.rot: did you mean --data.root?"),
+        (b"a: 1\nk: [1", "x.yaml, line 2 is no valid YAML"),
+        (b"- 1", "x.yaml holds no settings"),
+        (b"\xff\xfe\x00\xd8", "x.yaml is no text"),
+    ],
+)
+def test_mistakes_in_a_file_of_settings_name_the_file(content: bytes, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        read("--config", str(tmp_path / "x.yaml"))
+
+
+def test_missing_settings_are_named_as_they_are_given() -> None:
+    with pytest.raises(ValueError, match=r"^--ckpt and --data\.root are missing;"):
+        cli.parse(Settings, [])
+    with pytest.raises(ValueError, match=r"^RUNS is missing;"):
+        cli.parse(Packing, [], positional=True)
+
+
+def test_help_is_short_and_its_groups_are_told_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            cli.parse(Pretraining, words)
+        return capsys.readouterr().out
+
+    short, optimizer, everything = told("--help"), told("--help", "optimizer"), told("--help-all")
+    for text, shown, hidden in (
+        (short, ["--out OUT", "--data.path", "--optimizer.*"], ["--optimizer.lr", "--dino.out_dim"]),
+        (optimizer, ["--optimizer.lr", "--optimizer.betas"], ["--out OUT", "--dino.out_dim"]),
+        (everything, ["--out OUT", "--data.path", "--optimizer.lr", "--dino.out_dim"], []),
+    ):
+        assert all(flag in text for flag in shown)
+        assert not any(flag in text for flag in hidden)
 
 
 def test_help_names_every_setting_with_its_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ later wins. In flag names - and _ are the same; `--flag` alone sets a true-or-fa
 
 import argparse
 import dataclasses
+import difflib
 import functools
 import inspect
 import json
@@ -24,14 +25,16 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from skipless.common.settings import OLD_NAMES, OLD_VALUES, renamed
+from skipless.common.settings import OLD_NAMES, OLD_VALUES, flat, renamed
 
 T = TypeVar("T")
 
 LISTS = (tuple, list)
+PARSERS_OWN = ("help", "print_config")
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 HELP = "In flag names - and _ are the same. A YAML file given as --config can hold any of the settings."
+MORE = "--help {first} tells all of one group, --help-all everything."
 
 
 def run(
@@ -73,12 +76,16 @@ def parse(
         jsonargparse.ArgumentError: an unknown flag or a value of the wrong type.
         ValueError: values that contradict each other.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in ("-h", "--help", "--help-all"):
+        print(_help(settings, prog, description, positional, words))
+        sys.exit(0)
     parser = _parser(settings, prog, description, positional)  # type: ignore[arg-type]  # types are hashable
-    words = canonical(settings, sys.argv[1:] if arguments is None else arguments, positional)
+    words = canonical(settings, words, positional)
     if recipe is not None:  # which one, the words say; they are then read over it
         quiet = [word for word in words if not word.startswith("--print_config")]
-        words = [f"--config={recipe(parser.parse_args(quiet))}", *words]
-    values = parser.instantiate(parser.parse_args(words)).as_dict()
+        words = [f"--config={recipe(_parsed(parser, quiet, positional))}", *words]
+    values = parser.instantiate(_parsed(parser, words, positional)).as_dict()
     values.pop("config", None)
     return _expand_home(settings(**values))
 
@@ -154,7 +161,9 @@ def canonical(settings: type, words: Sequence[str], positional: bool = False) ->
         if _is_list(kind) and value[:1] not in ("[", "") and value not in ("null", "None"):
             value = _listed([value], kind)
         if name == "config":
-            value = _with_names_of_today(value)
+            value = _with_names_of_today(value, kinds)
+        elif not _is_setting(name, kinds) and name not in PARSERS_OWN:
+            raise ValueError(f"there is no setting --{name}: {_nearest(name, kinds)}--help-all lists them all")
         value = OLD_VALUES.get((name, value), value)
         choices = get_args(kind) if get_origin(kind) is Literal else ()
         if equals and choices and value not in map(str, choices):
@@ -163,8 +172,7 @@ def canonical(settings: type, words: Sequence[str], positional: bool = False) ->
     return out
 
 
-@functools.cache  # building one takes longer than reading a command line
-def _parser(settings: type, prog: str | None, description: str | None, positional: bool) -> Any:
+def _new_parser(settings: type, prog: str | None, description: str | None, positional: bool) -> Any:
     from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
     class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -182,6 +190,60 @@ def _parser(settings: type, prog: str | None, description: str | None, positiona
     return parser
 
 
+_parser = functools.cache(_new_parser)  # building one takes longer than reading a command line
+
+
+def _help(settings: type, prog: str | None, description: str | None, positional: bool, words: list[str]) -> str:
+    """--help: the settings at the top, the required ones with their group, and one line for each other group."""
+    parser = _new_parser(settings, prog, description, positional)
+    kinds = get_type_hints(settings)
+    groups = {name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)}
+    asked = words[1].replace("-", "_") if len(words) > 1 else None
+    everything = words[0] == "--help-all" or not groups
+    if asked in groups:
+        shown = {asked}
+    else:
+        needed = {name.partition(".")[0] for name, field in _single_fields(settings) if _required(field)}
+        shown = {name for name in kinds if everything or name not in groups or name in needed}
+    for action in parser._actions:
+        name = action.dest.partition(".")[0]
+        if action.dest in groups or (name in kinds and name not in shown):
+            action.help = argparse.SUPPRESS
+        elif action.dest == "print_config":
+            action.help = "Print the settings that the other flags mean, as a YAML file, and exit."
+    for group in parser._action_groups:
+        if all(action.help == argparse.SUPPRESS for action in group._group_actions):
+            group.title = group.description = None
+    names = " ".join(action.metavar for action in parser._actions if not action.option_strings)
+    parser.usage = " ".join(["%(prog)s", *([names] if names else []), "[--config FILE] [--SETTING VALUE ...]"])
+    if asked in groups:
+        parser.description = None
+    text = parser.format_help().removesuffix(f"{HELP}\n")
+    hidden = [name for name in groups if name not in shown]
+    if hidden and asked not in groups:
+        width = max(map(len, hidden))
+        lines = [
+            f"  --{name + '.*':{width + 2}}  {inspect.getdoc(groups[name]) or ''}".split("\n")[0] for name in hidden
+        ]
+        text += "\n".join(["groups of settings:", *lines, "", MORE.format(first=hidden[0]), ""])
+    return f"{text}{HELP}"
+
+
+def _parsed(parser: Any, words: list[str], positional: bool) -> Any:
+    """What the parser makes of the words; what is missing is named as the command line would give it."""
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args(words)
+    except ArgumentError as error:
+        missing = re.search(r"the following arguments are required: (.*)", str(error))
+        if missing is None:
+            raise
+        names = [name.upper() if positional else f"--{name}" for name in missing[1].split(", ")]
+        are = "is" if len(names) == 1 else "are"
+        raise ValueError(f"{' and '.join(names)} {are} missing; --help tells what to give") from None
+
+
 def _leaves(settings: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, type) of every field that is no group."""
     for name, kind in get_type_hints(settings).items():
@@ -189,6 +251,16 @@ def _leaves(settings: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
             yield f"{prefix}{name}", kind
+
+
+def _single_fields(settings: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """(dotted name, field) of every field that is no group."""
+    kinds = get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        if dataclasses.is_dataclass(kinds[field.name]):
+            yield from _single_fields(kinds[field.name], f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
@@ -213,17 +285,46 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
     return words[end:], words[:end]
 
 
-def _with_names_of_today(path: str) -> str:
-    """A file of settings; its content instead, where it has names or values of earlier versions."""
+def _is_setting(name: str, kinds: dict[str, Any]) -> bool:
+    """Whether it is a setting or a group of them. A beginning of its name is not enough."""
+    return any(leaf == name or leaf.startswith(f"{name}.") for leaf in kinds)
+
+
+def _nearest(name: str, kinds: dict[str, Any]) -> str:
+    """A question with the setting that may have been meant, if there is one that resembles it."""
+    last = {leaf.rpartition(".")[2]: leaf for leaf in kinds}
+    close = difflib.get_close_matches(name, kinds, 1, 0.75)
+    close = close or [last[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], last, 1, 0.75)]
+    return f"did you mean --{close[0]}? " if close else ""
+
+
+def _with_names_of_today(path: str, kinds: dict[str, Any]) -> str:
+    """A file of settings, or its content where it has names or values of earlier versions.
+
+    Raises:
+        ValueError: it can't be read as YAML, or holds what is no setting of this command.
+    """
     import yaml
 
+    if path.startswith("{"):
+        return path
+    file = Path(path).expanduser()
     try:
-        tree = yaml.safe_load(Path(path).expanduser().read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return path  # for the parser to complain of
-    if not isinstance(tree, dict) or renamed(tree) == tree:
-        return str(Path(path).expanduser())
-    return json.dumps(renamed(tree))
+        tree = yaml.safe_load(file.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"there is no settings file {path}: give --config the path of a YAML file") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line} is no valid YAML: {error.problem}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text: give --config a YAML file of settings") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds no settings: give --config a YAML file with lines like 'epochs: 10'")
+    today = renamed(tree)
+    for name in flat(today):
+        if not _is_setting(name, kinds):
+            raise ValueError(f"{path}: there is no setting {name}: {_nearest(name, kinds)}--help-all lists them all")
+    return str(file) if today == tree else json.dumps(today)
 
 
 def _expand_home(settings: T) -> T:
