@@ -42,7 +42,7 @@ class BoxSet:
     truncated: tuple[np.ndarray, ...]
     """N arrays, bool [n]; False outside VOC and scenes."""
     upright: bool = False
-    """Whether images are turned by their EXIF orientation, which only sets without boxes can be."""
+    """Whether images are turned by their EXIF orientation: of a folder without boxes, and where annotations say so."""
 
     def __post_init__(self) -> None:
         """Raises FileNotFoundError where an image is missing, naming the first and how many there are."""

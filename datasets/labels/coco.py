@@ -9,14 +9,15 @@ and Stuff Classes in Context" (arXiv 1612.03716), whose release has the labels (
 2 of the paper, CocoStuffClasses.m).
 """
 
-import contextlib
-import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
 from skipless.datasets.labels.boxes import BoxSet
+from skipless.datasets.labels.instances import read_instances
 from skipless.datasets.labels.masks import VOID, SegmentationSet, distinct_colors, paired_names, read_names
 
 # Things by supercategory, in the order of their ids (1..91); "-" is one of the eleven ids that COCO has given up.
@@ -128,10 +129,14 @@ def coco_boxes(annotations: str | Path, images: str | Path) -> BoxSet:
     height, in pixels from 0) become x, y, x + width, y + height, unrounded. `split` is the file's name without
     "instances_".
 
-    Raises FileNotFoundError for a missing file, folder or image, ValueError for a damaged file.
+    Where the sizes that the file states are those of photographs as their EXIF orientation turns them, the set is
+    `upright`.
+
+    Raises FileNotFoundError for a missing file, folder or image, ValueError for a damaged file (see `read_instances`)
+    and for a picture of another size than the file states.
     """
     annotations = Path(annotations).expanduser()
-    coco = _load(annotations)
+    coco = read_instances(annotations)
     split = annotations.stem.removeprefix("instances_")
     return _select(coco, annotations, "coco", split, sorted(coco.imgs), Path(images).expanduser())
 
@@ -151,7 +156,7 @@ def coco20k(root: str | Path, names_file: str | Path) -> BoxSet:
     names = read_names(names_file)
     images = _first_folder(root, "images", ["train2014", "images/train2014"])
     annotations = root / "annotations" / "instances_train2014.json"
-    coco = _load(annotations)
+    coco = read_instances(annotations)
     ids: list[int] = []
     for name in names:
         file_name = name.rpartition("/")[2]
@@ -172,44 +177,19 @@ def _first_folder(root: Path, what: str, places: list[str]) -> Path:
     raise FileNotFoundError(f"{root}: no folder of {what} there (looked for {', '.join(places)})")
 
 
-def _load(annotations: Path) -> Any:
-    """The file as pycocotools' COCO."""
-    from pycocotools.coco import COCO
-
-    if not annotations.is_file():
-        raise FileNotFoundError(f"{annotations}: no such annotation file")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
-            coco = COCO(str(annotations))
-        if not coco.imgs or "annotations" not in coco.dataset:
-            raise ValueError("no images or no annotations in it")
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(
-            f"{annotations}: cannot be read as COCO instances ({type(error).__name__}: {error}); give an instances file"
-        ) from error
-    return coco
-
-
 def _select(
     coco: Any, path: Path, name: str, split: str, ids: list[int], images: Path, rounded: bool = False
 ) -> BoxSet:
     boxes, categories = [], []
-    try:
-        files = [str(coco.imgs[number]["file_name"]) for number in ids]
-        for number in ids:
-            objects: list[dict[str, Any]] = [item for item in coco.imgToAnns[number] if not item.get("iscrowd", 0)]
-            sides = np.array([item["bbox"] for item in objects], np.float64).reshape(-1, 4)
-            if not (sides[:, 2:] >= 0).all():
-                raise ValueError(f"image {number} has a box of negative size")
-            corners = np.concatenate([sides[:, :2], sides[:, :2] + sides[:, 2:]], axis=1)
-            boxes.append(np.rint(corners) if rounded else corners)
-            categories.append(np.array([item["category_id"] for item in objects], np.int64))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as COCO instances ({type(error).__name__}: {error}); give an instances file"
-        ) from error
+    files = [coco.imgs[number]["file_name"] for number in ids]
+    for number in ids:
+        objects: list[dict[str, Any]] = [item for item in coco.imgToAnns[number] if not item.get("iscrowd", 0)]
+        sides = np.array([item["bbox"] for item in objects], np.float64).reshape(-1, 4)
+        corners = np.concatenate([sides[:, :2], sides[:, :2] + sides[:, 2:]], axis=1)
+        boxes.append(np.rint(corners) if rounded else corners)
+        categories.append(np.array([item["category_id"] for item in objects], np.int64))
     flags = tuple(np.zeros(len(objects), bool) for objects in boxes)
-    return BoxSet(
+    found = BoxSet(
         name,
         split,
         tuple(Path(file).stem for file in files),
@@ -220,3 +200,33 @@ def _select(
         flags,
         flags,
     )
+    return replace(found, upright=_annotated_upright(found, [coco.imgs[number] for number in ids], path))
+
+
+def _annotated_upright(found: BoxSet, declared: list[dict[str, Any]], path: Path) -> bool:
+    """Whether the annotations are of the photographs as their EXIF orientation turns them, by the sizes they state.
+
+    Raises ValueError where a picture has another size than its annotations, turned or not.
+    """
+    as_stored = turned = None  # examples of photographs that have an orientation
+    for file, about in zip(found.images, declared, strict=True):
+        size = (about["width"], about["height"])
+        try:
+            with Image.open(file) as header:
+                actual, sideways = header.size, header.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        except Exception:  # whatever is wrong with it, reading it will say so
+            continue
+        if size == actual and size == actual[::-1]:
+            continue
+        if size == actual:
+            as_stored = file if sideways else as_stored
+        elif size == actual[::-1] and sideways:
+            turned = file
+        else:
+            raise ValueError(
+                f"{file} has {actual[0]} x {actual[1]} pixels, and {path} says {size[0]} x {size[1]}: the picture was "
+                "resized or turned, or width and height are swapped in the file; no box would fit"
+            )
+    if as_stored and turned:
+        raise ValueError(f"{path} describes {as_stored.name} as it is stored, and {turned.name} as EXIF turns it")
+    return turned is not None

@@ -42,6 +42,8 @@ def report(result: dict[str, Any]) -> str:
                 values = (100 * details[f"{name}_{key}"] for key in ("ap", "ap50", "ap75", "ar100"))
                 lines.append(f"| {name} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
         lines += ["", f"{details['objects'] / result['images']:.2f} objects an image.", ""]
+        if "masks_from_boxes" in details:
+            lines += [f"{details['masks_from_boxes']:,} true objects have no mask; their boxes stand for them.", ""]
     if "every_block" in details:
         lines += [f"| block | {details['every_block'][0]['metric']} |", "|---:|---:|"]
         lines += [

@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from skipless.datasets.labels.boxes import BoxSet
+from skipless.datasets.labels.instances import read_instances
 from skipless.eval.metrics import bootstrap_interval, corloc
 
 COMPLETE = 0.99  # share of similar pairs from which a graph counts as nearly complete
@@ -66,7 +67,7 @@ def coco_ap(images: BoxSet, annotations: Path | None, results: list[dict[str, An
     kinds: list[Literal["bbox", "segm"]] = ["bbox"] if annotations is None else ["bbox", "segm"]
     with contextlib.redirect_stdout(io.StringIO()):
         if annotations is not None:
-            truth = COCO(str(annotations))
+            truth = read_instances(annotations)
         else:
             truth = COCO()
             truth.dataset = _as_coco(images)
@@ -75,20 +76,22 @@ def coco_ap(images: BoxSet, annotations: Path | None, results: list[dict[str, An
             # With a segmentation, pycocotools would take areas from it, and boxes too.
             unused = "segmentation" if kind == "bbox" else "bbox"
             given = [{key: value for key, value in r.items() if key != unused} for r in results]
-            try:
-                evaluation = COCOeval(truth, truth.loadRes(given), kind)
-                evaluation.params.useCats = 0
-                # Without categories, pycocotools still leaves out what is of none of these: our 1, where it is no id.
-                evaluation.params.catIds = sorted({1, *(item["category_id"] for item in truth.dataset["annotations"])})
-                evaluation.params.imgIds = list(images.ids)
-                evaluation.evaluate()
-            except KeyError as error:
-                raise ValueError(f"{annotations} lacks {error} somewhere, which AP needs; complete it") from None
+            evaluation = COCOeval(truth, truth.loadRes(given), kind)
+            evaluation.params.useCats = 0
+            # Without categories, pycocotools still leaves out what is of none of these: our 1, where it is no id.
+            evaluation.params.catIds = sorted({1, *(item["category_id"] for item in truth.dataset["annotations"])})
+            evaluation.params.imgIds = list(images.ids)
+            evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
             name = "box" if kind == "bbox" else "mask"
             places = {"ap": 0, "ap50": 1, "ap75": 2, "ar100": 8}
             details |= {f"{name}_{score}": float(evaluation.stats[place]) for score, place in places.items()}
+    known = set(images.ids)
+    if from_boxes := sum(
+        a.get("mask_from_box", False) and a["image_id"] in known for a in truth.dataset["annotations"]
+    ):
+        details["masks_from_boxes"] = from_boxes
     main = "box" if annotations is None else "mask"
     return {"metric": f"{main} AP, class-agnostic", "value": details[f"{main}_ap"], "details": details}
 

@@ -755,19 +755,31 @@ def test_a_crowd_alone_is_no_object(coco: Path, ckpt: Path, tmp_path: Path, undr
         assert found_in(out)[0]["image_id"] == 8
 
 
-def test_annotations_without_masks_have_no_ap(
-    coco: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "annotations" / "instances_val2017.json"
-    path.parent.mkdir()
-    content = json.loads((coco / "annotations" / "instances_val2017.json").read_text())
-    for item in content["annotations"]:
-        del item["segmentation"]
+@pytest.mark.parametrize("masks", [None, [], [[8, 8, 40]], [[8, 8, 40, 38]]])
+def test_where_an_object_has_no_mask_its_box_stands_for_it(coco: Path, tmp_path: Path, masks: Any) -> None:
+    """Here the masks are boxes, so that perfect detections keep an AP of 1."""
+    truth = coco / "annotations" / "instances_val2017.json"
+    content = json.loads(truth.read_text())
+    content["annotations"][3]["segmentation"] = masks
+    path = tmp_path / "instances_val2017.json"
     path.write_text(json.dumps(content))
-    (tmp_path / "val2017").symlink_to(coco / "val2017")
-    line = refusal(main, command(tmp_path, ckpt, "--method=maskcut", "--size=64", name="coco"), capsys)
-    assert "instances_val2017.json lacks 'segmentation' somewhere, which AP needs" in line
-    assert measure(tmp_path, ckpt, name="coco")["metric"] == "CorLoc"
+    images = coco_boxes(path, coco / "val2017")
+    score = coco_ap(images, path, perfect(truth, images))
+    assert (score["value"], score["details"]["masks_from_boxes"]) == (pytest.approx(1), 1)
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3], [5, 5, 5, 5], ["a", None, -1, 1.5]])
+def test_ids_of_annotations_change_nothing(coco: Path, tmp_path: Path, ids: list[Any]) -> None:
+    """pycocotools alone gives a perfect detector less, as 0 is its "no match" and two of one id are one to it."""
+    truth = coco / "annotations" / "instances_val2017.json"
+    content = json.loads(truth.read_text())
+    for number, item in zip(ids, content["annotations"], strict=True):
+        item["id"] = number
+    path = tmp_path / "instances_val2017.json"
+    path.write_text(json.dumps(content))
+    images = coco_boxes(path, coco / "val2017")
+    score = coco_ap(images, path, perfect(truth, images))["details"]
+    assert (score["mask_ap"], score["box_ap"]) == (pytest.approx(1), pytest.approx(1))
 
 
 def test_an_image_whose_graph_does_not_fit_into_memory_is_named(

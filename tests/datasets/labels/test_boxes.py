@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from helpers import write_archive
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from skipless.datasets.labels.boxes import BoxSet, folder_boxes
 from skipless.datasets.labels.coco import coco20k, coco_boxes
+from skipless.datasets.labels.instances import decoded_runs
 from skipless.datasets.labels.voc import scenes_boxes, voc_boxes
 from skipless.datasets.synthetic.dataset import write_scenes
 
@@ -170,7 +172,10 @@ def test_scenes_boxes_enclose_their_objects(tmp_path: Path) -> None:
 
 def fake_coco(root: Path) -> Path:
     """Three images of train2014 with two boxes and a crowd, a crowd alone, and nothing."""
-    images = [{"id": number, "file_name": f"COCO_train2014_{number:012}.jpg"} for number in (30, 9, 25)]
+    images = [
+        {"id": number, "file_name": f"COCO_train2014_{number:012}.jpg", "width": 6, "height": 4}
+        for number in (30, 9, 25)
+    ]
     items: list[dict[str, Any]] = [
         {"image_id": 30, "bbox": [0.5, 1.5, 2, 2], "category_id": 90, "iscrowd": 0},
         {"image_id": 30, "bbox": [0, 0, 6, 4], "category_id": 1, "iscrowd": 1},
@@ -256,33 +261,100 @@ def test_what_coco_lacks_is_named(tmp_path: Path) -> None:
         coco20k(tmp_path, tmp_path / "names.txt")
 
 
-DAMAGED = '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [%s]}'
+DAMAGED = '{"images": [{"id": 1, "file_name": "a.jpg", "width": 6, "height": 4}], "annotations": [%s]}'
+OBJECT = '{"id": 7, "image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2], "segmentation": %s}'
+RLE = '{"size": [4, 6], "counts": %s}'
+
+
+def rectangle_text(height: int, width: int) -> str:
+    """Run lengths of a mask with one pixel out of it, as pycocotools writes them."""
+    mask = np.ones((height, width), np.uint8, order="F")
+    mask[0, 1] = 0
+    return json.dumps(coco_mask.encode(mask)["counts"].decode())
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "reason"),
     [
-        "",
-        "[]",
-        "{}",
-        '{"images": []}',
-        '{"images": [{"id": 1, "file_name": "a.jpg"}]}',
-        '{"images": [{"id": 1}], "annotations": []}',
-        DAMAGED % '{"id": 1, "image_id": 1}',
-        DAMAGED % '{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1]}',
-        DAMAGED % '{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, -1, 1]}',
-        DAMAGED % '{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 1, "a"]}',
-        '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": 3}',
-        '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [',
+        ("", "Expecting value"),
+        ("[]", "list indices"),
+        ("[" * 200_000, "nested too deeply"),
+        ("{}", "it lacks 'images'"),
+        ('{"images": []}', "it lacks 'annotations'"),
+        ('{"images": [], "annotations": []}', "no images"),
+        ('{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}', "it lacks 'width'"),
+        ('{"images": [{"id": 1, "width": 6, "height": 4}], "annotations": []}', "it lacks 'file_name'"),
+        (
+            '{"images": [{"id": 1, "file_name": "a", "width": 6, "height": 1e9}], "annotations": []}',
+            "height 1000000000",
+        ),
+        (DAMAGED.replace("[{", '[{"id": 1, "file_name": "b.jpg", "width": 6, "height": 4}, {', 1) % "", "the id of"),
+        (DAMAGED % '{"id": 1, "image_id": 1}', "annotation 1 of image 1 has no box: its bbox is null"),
+        (DAMAGED % '{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1]}', r"its bbox is \[1\]"),
+        (DAMAGED % '{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, -1, 1]}', "a box of negative size"),
+        (DAMAGED % '{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 1, "a"]}', "no finite number"),
+        (DAMAGED % '{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 1, NaN]}', "no finite number"),
+        (DAMAGED % '{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 1, 1e9]}', "6 x 4 pixels"),
+        (DAMAGED % '{"id": 1, "image_id": 1, "bbox": [1, 1, 1, 1]}', "category_id None"),
+        (
+            DAMAGED % OBJECT % "[[0, 0, 1e9, 0, 1e9, 1e9]]",
+            "annotation 7 of image 1 has a polygon that lies far outside",
+        ),
+        (DAMAGED % OBJECT % "[[0, 0, Infinity, 0, 1, 1]]", "a polygon that holds what is no finite number"),
+        (DAMAGED % OBJECT % "[[0, 0, 1, 0, 1, 1, 2]]", "a polygon of 7 numbers"),
+        (DAMAGED % OBJECT % "3", "neither polygons nor run lengths"),
+        (DAMAGED % OBJECT % '{"size": [6, 4], "counts": [24]}', r"run lengths of size \[6, 4\]"),
+        (DAMAGED % OBJECT % (RLE % "[23]"), "run lengths of 23 pixels, and its image has 24"),
+        (DAMAGED % OBJECT % (RLE % "[25, -1]"), "damaged run lengths"),
+        (DAMAGED % OBJECT % (RLE % '"~~~~"'), "damaged run lengths"),
+        (DAMAGED % OBJECT % (RLE % rectangle_text(4, 7)), "run lengths of 28 pixels"),
+        (DAMAGED.replace("[%s]", "3"), "not iterable"),
+        (DAMAGED.replace("%s]}", ""), "Expecting value"),
     ],
 )
-def test_damaged_instances_are_named(tmp_path: Path, text: str) -> None:
+def test_damaged_instances_are_named(tmp_path: Path, text: str, reason: str) -> None:
     save_image(tmp_path / "a.jpg")
     path = tmp_path / "instances_val2017.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"instances_val2017\.json: cannot be read as COCO instances") as caught:
+    with pytest.raises(ValueError, match=rf"^{path}: .*{reason}.*; give an instances file$"):
         coco_boxes(path, tmp_path)
-    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("counts", ["[24]", rectangle_text(4, 6)])
+def test_run_lengths_that_fit_are_taken(tmp_path: Path, counts: str) -> None:
+    save_image(tmp_path / "a.jpg")
+    path = tmp_path / "instances_val2017.json"
+    path.write_text(DAMAGED % OBJECT % (RLE % counts))
+    assert coco_boxes(path, tmp_path).boxes[0].tolist() == [[1, 1, 3, 3]]
+
+
+def test_the_text_of_run_lengths_is_decoded_as_by_pycocotools() -> None:
+    rng = np.random.default_rng(0)
+    for share in (0.01, 0.5, 0.99):
+        mask = np.asfortranarray(rng.random((70, 90)) < share, np.uint8)
+        runs = np.diff(np.flatnonzero(np.diff(mask.ravel("F"), prepend=2, append=2)))  # lengths of equal stretches
+        expected = ([0] if mask[0, 0] else []) + runs.tolist()
+        assert decoded_runs(coco_mask.encode(mask)["counts"].decode()) == expected
+
+
+def test_photographs_are_turned_where_the_annotations_are_of_them_upright(tmp_path: Path) -> None:
+    """6 x 4 pixels as stored; by its orientation, 4 x 6."""
+    path = tmp_path / "instances_val2017.json"
+    turned = {"id": 1, "file_name": "a.jpg", "width": 4, "height": 6}
+    stored = {"id": 2, "file_name": "b.jpg", "width": 6, "height": 4}
+    for orientation, images, upright in ((6, [turned], True), (1, [stored], False), (6, [stored], False)):
+        save_image(tmp_path / "a.jpg", orientation=6)
+        save_image(tmp_path / "b.jpg", orientation)
+        path.write_text(json.dumps({"images": images, "annotations": []}))
+        found = coco_boxes(path, tmp_path)
+        assert found.upright == upright
+        assert found.read_image(0).shape[:2] == (images[0]["height"], images[0]["width"])
+    path.write_text(json.dumps({"images": [turned, stored], "annotations": []}))
+    with pytest.raises(ValueError, match=r"describes b\.jpg as it is stored, and a\.jpg as EXIF turns it"):
+        coco_boxes(path, tmp_path)
+    save_image(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match=r"a\.jpg has 6 x 4 pixels, and .* says 4 x 6: .*swapped"):
+        coco_boxes(path, tmp_path)
 
 
 # Folders --------------------------------------------------------------------------------------------------------------
