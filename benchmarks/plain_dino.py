@@ -46,19 +46,19 @@ def plain_logits(model: DINOModel, crops: Sequence[Tensor]) -> Tensor:
 
 
 class PlainLoss(nn.Module):
-    """Cross-entropy of each pair of views in turn, and the centre."""
+    """Cross-entropy of each pair of views in turn, and the center."""
 
-    centre: Tensor
+    center: Tensor
 
-    def __init__(self, prototypes: int, student_temperature: float, centre_momentum: float):
+    def __init__(self, prototypes: int, student_temperature: float, center_momentum: float):
         super().__init__()
-        self.student_temperature, self.centre_momentum = student_temperature, centre_momentum
-        self.register_buffer("centre", torch.zeros(prototypes))
+        self.student_temperature, self.center_momentum = student_temperature, center_momentum
+        self.register_buffer("center", torch.zeros(prototypes))
 
     def forward(self, student: Tensor, teacher: Tensor, views: int, temperature: float) -> Tensor:
-        """Student logits [views * B, K], teacher logits [2 * B, K], view by view. Moves the centre."""
+        """Student logits [views * B, K], teacher logits [2 * B, K], view by view. Moves the center."""
         of_students = (student.float() / self.student_temperature).chunk(views)
-        of_teachers = ((teacher.float() - self.centre) / temperature).softmax(dim=-1).detach().chunk(2)
+        of_teachers = ((teacher.float() - self.center) / temperature).softmax(dim=-1).detach().chunk(2)
         losses = []
         for i, p in enumerate(of_teachers):
             for j, z in enumerate(of_students):
@@ -66,7 +66,7 @@ class PlainLoss(nn.Module):
                     losses.append(torch.sum(-p * F.log_softmax(z, dim=-1), dim=-1).mean())
         with torch.no_grad():
             mean = teacher.float().mean(dim=0)
-            self.centre = self.centre * self.centre_momentum + mean * (1 - self.centre_momentum)
+            self.center = self.center * self.center_momentum + mean * (1 - self.center_momentum)
         return sum(losses, start=torch.zeros((), device=student.device)) / len(losses)
 
 

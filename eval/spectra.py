@@ -365,7 +365,7 @@ def smallest_singular_value(
     largest: float,
     steps: int,
 ) -> tuple[float, float]:
-    """The smallest singular value of a square matrix J, by a generalised Davidson method.
+    """The smallest singular value of a square matrix J, by a generalized Davidson method.
 
     J is projected from the right alone: J V = Q R with orthonormal V and Q. So the singular values of R are never below
     the smallest of J, and squares of small ones are never formed. The next direction of V is the preconditioned

@@ -141,7 +141,7 @@ def print_dense(out: Path) -> None:
 
 @torch.inference_mode()
 def draw_pca(folder: Path, backbones: dict[str, Backbone], path: Path) -> None:
-    """A sheet: held-out scenes above, and below them the PCA colours of each backbone's last block."""
+    """A sheet: held-out scenes above, and below them the PCA colors of each backbone's last block."""
     scenes = open_images(folder)
     chosen = np.linspace(0, len(scenes) - 1, PICTURES).round().astype(int)
     crops = [center_crop(scenes.read(int(i)), 96, 96) for i in chosen]

@@ -60,7 +60,7 @@ class DINOSettings:
 
 
 class DINOHead(nn.Module):
-    """Projection head: three layers with GELU, l2 normalisation, and a weight-normed linear layer onto prototypes.
+    """Projection head: three layers with GELU, l2 normalization, and a weight-normed linear layer onto prototypes.
 
     Args:
         dim: width of the input; prototypes: number of outputs (K).
@@ -142,7 +142,7 @@ class DINOOutput(NamedTuple):
 class DINOLoss(nn.Module):
     """Cross-entropy between the teacher's view of a global crop and the student's view of every other crop.
 
-    The teacher's logits are centred (arXiv 2104.14294, eq. 4) or balanced by Sinkhorn-Knopp (arXiv 2006.09882, as in
+    The teacher's logits are centered (arXiv 2104.14294, eq. 4) or balanced by Sinkhorn-Knopp (arXiv 2006.09882, as in
     DINOv2). The center moves once per optimizer step, in `update_center`, whatever the number of micro-batches.
     Sinkhorn-Knopp balances each micro-batch, over all processes.
 

@@ -144,6 +144,8 @@ def check_and_resolve(cfg: Settings, images: ImageSource, device: torch.device) 
     check_size("crops.global_crops_size", cfg.crops.global_crops_size, cfg.model.patch)
     if cfg.crops.local_crops_number:
         check_size("crops.local_crops_size", cfg.crops.local_crops_size, cfg.model.patch)
+    if cfg.monitor.every_epochs and cfg.monitor.size:
+        check_size("monitor.size", cfg.monitor.size, cfg.model.patch)
     cfg, notes = resolve(cfg, images, device, cfg.crops.global_crops_size)
     if cfg.compile:
         cfg.model.attention = "sdpa"  # xformers' kernels would cut the graph

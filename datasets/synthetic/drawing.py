@@ -114,7 +114,7 @@ def _lattice(x: Float) -> Float:
 
 
 def _texture(label: int, rng: np.random.Generator, x: Float, y: Float, period: float) -> Float:
-    """Pattern of class `label`, float32 [h, w] in -1..1; x and y are centerd on the object, `period` is in radii."""
+    """Pattern of class `label`, float32 [h, w] in -1..1; x and y are centered on the object, `period` is in radii."""
     phase_x, phase_y = rng.random(2, np.float32)
     sx, sy = x + phase_x, y + phase_y
     match CLASSES[label - 1]:

@@ -44,7 +44,7 @@ def whiten_patches_(proj: nn.Conv2d, images: Tensor, seed: int = 0, ridge: float
         The same layer.
 
     Raises:
-        ValueError: no such layer; images without a whole patch, with values that are not finite, or all the same.
+        ValueError: no such layer; images without a whole patch, not floating-point, not finite, or all the same.
 
     Example:
         >>> proj = whiten_patches_(nn.Conv2d(3, 8, 4, 4), torch.rand(16, 3, 32, 32))
@@ -55,8 +55,8 @@ def whiten_patches_(proj: nn.Conv2d, images: Tensor, seed: int = 0, ridge: float
     if not cuts_patches or (proj.in_channels, proj.padding, proj.dilation) != (3, (0, 0), (1, 1)) or proj.bias is None:
         raise ValueError(f"{proj} is no patch embedding with a bias; give the layer, as in model.patch_embed.proj")
     patch = (proj.kernel_size[0], proj.kernel_size[1])
-    if not images.isfinite().all():
-        raise ValueError("images hold values that are not finite")
+    if not images.is_floating_point() or not images.isfinite().all():
+        raise ValueError(f"images are {images.dtype}; they must be normalized, and all values finite")
     if not len(images) or images.shape[2] < patch[0] or images.shape[3] < patch[1]:
         raise ValueError(f"images of shape {tuple(images.shape)} hold no patch of {patch[0]} x {patch[1]} pixels")
     channels, values = proj.out_channels, 3 * patch[0] * patch[1]

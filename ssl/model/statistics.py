@@ -41,7 +41,7 @@ def effective_rank(tokens: Tensor) -> Tensor:
 
     After Roy and Vetterli (EUSIPCO 2007), who take the singular values themselves: squared, they are shares of energy.
 
-    When the mean share is close to 1, what is left after centring is noise, and its rank is that of noise: high, and
+    When the mean share is close to 1, what is left after centering is noise, and its rank is that of noise: high, and
     meaningless. Read the two together.
 
     Args:

@@ -43,6 +43,8 @@ class Settings:
     """Each block by itself."""
     out: str | None = None
     """Folder of the result."""
+    speed: float | Literal["auto", "slow"] | None = None
+    """How fast."""
 
 
 @dataclass
@@ -128,6 +130,9 @@ def test_recipe_comes_before_the_words(tmp_path: Path) -> None:
         (["--train-splits", "x"], "did you mean --data.train_split?"),
         (["--every", "true"], "there is no setting --every: "),  # a beginning is not enough
         (["--k", "x"], "k is 'x'; give a whole number"),
+        (["--speed", "fast"], "speed is 'fast'; give a number or auto or slow"),
+        (["--out", "--every-block"], "--out has no value"),
+        (["--every-block", "--out"], "--out has no value"),
         (["--data.name=ade"], "data.name is 'ade'; choose one of folder, voc12"),
         (["--every-block=perhaps"], "every_block"),
         (["--config=nowhere.yaml"], "there is no settings file nowhere.yaml"),

@@ -56,7 +56,7 @@ def noisy(model: torch.nn.Module, seed: int = 0) -> Any:
     return model
 
 
-# What timm's class needs to be each family, and the family that must be recognised.
+# What timm's class needs to be each family, and the family that must be recognized.
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "DINO": ({"patch_size": 16}, "DINO"),
     "DINOv2": ({"patch_size": 14, "init_values": 0.3}, "DINOv2"),

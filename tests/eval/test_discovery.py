@@ -315,7 +315,7 @@ def test_command_leaves_a_result_detections_and_pictures(
 
 
 def test_boxes_and_corloc_are_those_of_images_alone(voc: Path, ckpt: Path, tmp_path: Path, undrawn: None) -> None:
-    """Normalised, then padded with zeros by hand; the patches' box and mask in pixels, cut at the image's edges."""
+    """Normalized, then padded with zeros by hand; the patches' box and mask in pixels, cut at the image's edges."""
     backbone = load_backbone(ckpt)
     for method, locate in (("lost", lost), ("tokencut", tokencut)):
         result = measure(voc, ckpt, "--method", method, "--out", tmp_path / method)

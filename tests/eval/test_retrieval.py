@@ -155,7 +155,7 @@ def test_command_leaves_a_result_a_table_and_pictures(
     assert [entry["block"] for entry in details["every_block"]] == [1, 2]
     assert details["every_block"][-1]["miou"] == result["value"]
 
-    # Colours are separable, but a patch of 8 pixels on a stretched image holds parts of two blocks.
+    # Colors are separable, but a patch of 8 pixels on a stretched image holds parts of two blocks.
     assert 0.7 < result["value"] <= details["pixel_accuracy"] < 1
     assert np.mean([details["iou"][name] for name in NAMES]) == pytest.approx(result["value"])
     assert all(value is None for name, value in details["iou"].items() if name not in NAMES)

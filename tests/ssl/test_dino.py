@@ -25,9 +25,9 @@ from skipless.ssl.model.vit import VisionTransformer
 def test_loss_equals_a_double_loop_over_pairs(views: int, batch: int, prototypes: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     student, teacher = rng.normal(size=(views, batch, prototypes)), rng.normal(size=(2, batch, prototypes))
-    centre = rng.normal(size=prototypes)
+    center = rng.normal(size=prototypes)
     objective = DINOLoss(prototypes, student_temperature=0.1)
-    objective.center.copy_(torch.from_numpy(centre))
+    objective.center.copy_(torch.from_numpy(center))
     logits = torch.from_numpy(student).float().flatten(0, 1).requires_grad_()
     found = objective(logits, torch.from_numpy(teacher).float().flatten(0, 1), views, temperature=0.05)
 
@@ -38,7 +38,7 @@ def test_loss_equals_a_double_loop_over_pairs(views: int, batch: int, prototypes
     terms, entropies = [], []
     for b in range(batch):
         for t in range(2):
-            p = softmax((teacher[t, b] - centre) / 0.05)
+            p = softmax((teacher[t, b] - center) / 0.05)
             entropies.append(-sum(x * math.log(x) for x in p if x > 0))
             for s in range(views):
                 if s != t:

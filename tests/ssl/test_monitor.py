@@ -1,4 +1,4 @@
-"""k-NN votes, token statistics, PCA colours and summaries, against hand-computed and independent values."""
+"""k-NN votes, token statistics, PCA colors and summaries, against hand-computed and independent values."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_knn_votes_are_weighted_as_in_dino() -> None:
     assert knn_accuracy(bank, bank_labels, queries, query_labels, k=7) == pytest.approx(right / 30)
 
 
-def test_knn_with_fewer_neighbours_than_k() -> None:
+def test_knn_with_fewer_neighbors_than_k() -> None:
     bank = np.array([[1.0, 0], [0, 1.0]])
     assert knn_accuracy(bank, np.array([0, 1]), np.array([[2.0, 0.1], [0.1, 5]]), np.array([0, 1]), k=20) == 1.0
 
@@ -44,7 +44,7 @@ def test_mean_share_by_hand() -> None:
 
 
 def test_effective_rank_by_hand() -> None:
-    """Centred tokens spread evenly over r directions have effective rank r."""
+    """Centered tokens spread evenly over r directions have effective rank r."""
     for r in (1, 2, 5):
         axes = torch.eye(8)[:r]
         tokens = torch.cat([axes, -axes])[None] + 3.0
@@ -86,7 +86,7 @@ def test_val_beside_train_is_classified(classes: Path) -> None:
     assert (len(bank), len(queries)) == (20, 6)
     assert str(classes / "val") in said
     backbone = VisionTransformer(16, 2, 2, patch=8, image_size=16).eval()
-    # A linear look at the mean colour is enough to tell red from green, trained or not.
+    # A linear look at the mean color is enough to tell red from green, trained or not.
     measured = measure_blocks(backbone, bank, queries, k=3, pool="mean")
     assert [block["knn"] for block in measured] == [1.0, 1.0]
 
@@ -116,16 +116,16 @@ def test_other_classes_are_an_error(classes: Path) -> None:
 def test_pca_colors_are_scikit_learns_components_with_fixed_signs() -> None:
     rng = np.random.default_rng(0)
     features = rng.exponential(size=(2, 4, 5, 6)) * [5, 3, 2, 1, 1, 1]
-    colours = pca_colors(features, percentile=0)
+    colors = pca_colors(features, percentile=0)
     components = PCA(3).fit_transform(features.reshape(-1, 6))
     for channel in range(3):
-        correlation = np.corrcoef(colours[..., channel].ravel(), components[:, channel])[0, 1]
+        correlation = np.corrcoef(colors[..., channel].ravel(), components[:, channel])[0, 1]
         assert abs(correlation) == pytest.approx(1, abs=1e-6)
-    assert colours.min() == 0
-    assert colours.max() == 1
-    np.testing.assert_allclose(pca_colors(features[::-1], percentile=0)[::-1], colours, atol=1e-8)
+    assert colors.min() == 0
+    assert colors.max() == 1
+    np.testing.assert_allclose(pca_colors(features[::-1], percentile=0)[::-1], colors, atol=1e-8)
     turned = features @ np.linalg.qr(rng.normal(size=(6, 6)))[0]
-    np.testing.assert_allclose(pca_colors(turned, percentile=0), colours, atol=1e-6)
+    np.testing.assert_allclose(pca_colors(turned, percentile=0), colors, atol=1e-6)
     with pytest.raises(ValueError, match="must be finite"):
         pca_colors(np.full((1, 2, 2, 3), np.nan))
 

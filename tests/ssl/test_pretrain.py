@@ -300,6 +300,7 @@ def test_unreadable_images_are_listed_and_too_many_stop_the_run(photos: Path, tm
         (["--data.path={empty}"], ["{empty}", "no image found"]),
         (["--crops.local_crops_size=20"], ["crops.local_crops_size is 20", "model.patch 8", "16 or 24"]),
         (["--crops.global_crops_size=60"], ["crops.global_crops_size is 60", "56 or 64"]),
+        (["--monitor.every_epochs=1", "--monitor.size=20"], ["monitor.size is 20", "16 or 24"]),
         (["--batch_size=64"], ["40 images", "batch_size"]),
         (["--accumulate=3"], ["batch_size 8", "3 micro-batches"]),
         (["--model.drop_path=0.1"], ["drop_path", "residual=False"]),

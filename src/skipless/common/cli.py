@@ -127,6 +127,7 @@ def sentence(error: BaseException) -> str:
     if wrong is None:
         return text
     wanted = [TYPES[kind] for kind in re.findall(r"Expected a <class '(\w+)'>", wrong[2]) if kind in TYPES]
+    wanted += re.findall(r"'(\w+)'", "".join(re.findall(r"Expected a typing.Literal\[.*?\]", wrong[2])))
     return f"{wrong[1]} is {wrong[3]!r}; give {' or '.join(wanted)}" if wanted else text
 
 
@@ -156,7 +157,9 @@ def canonical(settings: type, words: Sequence[str], positional: bool = False) ->
         if not equals and _is_list(kind):
             rest, values = _split(rest)
             value, equals = values[0] if len(values) == 1 else _listed(values, kind), "="
-        if not equals and kind is not None and rest:
+        if not equals and kind is not None:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"--{name} has no value: give it one, as in --{name}=VALUE")
             value, equals = rest.pop(0), "="
         if _is_list(kind) and value[:1] not in ("[", "") and value not in ("null", "None"):
             value = _listed([value], kind)

@@ -36,6 +36,8 @@ def start(device: str = "auto") -> torch.device:
             raise ValueError(f"device is {device!r}, which would put all processes on one GPU; use --device cuda")
         if chosen.index is None:
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if (chosen.index or 0) >= (count := torch.cuda.device_count()):
+            raise ValueError(f"there is no GPU {chosen.index} here, of {count}: their numbers begin at 0")
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and not dist.is_initialized():
         # gloo beside NCCL: what the host decides together (to stop, say) then never waits for the device.

@@ -195,7 +195,7 @@ def test_arrays_in_color(tmp_path: Path, dtype: type) -> None:
     assert str(found.places[3]) == f"{tmp_path}/val.npz[3]"
 
 
-def test_grey_arrays_with_named_classes(tmp_path: Path) -> None:
+def test_gray_arrays_with_named_classes(tmp_path: Path) -> None:
     gray = pictures(2)[..., 0]
     np.savez_compressed(tmp_path / "val.npz", images=gray, labels=[1, 0], classes=["cat", "dog", "none of these"])
     found = arrays(tmp_path, "val")

@@ -65,7 +65,7 @@ def lost(features: np.ndarray, k: int = 100) -> Found:
 
 
 def second_eigenvector(features: np.ndarray, tau: float) -> tuple[np.ndarray, float]:
-    """The dense generalised eigenproblem (D - W) x = lambda D x: second smallest eigenvector [N] and the eigengap."""
+    """The dense generalized eigenproblem (D - W) x = lambda D x: second smallest eigenvector [N] and the eigengap."""
     keys = features.reshape(-1, features.shape[-1]).astype(np.float64)
     norms = np.sqrt((keys**2).sum(1, keepdims=True))
     keys = np.where(norms > 0, keys / np.where(norms > 0, norms, 1), 0)

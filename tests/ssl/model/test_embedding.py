@@ -83,13 +83,14 @@ def test_seed_decides_and_the_global_state_does_not() -> None:
     ("layer", "images", "message"),
     [
         (nn.Conv2d(3, 8, 4, 4), torch.ones(4, 3, 8, 8), "the 16 patches of 4 images are all the same"),
+        (nn.Conv2d(3, 8, 4, 4), torch.ones(4, 3, 8, 8, dtype=torch.uint8), "images are torch.uint8"),
         (nn.Conv2d(3, 8, 4, 2), photographs(4), "is no patch embedding"),
         (nn.Conv2d(3, 8, 4, 4, padding=1), photographs(4), "is no patch embedding"),
         (nn.Conv2d(3, 8, 4, 4, bias=False), photographs(4), "is no patch embedding with a bias"),
         (nn.Conv2d(1, 8, 4, 4), photographs(4), "is no patch embedding"),
         (nn.Conv2d(3, 8, 4, 4, dilation=2), photographs(4), "is no patch embedding"),
         (nn.Conv2d(3, 8, 4, 4), photographs(4)[:, :, :3], "hold no patch of 4 x 4 pixels"),
-        (nn.Conv2d(3, 8, 4, 4), photographs(4) / 0, "not finite"),
+        (nn.Conv2d(3, 8, 4, 4), photographs(4) / 0, "all values finite"),
         (nn.Conv2d(3, 8, 4, 4), photographs(4)[:0], "hold no patch of 4 x 4 pixels"),
     ],
 )

@@ -57,7 +57,7 @@ def images(request: pytest.FixtureRequest, tmp_path: Path) -> ImageSource:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(path)
     if request.param == "folder":
-        (tmp_path / "photos/0/04.png").write_bytes(b"")  # its neighbour is seen in its place
+        (tmp_path / "photos/0/04.png").write_bytes(b"")  # its neighbor is seen in its place
         return open_images(tmp_path / "photos")
     write_shards(open_images(tmp_path / "photos"), tmp_path / "shards", shard_size=9000)
     if request.param == "shards without index":
