@@ -11,7 +11,7 @@ products alone; the backward pass counts two and a half forward passes, as it co
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -125,10 +125,7 @@ def measure(settings: Settings) -> None:
     publish(settings.out, result, lines, device)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: see the docstring of this file."""
-    cli.run(measure, Settings, __doc__, arguments)
-
+main = partial(cli.run, measure, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -19,8 +19,8 @@ import resource
 import runpy
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -298,10 +298,7 @@ def measure(settings: Settings) -> None:
     publish(settings.out, result, table(result), device)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: see the docstring of this file."""
-    cli.run(measure, Settings, __doc__, arguments)
-
+main = partial(cli.run, measure, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -247,10 +248,7 @@ def measure(settings: Settings) -> None:
             part("evaluations", evaluations, folder)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: see the docstring of this file."""
-    cli.run(measure, Settings, __doc__, arguments)
-
+main = partial(cli.run, measure, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

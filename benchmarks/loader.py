@@ -312,10 +312,7 @@ def measure(settings: Settings) -> None:
     publish(settings.out, result, gpu_table(details) if device.type == "cuda" else table(details), device)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: see the docstring of this file."""
-    cli.run(measure, Settings, __doc__, arguments)
-
+main = partial(cli.run, measure, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -15,8 +15,8 @@ rings use a node's eight network cards at once. Latency is left out, which at hu
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -263,10 +263,7 @@ def write(settings: Settings) -> None:
     publish(settings.out, result, lines, "cpu")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: see the docstring of this file."""
-    cli.run(write, Settings, __doc__, arguments)
-
+main = partial(cli.run, write, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

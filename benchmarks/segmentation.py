@@ -12,7 +12,7 @@ Interleaved: every round takes the same images through both; medians over rounds
 
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -134,10 +134,7 @@ def measure(settings: Settings) -> None:
     publish(settings.out, {"task": "benchmark", "protocol": "segmentation", "details": rows}, lines, device)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: see the docstring of this file."""
-    cli.run(measure, Settings, __doc__, arguments)
-
+main = partial(cli.run, measure, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

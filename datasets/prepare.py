@@ -28,6 +28,7 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from skipless.common import cli
@@ -253,10 +254,7 @@ def _bytes(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(prepare, Settings, __doc__, arguments, positional=True)
-
+main = partial(cli.run, prepare, Settings, __doc__, positional=True)
 
 if __name__ == "__main__":
     main()

@@ -24,8 +24,8 @@ There are no void pixels. The class folders hold relative symlinks (copies where
 `ROOT/train` to pretraining and `ROOT/VOCdevkit` to whatever reads PASCAL VOC.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from skipless.common import cli
@@ -57,10 +57,7 @@ def scenes(settings: Settings) -> None:
     print(f"next: python ssl/pretrain.py --config configs/demo.yaml --data.path {train} --out runs/scenes")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(scenes, Settings, __doc__, arguments)
-
+main = partial(cli.run, scenes, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -21,8 +21,8 @@ requests; https works as it is, s3:// and gs:// need the packages s3fs and gcsfs
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from skipless.common import cli
@@ -75,10 +75,7 @@ def shard(settings: Settings) -> None:
     print(f"next: python ssl/pretrain.py --config configs/imagenette_cpu.yaml --data.path {out} --out runs/{out.name}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(shard, Settings, __doc__, arguments, positional=True)
-
+main = partial(cli.run, shard, Settings, __doc__, positional=True)
 
 if __name__ == "__main__":
     main()

@@ -8,8 +8,8 @@ attention goes to CLS itself, on the mean over the images: in skipless models, w
 identity, that may be nearly all of it, and what is left on the patches then means little.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tqdm import tqdm
 
@@ -63,10 +63,7 @@ def draw(settings: Settings) -> None:
     save_figure(draw_attention(pictures, attention, block), out)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(draw, Settings, __doc__, arguments)
-
+main = partial(cli.run, draw, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

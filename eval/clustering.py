@@ -231,10 +231,7 @@ def how(details: dict[str, Any]) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(evaluate, Settings, __doc__, arguments)
-
+main = partial(cli.run, evaluate, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -17,6 +17,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -225,10 +226,7 @@ def compare(settings: Settings) -> None:
         draw_conditioning(statistics, title, figure)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(compare, Settings, __doc__, arguments)
-
+main = partial(cli.run, compare, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -3,8 +3,8 @@
 python eval/crop_sheet.py --image photo.jpg --out sheet.png --crops.global_crops_size 224 --seed 0
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -53,10 +53,7 @@ def show(settings: Settings) -> None:
     print(f"{out}: {width} x {height} pixels; a row: the image, {views}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(show, Settings, __doc__, arguments)
-
+main = partial(cli.run, show, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

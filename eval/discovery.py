@@ -16,8 +16,8 @@ An interrupted run with --out is continued by the same command. torchrun shares 
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -160,10 +160,7 @@ def protocol_id(settings: Settings, block: int, size: int | None) -> str:
     return "/".join(parts)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(evaluate, Settings, __doc__, arguments)
-
+main = partial(cli.run, evaluate, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

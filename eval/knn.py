@@ -11,8 +11,8 @@ exactly, on a GPU where it has one. Features are kept in --cache; an interrupted
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any
 
 from skipless.common import cli
@@ -123,10 +123,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(evaluate, Settings, __doc__, arguments)
-
+main = partial(cli.run, evaluate, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -21,6 +21,7 @@ were held out, never on those that the figure is about. An interrupted run is co
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -230,10 +231,7 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(evaluate, Settings, __doc__, arguments)
-
+main = partial(cli.run, evaluate, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

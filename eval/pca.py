@@ -12,8 +12,8 @@ color means the same in all of them (--per-image fits one to each). The same fea
 run and machine, in whatever order the images come: each component is turned so that it is skewed to the right.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -120,10 +120,7 @@ def make_columns(
     return columns
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(draw_pca, Settings, __doc__, arguments)
-
+main = partial(cli.run, draw_pca, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

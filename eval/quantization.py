@@ -24,9 +24,10 @@ embedding, norms, softmax and the products in attention stay in floating point, 
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -355,10 +356,7 @@ def _decibels(values: list[float | None]) -> str:
     return " / ".join("-" if value is None else f"{value:.0f}" for value in values)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(evaluate, Settings, __doc__, arguments)
-
+main = partial(cli.run, evaluate, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

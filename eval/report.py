@@ -17,8 +17,9 @@ tokencut (--discovery).
 import contextlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -332,10 +333,7 @@ def pictured(settings: Settings) -> list[tuple[str, np.ndarray]]:
     return [(files[row].name, read_image(files[row])) for row in rows.tolist()]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(make_report, Settings, __doc__, arguments)
-
+main = partial(cli.run, make_report, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -30,6 +30,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -301,10 +302,7 @@ def default_train_split(name: str) -> str:
     return "trainaug" if name == "voc12" else "train"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(evaluate, Settings, __doc__, arguments)
-
+main = partial(cli.run, evaluate, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -18,8 +18,8 @@ configs/segmentation/; a figure made with other settings says "(changed)". An in
 command.
 """
 
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,10 +122,7 @@ def recipe(settings: Settings) -> Path:
     return RECIPES / f"{settings.protocol}.yaml"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(evaluate, Settings, __doc__, arguments, recipe=recipe)
-
+main = partial(cli.run, evaluate, Settings, __doc__, recipe=recipe)
 
 if __name__ == "__main__":
     main()

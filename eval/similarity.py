@@ -7,8 +7,8 @@ Points are x,y in pixels of the image, from its top left corner. Rows are points
 smallest similarity in a map to 1, both written below it. On the page of eval/report.py you point at patches instead.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from skipless.common import cli, distributed
@@ -73,10 +73,7 @@ def parse_point(word: str, height: int, width: int) -> tuple[int, int]:
     return x, y
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(draw, Settings, __doc__, arguments)
-
+main = partial(cli.run, draw, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

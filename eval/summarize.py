@@ -7,8 +7,8 @@ block before and after training, on which hardware, in how much time.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,7 @@ def write_summary(settings: Settings) -> None:
     print(text, end="")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(write_summary, Settings, __doc__, arguments, positional=True)
-
+main = partial(cli.run, write_summary, Settings, __doc__, positional=True)
 
 if __name__ == "__main__":
     main()

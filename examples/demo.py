@@ -12,8 +12,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -161,10 +161,7 @@ def draw_pca(folder: Path, backbones: dict[str, Backbone], path: Path) -> None:
     plt.close(figure)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: see the docstring of this file."""
-    cli.run(demo, Settings, __doc__, arguments)
-
+main = partial(cli.run, demo, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

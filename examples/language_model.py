@@ -11,8 +11,8 @@ block is the vision model's: its attention sees the past alone, and nothing else
 import math
 import sysconfig
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -252,10 +252,7 @@ def compare(settings: Settings) -> None:
     print("\n" + table(arms))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: see the docstring of this file."""
-    cli.run(compare, Settings, __doc__, arguments)
-
+main = partial(cli.run, compare, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

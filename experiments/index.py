@@ -8,8 +8,9 @@ table. A test holds the index against what this command writes now.
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +187,7 @@ def write_index(settings: Settings) -> None:
     print(settings.results / "README.md")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: see the docstring of this file."""
-    cli.run(write_index, Settings, __doc__, arguments)
-
+main = partial(cli.run, write_index, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

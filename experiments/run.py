@@ -19,8 +19,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -289,10 +290,7 @@ def drive(settings: Settings) -> None:
         sys.exit(1)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: see the docstring of this file."""
-    cli.run(drive, Settings, __doc__, arguments, positional=True)
-
+main = partial(cli.run, drive, Settings, __doc__, positional=True)
 
 if __name__ == "__main__":
     main()

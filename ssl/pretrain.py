@@ -17,7 +17,7 @@ Several machines, on each of them (docs/training.md has the SLURM script):
 """
 
 import math
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -160,10 +160,7 @@ def flops_per_image(student: DINOModel, crops: Crops) -> float:
     return 2 * one_global + 3 * (2 * one_global + crops.local_crops_number * one_local)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(pretrain, Settings, __doc__, arguments)
-
+main = partial(cli.run, pretrain, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

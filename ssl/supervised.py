@@ -19,8 +19,8 @@ it the validation accuracy, in metrics.jsonl after every epoch and in backbone.j
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -217,10 +217,7 @@ def validate(classifier: Classifier, images: LabeledSet, size: int, workers: int
     return {"top1": top1, "top5": top5, "loss": loss}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    cli.run(train, Settings, __doc__, arguments)
-
+main = partial(cli.run, train, Settings, __doc__)
 
 if __name__ == "__main__":
     main()

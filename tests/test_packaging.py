@@ -160,7 +160,7 @@ def test_console_command_lists_every_command_without_importing_anything_else() -
     assert {name.partition(".")[0] for name in loaded.split()} & {"torch", "numpy", "cv2", "jsonargparse"} == set()
     listed = {line.split()[0]: line for line in table if line.startswith("  ")}
     tops = [file for folder in ("datasets", "ssl", "eval") for file in (ROOT / folder).glob("*.py")]
-    files = {file.stem.replace("_", "-") for file in tops if "\ndef main(" in file.read_text()}
+    files = {file.stem.replace("_", "-") for file in tops if file.read_text().endswith("\n    main()\n")}
     assert set(listed) == files
     for line in listed.values():
         assert re.search(r"  \S[^.]*\.$", line), line
@@ -190,7 +190,7 @@ COMMANDS = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in ("datasets", "ssl", "eval", "benchmarks", "experiments", "examples")
     for path in (ROOT / folder).glob("*.py")
-    if "\ndef main(" in path.read_text()
+    if path.read_text().endswith("\n    main()\n")
 )
 
 

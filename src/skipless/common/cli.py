@@ -2,8 +2,7 @@
 
 A command is a function of one dataclass, whose fields' docstrings are its help:
 
-    def main(arguments: Sequence[str] | None = None) -> None:
-        cli.run(evaluate, Settings, __doc__, arguments)
+    main = partial(cli.run, evaluate, Settings, __doc__)  # of the words given, or of the program's own
 
 Any field is a flag (`--optimizer.lr 1e-3`), and any of them can stand in a YAML file given as `--config`; what comes
 later wins. In flag names - and _ are the same; `--flag` alone sets a true-or-false field; lists are `--k 20 10` or
