@@ -3,8 +3,8 @@
     python eval/similarity.py --ckpt runs/photos --image photo.jpg --points 120,80 300,200 --out similarity.png
     python eval/similarity.py --ckpt runs/photos --image photo.jpg --points 120,80 --blocks 3,6,9,12 --out blocks.pdf
 
-Points are x,y in pixels of the image, from its top left corner. Rows are points, columns blocks; colors run from the
-smallest similarity in a map to 1, both written below it. On the page of eval/report.py you point at patches instead.
+Points are x,y in pixels of the image, from its top left corner. Rows are points, columns blocks; all maps
+share one scale of colors, which the bar beside them shows. On the page of eval/report.py you point at patches instead.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from skipless.common import cli, distributed
 from skipless.eval.backbones import Weights, choose_blocks, load_backbone
-from skipless.eval.figures.pictures import check_out, patch_features, pick_images, save_figure
+from skipless.eval.figures.pictures import check_out, parse_point, patch_features, pick_images, save_figure
 from skipless.eval.figures.similarity import draw_similarity
 
 
@@ -33,6 +33,8 @@ class Settings:
     """Blocks to show: last, last4, or numbers from 1, as in 3,6,9,12."""
     size: int = 448
     """Short side in pixels that the image is resized to; both sides are rounded to multiples of the patch."""
+    width: float | None = None
+    """Width of the figure in inches, as it will be printed; by default 2.2 for a column."""
     weights: Weights = "teacher"
     """Which half of a training checkpoint that holds a teacher and a student."""
     device: str = "auto"
@@ -41,6 +43,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError("size must be 1 or more")
+        if self.width is not None and self.width <= 0:
+            raise ValueError(f"width is {self.width}; give inches, as in 6.9")
 
 
 def draw(settings: Settings) -> None:
@@ -59,18 +63,8 @@ def draw(settings: Settings) -> None:
     backbone = load_backbone(settings.ckpt, settings.weights).to(device)
     (blocks,) = choose_blocks(settings.blocks, False, backbone)
     features = patch_features(backbone, picture, settings.size, blocks)
-    save_figure(draw_similarity(picture, points, dict(zip(blocks, features, strict=True))), out)
-
-
-def parse_point(word: str, height: int, width: int) -> tuple[int, int]:
-    """x and y of a point "x,y" in an image of that size."""
-    try:
-        x, y = (int(part) for part in word.split(","))
-    except ValueError:
-        raise ValueError(f"points: {word!r} is no point; give x,y in pixels, as in 120,80") from None
-    if not (0 <= x < width and 0 <= y < height):
-        raise ValueError(f"points: {word} lies outside of the image, which has {width} x {height} pixels")
-    return x, y
+    maps = dict(zip(blocks, features, strict=True))
+    save_figure(draw_similarity(picture, points, maps, settings.width), out)
 
 
 main = partial(cli.run, draw, Settings, __doc__)

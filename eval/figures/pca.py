@@ -8,8 +8,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy.linalg import orthogonal_procrustes
 from sklearn.decomposition import PCA
+from sklearn.linear_model import LinearRegression
+from sklearn.metrics import r2_score
 
-from skipless.eval.figures.pictures import picture_grid
+from skipless.eval.figures.pictures import label_row, picture_grid
 
 Foreground = Literal["none", "pca", "mask"]
 Style = Literal["dinov2", "dinov3"]
@@ -84,6 +86,38 @@ def align(components: list[np.ndarray], reference: list[np.ndarray]) -> list[np.
     rotation, _ = orthogonal_procrustes(moved, fixed)
     scale = np.linalg.norm(fixed) / max(float(np.linalg.norm(moved)), 1e-12)
     return [scale * (c @ rotation) for c in components]
+
+
+def position_share(components: list[np.ndarray]) -> float:
+    """Share of the components' variance that row and column explain, in [0, 1]: R^2 of a linear regression.
+
+    Args:
+        components: for each image [h, w, 3].
+    """
+    places, scores = _places(components), np.concatenate([c.reshape(-1, c.shape[-1]) for c in components])
+    predicted = LinearRegression().fit(places, scores).predict(places)
+    return float(r2_score(scores, predicted, multioutput="variance_weighted"))
+
+
+def without_position(features: list[np.ndarray]) -> list[np.ndarray]:
+    """Features less what a linear regression on row and column, over all images together, says of them.
+
+    Args:
+        features: for each image [h, w, D].
+    """
+    places, flat = _places(features), np.concatenate([f.reshape(-1, f.shape[-1]) for f in features])
+    rest = flat - places @ LinearRegression().fit(places, flat).coef_.T
+    ends = np.cumsum([f.shape[0] * f.shape[1] for f in features])[:-1]
+    return [part.reshape(f.shape) for part, f in zip(np.split(rest, ends), features, strict=True)]
+
+
+def _places(grids: list[np.ndarray]) -> np.ndarray:
+    """Row and column of all patches, each from -1 to 1 over its image: [patches, 2]."""
+    places = []
+    for grid in grids:
+        rows, columns = (np.linspace(-1, 1, count) for count in grid.shape[:2])
+        places.append(np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2))
+    return np.concatenate(places)
 
 
 def component_colors(
@@ -182,6 +216,16 @@ def _mask_at(mask: np.ndarray, h: int, w: int) -> np.ndarray:
     return cv2.resize((mask > 0).astype(np.float32), (w, h), interpolation=cv2.INTER_AREA) > 0.5
 
 
+def match_colors(columns: list[Column], reference: Column, per_image: bool = False) -> None:
+    """Rotate the components of all columns to match those of one of them (`align`), in place."""
+    for column in columns:
+        if column is not reference:
+            for group in image_groups(len(column.components), per_image):
+                fixed = [reference.components[i] for i in group]
+                for i, moved in zip(group, align([column.components[i] for i in group], fixed), strict=True):
+                    column.components[i] = moved
+
+
 def draw_columns(
     pictures: list[np.ndarray],
     columns: list[Column],
@@ -189,20 +233,28 @@ def draw_columns(
     smooth: float = 0.0,
     upsample: bool = False,
     per_image: bool = False,
+    across: bool = False,
+    width: float | None = None,
 ) -> plt.Figure:
-    """The figure: images in the first column, then the colors of each of `columns`.
+    """The figure: images in the first column, then the colors of each of `columns`; with `across` images in the first
+    row, and colors below.
 
     Args:
         pictures: uint8 [H, W, 3] each.
         smooth: standard deviation, in patches, of a blur of the components; 0 for none.
         upsample: resize components to the images, bicubically.
         per_image: scale colors image by image.
+        width: of the figure, in inches; by default 2 for a column, or with `across` 1.5 for the height of a row.
     """
     sizes = [picture.shape[1::-1] for picture in pictures]
     cubic: dict[str, Any] = {"interpolation": cv2.INTER_CUBIC}
-    figure, axes = picture_grid(pictures, len(columns), side=2.0, margin=0.3)
+    side, margin = (1.5, 0.0) if across else (2.0, 0.3)
+    figure, axes = picture_grid(pictures, len(columns), side, margin, across, width)
     for number, column in enumerate(columns, 1):
-        axes[0, number].set_title(column.title, fontsize=8)
+        if across:
+            label_row(axes[0, number], column.title)
+        else:
+            axes[0, number].set_title(column.title, fontsize=9)
         components, masks = column.components, column.foreground
         if smooth:
             components = [cv2.GaussianBlur(c, (0, 0), smooth) for c in components]

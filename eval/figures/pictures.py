@@ -15,6 +15,7 @@ from skipless.eval.backbones import Backbone
 
 matplotlib.use("Agg")
 matplotlib.rcParams["svg.hashsalt"] = "skipless"  # the same names in the same figure
+matplotlib.rcParams["pdf.fonttype"] = 42  # TrueType: IEEE and others refuse the Type 3 fonts that are the default
 
 ENDINGS = (".png", ".pdf", ".svg")
 
@@ -63,22 +64,37 @@ def check_out(out: str) -> Path:
     return Path(out)
 
 
-def picture_grid(pictures: Sequence[np.ndarray], columns: int, side: float, margin: float) -> tuple[plt.Figure, Any]:
-    """A figure with the pictures [H, W, 3] in its first column, and `columns` empty ones beside it.
+def picture_grid(
+    pictures: Sequence[np.ndarray],
+    maps: int,
+    side: float,
+    margin: float,
+    across: bool = False,
+    width: float | None = None,
+) -> tuple[plt.Figure, Any]:
+    """A figure with the pictures [H, W, 3], each with `maps` empty axes: beside it, or with `across` below it.
 
     Args:
-        side: width of a column in inches; a row has the proportions of its picture.
+        side: width of a column in inches, or with `across` height of a row; the rest follows from the pictures.
         margin: height of the titles, in inches.
+        width: of the whole figure in inches, in place of `side`.
 
     Returns:
-        The figure and its axes [pictures, 1 + columns].
+        The figure and its axes [pictures, 1 + maps].
     """
-    heights = [picture.shape[0] / picture.shape[1] for picture in pictures]
-    figure, axes = plt.subplots(
-        len(pictures), 1 + columns,
-        figsize=(side * (1 + columns), side * sum(heights) + margin),
-        squeeze=False, gridspec_kw={"height_ratios": heights}, layout="constrained",
-    )  # fmt: skip
+    shapes = [picture.shape[0] / picture.shape[1] for picture in pictures]
+    if across:
+        ratios = [1 / shape for shape in shapes]
+        side = width / sum(ratios) if width else side
+        size = (side * sum(ratios), side * (1 + maps) + margin)
+        grid: dict[str, Any] = {"nrows": 1 + maps, "ncols": len(pictures), "width_ratios": ratios}
+    else:
+        side = width / (1 + maps) if width else side
+        size = (side * (1 + maps), side * sum(shapes) + margin)
+        grid = {"nrows": len(pictures), "ncols": 1 + maps, "height_ratios": shapes}
+    figure, axes = plt.subplots(figsize=size, squeeze=False, layout="constrained", **grid)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # inches
+    axes = axes.T if across else axes
     for axis in axes.flat:
         axis.axis("off")
     for row, picture in zip(axes, pictures, strict=True):
@@ -94,6 +110,27 @@ def save_figure(figure: plt.Figure, out: Path) -> None:
     write_atomically(out, lambda beside: figure.savefig(beside, dpi=200, format=ending, metadata=metadata))
     plt.close(figure)
     print(f"written: {out}")
+
+
+def parse_point(word: str, height: int, width: int) -> tuple[int, int]:
+    """x and y of a point "x,y" in an image of that size.
+
+    Raises:
+        ValueError: it is no point, or lies outside of the image.
+    """
+    try:
+        x, y = (int(part) for part in word.split(","))
+    except ValueError:
+        raise ValueError(f"{word!r} is no point; give x,y in pixels, as in 120,80") from None
+    if not (0 <= x < width and 0 <= y < height):
+        raise ValueError(f"point {word} lies outside of the image, which has {width} x {height} pixels")
+    return x, y
+
+
+def mark_point(axis: Any, x: int, y: int) -> None:
+    """A ring around a point of a picture, seen on any colors."""
+    for color, thickness in (("white", 3.0), ("red", 1.5)):
+        axis.plot(x, y, "o", markersize=6, markerfacecolor="none", markeredgecolor=color, markeredgewidth=thickness)
 
 
 def label_row(axis: Any, text: str) -> None:

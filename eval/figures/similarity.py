@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 
+from skipless.eval.figures.pictures import mark_point, picture_grid
+
 
 def patch_similarity(features: np.ndarray, row: int, column: int) -> np.ndarray:
     """Cosine similarity of one patch to all patches of its image.
@@ -27,31 +29,36 @@ def patch_similarity(features: np.ndarray, row: int, column: int) -> np.ndarray:
 
 
 def draw_similarity(
-    picture: np.ndarray, points: Sequence[tuple[int, int]], features: dict[int, np.ndarray]
+    picture: np.ndarray,
+    points: Sequence[tuple[int, int]],
+    features: dict[int, np.ndarray],
+    width: float | None = None,
 ) -> plt.Figure:
-    """The figure: a row for each point, a column for each block.
+    """The figure: a row for each point, a column for each block, one scale of colors for all.
 
     Args:
         picture: uint8 [H, W, 3].
         points: (x, y) in its pixels.
         features: [h, w, D] of its patches, by the number of the block, from 0.
+        width: of the figure, in inches; by default 2.2 for a column.
     """
-    height, width = picture.shape[:2]
-    figure, axes = plt.subplots(
-        len(points), 1 + len(features),
-        figsize=(2.2 * (1 + len(features)), (2.2 * height / width + 0.3) * len(points) + 0.2),
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
-    for number, (row, (x, y)) in enumerate(zip(axes, points, strict=True)):
-        row[0].imshow(picture)
-        for axis, (block, grid) in zip(row[1:], features.items(), strict=True):
-            h, w, _ = grid.shape
-            similarity = patch_similarity(grid, y * h // height, x * w // width)
-            axis.imshow(similarity, cmap="viridis", vmax=1, extent=(0, width, height, 0))
-            axis.set_title("" if number else f"block {block + 1}", fontsize=8)
-            axis.set_xlabel(f"{similarity.min():.2f} to 1", fontsize=7)
+    high, wide = picture.shape[:2]
+    maps = [
+        [patch_similarity(grid, y * grid.shape[0] // high, x * grid.shape[1] // wide) for grid in features.values()]
+        for x, y in points
+    ]
+    lowest = min(float(similarity.min()) for row in maps for similarity in row)
+    width, bar_width = width or 2.2 * (1 + len(features)), 0.75
+    figure, axes = picture_grid([picture] * len(points), len(features), 0, 0.3, width=max(width - bar_width, 1))
+    figure.set_figwidth(width)
+    for axis, block in zip(axes[0, 1:], features, strict=True):
+        axis.set_title(f"block {block + 1}", fontsize=9)
+    for row, similarities, point in zip(axes, maps, points, strict=True):
+        for axis, similarity in zip(row[1:], similarities, strict=True):
+            colors = axis.imshow(similarity, cmap="viridis", vmin=lowest, vmax=1, extent=(0, wide, high, 0))
         for axis in row:
-            axis.plot(x, y, "o", markersize=6, markerfacecolor="none", markeredgecolor="red", markeredgewidth=1.5)
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
+            mark_point(axis, *point)
+    bar = figure.colorbar(colors, ax=list(axes[:, -1]), shrink=0.9, pad=0.03)
+    bar.set_label("cosine similarity", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
     return figure

@@ -14,7 +14,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from skipless.eval import attention_maps, pca, similarity
 from skipless.eval.backbones import load_backbone
-from skipless.eval.figures.similarity import patch_similarity
+from skipless.eval.figures.similarity import draw_similarity, patch_similarity
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.run.checkpoints import export_backbone
 
@@ -75,6 +75,7 @@ def test_the_same_figure_is_the_same_file(
         assert capsys.readouterr().out == f"written: {out}\n"
         figures.append(out.read_bytes())
     assert figures[0] == figures[1]
+    assert b"/Type3" not in figures[0]  # fonts that publishers refuse
     assert not any(word in figures[0] for word in (b"CreationDate", b"dc:date"))
     if ending == "png":
         with Image.open(out) as figure:
@@ -86,23 +87,26 @@ def test_the_same_figure_is_the_same_file(
 
 
 def test_similarity_of_points_in_blocks(folder: Path, tmp_path: Path) -> None:
-    """Started from another folder; below each map its smallest value, which matplotlib leaves in an SVG as a comment.
-    The point 47,31 is the last pixel, of the last patch."""
+    """Started from another folder. All maps share one scale. The point 47,31 is the last pixel, of the last patch."""
     more = ["--points", "47,31", "9,7", "--blocks=1,3", "--out=figures/map.svg"]
     done = run("eval/similarity.py", words(folder, "similarity", *more), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "written: figures/map.svg\n"), done.stderr
     assert [path.name for path in tmp_path.glob("**/*.*")] == ["map.svg"]
-    backbone = load_backbone(folder / "vit")
-    images = backbone.normalize(np.array(Image.open(folder / "images" / "a.png"))[None])
-    expected = []
-    for row, column in ((3, 5), (0, 1)):
-        for features in backbone.features(images, (0, 2)):
-            patches = features.patches[0].numpy().astype(float)
-            smallest = cosine_similarity(patches[row, column][None], patches.reshape(-1, 24)).min()
-            expected.append(f"<!-- {smallest:.2f} to 1 -->")
     text = (tmp_path / "figures/map.svg").read_text()
-    assert [text.count(label) for label in expected] == [expected.count(label) for label in expected]
-    assert text.count("block 1 ") == text.count("block 3 ") == 1
+    assert text.count("block 1 ") == text.count("block 3 ") == text.count("cosine similarity") == 1
+    picture = np.array(Image.open(folder / "images" / "a.png"))
+    backbone = load_backbone(folder / "vit")
+    features = [f.patches[0].numpy() for f in backbone.features(backbone.normalize(picture[None]), (0, 2))]
+    figure = draw_similarity(picture, [(47, 31), (9, 7)], dict(enumerate(features)))
+    drawn = [axis.images[0] for axis in figure.axes if axis.images and axis.images[0].get_array().ndim == 2]
+    expected = [
+        cosine_similarity(grid[row, column][None].astype(float), grid.reshape(-1, 24)).reshape(4, 6)
+        for row, column in ((3, 5), (0, 1))
+        for grid in features
+    ]
+    for image, values in zip(drawn, expected, strict=True):
+        np.testing.assert_allclose(image.get_array(), values, atol=1e-6)
+        assert image.get_clim() == pytest.approx((min(map(np.min, expected)), 1))
 
 
 def test_points_are_pixels_of_the_image_as_it_is(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,12 +155,42 @@ def test_blocks_and_images_have_a_column_and_a_row_each(folder: Path, tmp_path: 
     [
         ["--foreground=pca", "--style=dinov3", "--upsample", "--smooth=0.5"],
         ["--foreground=mask", "--masks={folder}/masks"],
-        ["--per-image", "--count=2"],
+        ["--per-image", "--count=2", "--blocks=1,3"],
+        ["--remove-position", "--upsample=false", "--layout=columns"],
     ],
 )
 def test_variants(folder: Path, tmp_path: Path, more: list[str]) -> None:
     pca.main(words(folder, "pca", "--images={folder}/images", "--out", tmp_path / "a.png", *more))
     assert pixels(tmp_path / "a.png").std() > 10
+
+
+def test_many_images_stand_side_by_side_and_the_width_is_that_asked_for(folder: Path, tmp_path: Path) -> None:
+    pca.main(words(folder, "pca", "--images={folder}/images", "--width=3.3", "--out", tmp_path / "a.png"))
+    height, width, _ = pixels(tmp_path / "a.png").shape
+    assert width == 660
+    assert height < 440  # two rows; one image is as wide as the two others
+
+
+def test_names_are_the_titles_of_three_checkpoints(folder: Path, tmp_path: Path) -> None:
+    models = ["--ckpt=null", "--compare", "{folder}/vit", "{folder}/other", "{folder}/vit"]
+    pca.main(words(folder, "pca", *models, "--names", "One", "Two", "Three", "--out", tmp_path / "a.svg"))
+    text = (tmp_path / "a.svg").read_text()
+    assert [text.count(f"<!-- {name} -->") for name in ("One", "Two", "Three", "vit")] == [1, 1, 1, 0]
+
+
+def test_colors_that_show_the_place_alone_are_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slope(*_: object) -> list[np.ndarray]:
+        rows, columns = np.meshgrid(np.arange(6.0), np.arange(8.0), indexing="ij")
+        noise = 0.1 * np.random.default_rng(0).standard_normal((6, 8, 4))
+        return [np.stack([rows, columns, rows + columns, rows], -1) + noise]
+
+    monkeypatch.setattr("skipless.eval.pca.patch_features", slope)
+    pca.main(words(folder, "pca", "--out", tmp_path / "a.png"))
+    assert re.search(r"note: (99|100) % of what the colors of block 3 show is the place", capsys.readouterr().out)
+    pca.main(words(folder, "pca", "--remove-position", "--out", tmp_path / "b.png"))
+    assert "note" not in capsys.readouterr().out
 
 
 def test_comparison_of_a_model_with_itself_is_the_same_picture_twice(folder: Path, tmp_path: Path) -> None:
@@ -187,17 +221,19 @@ def test_comparison_of_a_model_with_itself_is_the_same_picture_twice(folder: Pat
         ("attention_maps", "--size=0", "count and size must be 1 or more"),
         ("attention_maps", "--device=tpu", "device is 'tpu'"),
         ("attention_maps", "--heads=3", "heads"),
+        ("attention_maps", "--query=first", "'first' is no point"),
+        ("attention_maps", "--query=1,2 --images={folder}/images", "query 1,2 is a point of one image"),
         ("similarity", "--image=/nowhere/photo.jpg", "/nowhere/photo.jpg: no such image file"),
         ("similarity", "--image=.", ".: no such image file"),
         ("similarity", "--image=broken.png", "broken.png: the content is not that of"),
         ("similarity", "--ckpt=/nowhere/vit.pth", "/nowhere/vit.pth: no such checkpoint"),
         ("similarity", "--out=map.jpg", "out is map.jpg; it must end in .png, .pdf, .svg"),
-        ("similarity", "--points 48,3", "points: 48,3 lies outside of the image, which has 48 x 32 pixels"),
-        ("similarity", "--points 3,32", "points: 3,32 lies outside"),
-        ("similarity", "--points 4,5 -1,3", "points: -1,3 lies outside"),
-        ("similarity", "--points 4", "points: '4' is no point; give x,y in pixels, as in 120,80"),
-        ("similarity", "--points 4,5,6", "points: '4,5,6' is no point"),
-        ("similarity", "--points 4.5,6", "points: '4.5,6' is no point"),
+        ("similarity", "--points 48,3", "point 48,3 lies outside of the image, which has 48 x 32 pixels"),
+        ("similarity", "--points 3,32", "point 3,32 lies outside"),
+        ("similarity", "--points 4,5 -1,3", "point -1,3 lies outside"),
+        ("similarity", "--points 4", "'4' is no point; give x,y in pixels, as in 120,80"),
+        ("similarity", "--points 4,5,6", "'4,5,6' is no point"),
+        ("similarity", "--points 4.5,6", "'4.5,6' is no point"),
         ("similarity", "--blocks=4", "block 4 does not exist: .* has blocks 1 to 3"),
         ("similarity", "--blocks=1,1", "names a block twice"),
         ("similarity", "--size=0", "size must be 1 or more"),
@@ -209,7 +245,9 @@ def test_comparison_of_a_model_with_itself_is_the_same_picture_twice(folder: Pat
         ("pca", "--images={folder}/none", "no such folder"),
         ("pca", "--blocks=4", "block 4 does not exist"),
         ("pca", "--foreground=mask", "belong together"),
-        ("pca", "--ckpt=null --compare {folder}/vit", "compare needs two backbones"),
+        ("pca", "--ckpt=null --compare {folder}/vit", "compare needs two backbones or more"),
+        ("pca", "--names a b", "names has 2 titles, and the figure shows 1"),
+        ("pca", "--width=0", "width is 0.0; give inches"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -1,4 +1,4 @@
-"""Attention of CLS against the formula and timm."""
+"""Attention maps against the formula and timm."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skipless.eval.attention_maps import main
 from skipless.eval.backbones import Backbone, load_backbone
-from skipless.eval.figures.attention_maps import cls_attention
+from skipless.eval.figures.attention_maps import attention_maps
 from skipless.eval.figures.pictures import fit
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.run.checkpoints import export_backbone
@@ -53,7 +53,7 @@ def test_attention_is_the_formula(residual: bool, registers: int) -> None:
     """For two images that are not square; with CLS and registers it adds up to 1."""
     backbone = make_backbone(residual, registers)
     images = torch.randn(2, 3, 16, 24)
-    for block, maps in zip((2, 0, -2, 2), cls_attention(backbone, images, (2, 0, -2, 2)), strict=True):
+    for block, maps in zip((2, 0, -2, 2), attention_maps(backbone, images, (2, 0, -2, 2)), strict=True):
         assert (maps.patches.shape, maps.cls.shape) == ((2, 3, 2, 3), (2, 3))
         assert maps.patches.dtype == maps.cls.dtype == torch.float32
         expected = attention_by_hand(backbone.model, images, block % 3)[:, :, 0]
@@ -62,6 +62,37 @@ def test_attention_is_the_formula(residual: bool, registers: int) -> None:
         to_registers = expected[..., 1 : 1 + registers].sum(2)
         torch.testing.assert_close(maps.cls + to_registers + maps.patches.sum((2, 3)), torch.ones(2, 3))
         assert maps.patches.std() > 0.01
+
+
+def test_patches_can_be_the_query() -> None:
+    """One of them, or all on the mean."""
+    backbone, images = make_backbone(), torch.randn(2, 3, 16, 24)
+    expected = attention_by_hand(backbone.model, images, 1)[:, :, 3:]  # CLS and two registers come first
+    (mean,), (patch,) = (attention_maps(backbone, images, (1,), query) for query in ("mean", (1, 2)))
+    torch.testing.assert_close(mean.patches.flatten(2), expected[..., 3:].mean(2))
+    torch.testing.assert_close(mean.cls, expected[..., 0].mean(2))
+    torch.testing.assert_close(patch.patches.flatten(2), expected[:, :, 5, 3:])
+
+
+def test_where_cls_sees_itself_alone_the_maps_are_the_mean_over_patches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_backbone(residual=False, registers=0).model
+    with torch.no_grad():  # CLS differs from all patches, and the query is the key
+        model.cls_token.copy_(torch.tensor([300.0, -300.0]).repeat(12))
+        q, k = model.blocks[0].attn.qkv.weight[:24], model.blocks[0].attn.qkv.weight[24:48]  # type: ignore[index, union-attr]
+        q.copy_(3 * torch.eye(24))
+        k.copy_(3 * torch.eye(24))
+    export_backbone(tmp_path, model, {})
+    Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)).save(tmp_path / "a.png")
+    words = [f"--ckpt={tmp_path}", f"--images={tmp_path}/a.png", "--size=32", "--block=1", f"--out={tmp_path}/a.svg"]
+    main(words)
+    assert re.search(r"note: \d+ % of CLS's attention goes to itself", capsys.readouterr().out)
+    assert "mean of patches" in (tmp_path / "a.svg").read_text()
+    main([*words, "--query=cls"])
+    assert min(cls_shares(tmp_path / "a.svg")) > 90
+    main([*words, "--query=9,9"])
+    assert "<!-- patch -->" in (tmp_path / "a.svg").read_text()
 
 
 def test_attention_is_timms(tmp_path: Path) -> None:
@@ -79,7 +110,7 @@ def test_attention_is_timms(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         reference(images)
-    attention = cls_attention(load_backbone(tmp_path / "timm.pth"), images, (0, 1))
+    attention = attention_maps(load_backbone(tmp_path / "timm.pth"), images, (0, 1))
     for ours, expected in zip(attention, seen, strict=True):
         torch.testing.assert_close(ours.patches.flatten(2), expected[:, :, 0, 1:], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(ours.cls, expected[:, :, 0, 0], atol=1e-5, rtol=1e-4)
@@ -88,10 +119,10 @@ def test_attention_is_timms(tmp_path: Path) -> None:
 def test_sizes_and_blocks_that_do_not_exist_are_errors() -> None:
     backbone = make_backbone()
     with pytest.raises(ValueError, match="cannot be cut into patches of 8"):
-        cls_attention(backbone, torch.randn(1, 3, 16, 20), (0, 1))
+        attention_maps(backbone, torch.randn(1, 3, 16, 20), (0, 1))
     for block in (3, -4):
         with pytest.raises(IndexError):
-            cls_attention(backbone, torch.randn(1, 3, 16, 16), (0, block))
+            attention_maps(backbone, torch.randn(1, 3, 16, 16), (0, block))
 
 
 def test_it_leaves_no_gradients_no_hooks_and_the_model_as_it_was() -> None:
@@ -99,7 +130,7 @@ def test_it_leaves_no_gradients_no_hooks_and_the_model_as_it_was() -> None:
     backbone.model.requires_grad_(True)
     images = torch.randn(1, 3, 16, 16)
     before = backbone.features(images)[0].patches
-    assert not cls_attention(backbone, images)[0].patches.requires_grad
+    assert not attention_maps(backbone, images)[0].patches.requires_grad
     torch.testing.assert_close(backbone.features(images)[0].patches, before, rtol=0, atol=0)
     assert not any(module._forward_hooks for module in backbone.model.modules())
 

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from skipless.eval.figures.pca import align, component_colors, foreground_masks, pca_components
+from skipless.eval.figures.pca import (
+    align,
+    component_colors,
+    foreground_masks,
+    pca_components,
+    position_share,
+    without_position,
+)
 
 
 def skewed(seed: int, shapes: list[tuple[int, int]], dim: int = 12) -> list[np.ndarray]:
@@ -65,6 +72,22 @@ def test_alignment_undoes_a_rotation_a_mirror_and_a_scale() -> None:
     turn = np.linalg.qr(rng.standard_normal((3, 3)))[0] * np.array([1, -1, 1])
     for aligned, expected in zip(align([0.3 * r @ turn for r in reference], reference), reference, strict=True):
         np.testing.assert_allclose(aligned, expected, atol=1e-10)
+
+
+def test_position_is_what_rows_and_columns_explain() -> None:
+    """Whatever the sizes of the images: features that are linear in the place are nothing but it, and what is
+    orthogonal to it stays."""
+    slopes = np.array([[3.0, 0, 1], [0, 2, 1]])
+    checks = np.array([[1.0, -1], [-1, 1]])  # has no slope
+    places = [np.stack(np.meshgrid([-1.0, 1], [-1.0, 1], indexing="ij"), -1)] * 2
+    pure = [place @ slopes for place in places]
+    mixed = [p + c * checks[..., None] * np.array([1.0, 1, 0]) for p, c in zip(pure, (1, 2), strict=True)]
+    assert position_share(pure) == pytest.approx(1)
+    assert position_share([c * checks[..., None] * np.ones(3) for c in (1, 2)]) == pytest.approx(0)
+    # variances: 9 + 4 + 2 by the slopes; (1 + 4) / 2 by the checks in each of two channels
+    assert position_share(mixed) == pytest.approx(15 / 20)
+    for left, c in zip(without_position(mixed), (1, 2), strict=True):
+        np.testing.assert_allclose(left, c * checks[..., None] * np.array([1.0, 1, 0]), atol=1e-12)
 
 
 def test_styles_by_hand() -> None:
