@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import refusal, run_group
+from PIL import Image
 
 from skipless.common.precision import has_bf16
 from skipless.eval.backbones import load_backbone
@@ -50,22 +51,48 @@ class Evaluation:
         return json.loads((out / f"{self.task}.json").read_text(), parse_constant=refuse)
 
 
-@pytest.fixture(params=list(FLAGS))
-def evaluation(
-    request: pytest.FixtureRequest, color_classes: Path, tiny_run: Path, tiny_voc: Path, tiny_ckpt: Path, cache: Path
-) -> Evaluation:
-    return make_evaluation(request.param, color_classes, tiny_run, tiny_voc, tiny_ckpt, cache)
-
-
-def make_evaluation(task: str, classes: Path, run: Path, voc: Path, ckpt: Path, cache: Path) -> Evaluation:
-    data, weights = (classes, run) if task in ("knn", "linear") else (voc, ckpt)
-    words = [f"--ckpt={weights}", f"--data.root={data}", f"--cache={cache}", "--device=cpu"]
-    return Evaluation(task, [*words, *FLAGS[task]])
+Evaluations = Callable[[str], Evaluation]
 
 
 @pytest.fixture
-def knn(color_classes: Path, tiny_run: Path, cache: Path) -> Evaluation:
-    return make_evaluation("knn", color_classes, tiny_run, color_classes, tiny_run, cache)
+def evaluation_of(color_classes: Path, tiny_run: Path, tiny_voc: Path, tiny_ckpt: Path, cache: Path) -> Evaluations:
+    def make(task: str) -> Evaluation:
+        data, weights = (color_classes, tiny_run) if task in ("knn", "linear") else (tiny_voc, tiny_ckpt)
+        words = [f"--ckpt={weights}", f"--data.root={data}", f"--cache={cache}", "--device=cpu"]
+        return Evaluation(task, [*words, *FLAGS[task]])
+
+    return make
+
+
+@pytest.fixture(params=list(FLAGS))
+def evaluation(request: pytest.FixtureRequest, evaluation_of: Evaluations) -> Evaluation:
+    return evaluation_of(request.param)
+
+
+@pytest.fixture
+def knn(evaluation_of: Evaluations) -> Evaluation:
+    return evaluation_of("knn")
+
+
+def test_result_table_and_pictures(evaluation: Evaluation, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task, dense = evaluation.task, "--data.name=voc12" in evaluation.words
+    result = evaluation.run(tmp_path / "out", "--seed=7", "--batch-size=3", "--workers=1")
+    files = {f"{task}.json", f"{task}.md"} | ({"pictures.png"} if dense else set())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files
+    assert (result["task"], result["split"], result["images"]) == (task, "val", 4 if dense else 9)
+    assert result["metric"] == ("mIoU" if dense else "top-1")
+    assert (result["seed"], result["processes"], result["settings"]["batch_size"]) == (7, 1, 3)
+    checkpoint = result["checkpoint"]
+    assert checkpoint["path"] == evaluation.words[0].removeprefix("--ckpt=")
+    assert checkpoint["sha256"] == load_backbone(checkpoint["path"]).sha256
+    assert {"seconds", "hardware", "versions", "commit"} <= set(result)
+    table = (tmp_path / "out" / f"{task}.md").read_text()
+    assert f"**{result['protocol']}** {100 * result['value']:.1f} " in table
+    assert table.strip() in capsys.readouterr().out
+    if dense:
+        with Image.open(tmp_path / "out" / "pictures.png") as sheet:
+            sheet.load()
+            assert min(sheet.size) > 200
 
 
 def test_every_block_gives_what_each_block_gives_alone(evaluation: Evaluation, tmp_path: Path) -> None:
@@ -150,14 +177,80 @@ def test_wrong_values_of_shared_flags_end_with_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
+BAD = [
+    ("knn", "--data.name=folder --data.split=tset", "tset: no such split", "holds train, val"),
+    ("knn", "--data.split=tset", "tset.npz: no such file"),
+    ("knn", "--data.name=cifar10", "CIFAR-10's Python version is not there"),
+    ("knn", "--data.name=huggingface", "datasets cannot load this"),
+    ("knn", "--k=[31]", "k is 31, and", "train has 30 images", "--k 20"),
+    ("knn", "--k=[]", "k and size must be 1 or more"),
+    ("knn", "--k=[5,0]", "k and size must be 1 or more"),
+    ("knn", "--size=0", "k and size must be 1 or more"),
+    ("knn", "--temperature=0", "temperature above 0"),
+    ("knn", "--temperature=.nan", "temperature above 0"),
+    ("knn", "--pool=max", "pool", "max"),
+    ("linear", "--data.name=folder --data.train_split=trian", "trian: no such split", "holds train, val"),
+    ("linear", "--protocol=dinov2", "protocol", "dinov2"),
+    ("linear", "--epochs=0", "epochs, images-per-step and size must be 1 or more"),
+    ("linear", "--images-per-step=0", "epochs, images-per-step and size must be 1 or more"),
+    ("linear", "--learning-rates=[]", "learning-rates must be above 0"),
+    ("linear", "--learning-rates=[0.1,0]", "learning-rates must be above 0"),
+    ("linear", "--learning-rates=[0.1,.nan]", "learning-rates must be above 0"),
+    ("linear", "--learning-rates=[.inf]", "learning-rates must be above 0"),
+    ("segmentation", "--data.root=/nowhere/VOCdevkit", "/nowhere/VOCdevkit", "no such folder"),
+    ("segmentation", "--data.root={empty}", "{empty}", "holds no PASCAL VOC 2012"),
+    ("segmentation", "--data.split=tset", "tset.txt", "train, val"),
+    ("segmentation", "--protocol=mmsg", "protocol", "mmsg", "neco"),
+    ("segmentation", "--blocks=0", "block 0 does not exist"),
+    ("segmentation", "--quick.sise=64", "sise"),
+    ("segmentation", "--quick.size=0", "quick.size"),
+    ("segmentation", "--training.inference.stride=999", "training.inference.stride is 999"),
+    ("segmentation", "--training.head.dropout=0.1", "training.head.dropout has no effect on the protocol quick"),
+    ("retrieval", "--data.split=tset", "tset.txt", "train, val"),
+    ("retrieval", "--data.train_split=trainaug", "trainaug needs SBD's masks"),
+    ("retrieval", "--k=0", "k 1 to 2048"),
+    ("retrieval", "--k=4096", "k 1 to 2048"),
+    ("retrieval", "--temperature=0", "temperature above 0"),
+    ("retrieval", "--temperature=.inf", "temperature above 0"),
+    ("retrieval", "--size=0", "size and memory-size must be 1 or more"),
+    ("retrieval", "--memory-size=5", "memory-size is 5", "each of 12 images"),
+    ("retrieval", "--index=hnsw", "index", "hnsw", "ivf"),
+    ("clustering", "--data.split=tset", "tset.txt", "lists that are there: train, val"),
+    ("clustering", "--clusters=2", "clusters is 2, fewer than the 21 classes of voc12"),
+    ("clustering", "--clusters=257", "clusters is 257", "voc12 val has 256 patches of 64 pixels"),
+    ("clustering", "--seeds=0", "size and seeds must be 1 or more"),
+    ("clustering", "--data.train_split=train", "train_split"),
+]
+
+
+@pytest.mark.parametrize("case", BAD, ids=" ".join)
+def test_wrong_values_of_own_flags_end_with_one_sentence(
+    case: tuple[str, ...],
+    evaluation_of: Evaluations,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    task, flags, *expected = case
+    (tmp_path / "empty").mkdir()
+    evaluation, empty = evaluation_of(task), tmp_path / "empty"
+    words = [*evaluation.words, f"--cache={tmp_path / 'cache'}", f"--out={tmp_path / 'out'}"]
+    line = refusal(evaluation.main, [*words, *flags.format(empty=empty).split(" ")], capsys)
+    assert all(part.format(empty=empty) in line for part in expected), line
+    assert list(tmp_path.iterdir()) == [empty]
+
+
 @pytest.mark.parametrize("task", ["knn", "retrieval", "clustering"])
 def test_without_faiss_a_sentence_says_what_to_install(
-    task: str, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    task: str,
+    evaluation_of: Evaluations,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Before features are computed."""
     monkeypatch.setitem(sys.modules, "faiss", None)
-    evaluation = make_evaluation(task, tmp_path, tiny_run, tmp_path, tiny_run, tmp_path / "cache")
-    assert "pip install faiss-cpu" in refusal(evaluation.main, evaluation.words, capsys)
+    evaluation = evaluation_of(task)
+    assert "pip install faiss-cpu" in refusal(evaluation.main, [*evaluation.words, f"--cache={tmp_path / 'c'}"], capsys)
     assert not list(tmp_path.iterdir())
 
 

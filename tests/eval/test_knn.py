@@ -167,20 +167,15 @@ def test_command_leaves_a_result_and_a_table(data: Path, ckpt: Path, tmp_path: P
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["knn.json", "knn.md"]
 
     result = json.loads((tmp_path / "out" / "knn.json").read_text())
-    assert (result["task"], result["protocol"]) == ("knn", "colors-knn/5/32px")
+    assert result["protocol"] == "colors-knn/5/32px"
     assert (result["dataset"], result["split"], result["images"]) == ("colors", "validation", 9)
-    assert (result["metric"], result["seed"], result["processes"]) == ("top-1", 0, 1)
-    assert result["checkpoint"]["path"] == str(ckpt)
-    assert len(result["checkpoint"]["sha256"]) == 64
     assert result["settings"]["k"] == [5, 3, 1]
-    assert {"seconds", "hardware", "versions", "commit"} <= set(result)
     details = result["details"]
     assert (details["train_images"], details["classes"], details["blocks"]) == (30, 3, [2])
     assert list(details["by_k"]) == ["5", "3", "1"]
     assert result["value"] == details["top1"] == details["by_k"]["5"] == details["every_block"][1]["top1"]
     low, high = details["interval_95"]
     assert low <= result["value"] <= high
-    assert [entry["block"] for entry in details["every_block"]] == [1, 2]
 
     table = (tmp_path / "out" / "knn.md").read_text()
     assert table.startswith(f"**colors-knn/5/32px** {100 * result['value']:.1f} % top-1 (95 % interval ")
@@ -271,32 +266,6 @@ def test_defaults_are_the_published_ones() -> None:
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--data.split=tset"], ["tset: no such split", "holds train, val"]),
-        (["--data.name=arrays", "--data.split=tset"], ["tset.npz: no such file"]),
-        (["--data.name=cifar10"], ["CIFAR-10's Python version is not there"]),
-        (["--data.name=huggingface"], ["datasets cannot load this"]),
-        (["--k=[31]"], ["k is 31, and", "train has 30 images", "--k 20"]),
-        (["--k=[]"], ["k and size must be 1 or more"]),
-        (["--k=[5,0]"], ["k and size must be 1 or more"]),
-        (["--size=0"], ["k and size must be 1 or more"]),
-        (["--temperature=0"], ["temperature above 0"]),
-        (["--temperature=.nan"], ["temperature above 0"]),
-        (["--pool=max"], ["pool", "max"]),
-    ],
-)
-def test_bad_input_ends_with_one_sentence_and_exit_code_2(
-    data: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]
-) -> None:
-    last = refusal(main, command(data, ckpt, tmp_path / "cache", "--out", tmp_path / "out", *flags), capsys)
-    for word in words:
-        assert word in last
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "cache").exists()
 
 
 def test_splits_of_different_classes_are_refused(

