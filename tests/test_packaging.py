@@ -63,9 +63,6 @@ def constraint_lines() -> list[str]:
     return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
-# --- the folders and the package made of them
-
-
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_package_folder_is_a_relative_symlink_to_the_real_one(folder: str) -> None:
     link = ROOT / "src/skipless" / folder
@@ -146,9 +143,6 @@ def test_wheel_holds_every_source_file_and_recipe(tmp_path: Path) -> None:
     assert "skipless = skipless.__main__:main" in zipfile.ZipFile(wheel).read(scripts).decode()
 
 
-# --- the console command
-
-
 def skipless(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "skipless", *words], capture_output=True, text=True, check=False)
 
@@ -184,8 +178,6 @@ def test_console_command_refuses_an_unknown_name() -> None:
     assert skipless("zzzzzz").stderr == "error: there is no command zzzzzz: skipless --help lists them\n"
 
 
-# --- every command
-
 COMMANDS = sorted(
     path.relative_to(ROOT).as_posix()
     for folder in ("datasets", "ssl", "eval", "benchmarks", "experiments", "examples")
@@ -205,9 +197,6 @@ def test_help_of_every_command(script: str, capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: {script} ")
     assert module.__doc__.splitlines()[0] in printed
-
-
-# --- what installs it
 
 
 def test_every_dependency_is_pinned_to_a_version_that_pyproject_allows() -> None:
@@ -256,8 +245,6 @@ def test_gpu_extra_reaches_the_packages_that_the_project_promises() -> None:
     promised = {"torch", "torchvision", "xformers", "scikit-learn", "pycocotools", "faiss-gpu"}
     assert promised | {"opencv-python-headless"} <= set(requirements("gpu"))
 
-
-# --- the Makefile, in an empty project with a stand-in for Python that writes down how it was called
 
 STAND_IN = """#!/bin/sh
 echo "$0 $*" >> "$LOG"
@@ -347,9 +334,6 @@ def test_make_refuses_an_old_python_in_one_sentence(tmp_path: Path) -> None:
     assert run.returncode != 0
     assert run.stderr.startswith("skipless needs Python 3.11 or newer, but 'python3' is Python 3.9.1:")
     assert not (tmp_path / ".venv").exists()
-
-
-# --- what the files say
 
 
 def test_no_text_file_names_a_folder_of_one_machine() -> None:

@@ -236,9 +236,6 @@ def do_nothing(settings: Settings) -> None:
     """A command."""
 
 
-# --- names of earlier versions
-
-
 def test_old_names_mean_todays_settings(tmp_path: Path) -> None:
     old = {"prototypes": "77", "teacher_temperature": "0.05", "balancing": "centre", "centre_momentum": "0.8"}
     flags = [f"--dino.{name}={value}" for name, value in old.items()]

@@ -48,9 +48,6 @@ def test_a_file_that_vanished_is_unreadable(tmp_path: Path) -> None:
         images.read(0)
 
 
-# What is found --------------------------------------------------------------------------------------------------------
-
-
 def test_images_at_any_depth_sorted_whatever_the_case(tmp_path: Path) -> None:
     wanted = ["B.JPG", "a.jpeg", "deep/er/c.WebP", "deep/z.Png", "deep/é 1.bmp", "z.jpg"]
     for name in reversed(wanted):
@@ -139,9 +136,6 @@ def test_names_behave_as_a_list(names: list[str], data: st.DataObject) -> None:
             packed[index]
 
 
-# Archives -------------------------------------------------------------------------------------------------------------
-
-
 def fill(root: Path) -> None:
     for number, name in enumerate(["a/1.png", "a/2.jpg", "b/c/3.webp", "b/4.bmp", "b/é.png"]):
         save(root / name, (40 * number, 255 - 40 * number, 7))
@@ -189,9 +183,6 @@ def test_a_damaged_member_is_unreadable_and_its_neighbors_are_not(tmp_path: Path
             images.read(1)
         for index in (0, 2):
             assert np.array_equal(images.read(index), RGB)
-
-
-# Errors ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_path_is_named(tmp_path: Path) -> None:
@@ -252,9 +243,6 @@ def test_a_forbidden_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0)
     with pytest.raises(ValueError, match=r"locked: cannot list this folder \(Permission denied\)"):
         open_images(tmp_path)
-
-
-# Real photographs -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif("SKIPLESS_TEST_DATA" not in os.environ, reason="SKIPLESS_TEST_DATA names no folder of real images")

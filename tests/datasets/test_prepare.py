@@ -51,8 +51,6 @@ def png(value: int) -> bytes:
     return buffer.getvalue()
 
 
-# Miniatures -----------------------------------------------------------------------------------------------------------
-
 XML = b"<annotation><object><name>cat</name><bndbox><xmin>2</xmin><ymin>3</ymin><xmax>5</xmax><ymax>6</ymax></bndbox>"
 XML += b"<difficult>1</difficult></object></annotation>"
 
@@ -288,9 +286,6 @@ def make(name: str, tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-# Layouts, as the readers see them -------------------------------------------------------------------------------------
-
-
 def test_voc07(tmp_path: Path) -> None:
     root = make("voc07", tmp_path)
     trainval = voc_boxes(root / "VOCdevkit", "trainval", 2007)
@@ -376,9 +371,6 @@ def test_class_folders(tmp_path: Path, name: str, train_classes: list[str], val_
     assert short == [f"{file}.JPEG" for file in val_files]
     assert [val.classes[label] for label in val.labels] == [Path(file).parts[0] for file in val_files]
     assert train.read(3).shape == val.read(0).shape == (6, 8, 3)
-
-
-# The command ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
@@ -585,9 +577,6 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert all(re.search(rf"^    {name} ", printed, re.MULTILINE) for name in DATA_SETS)
     assert "there is no data set voc13: choose one of voc07, voc12, " in refusal(main, ["voc13"], capsys)
-
-
-# The table ------------------------------------------------------------------------------------------------------------
 
 
 def archives() -> dict[str, downloads.Archive]:

@@ -68,9 +68,6 @@ def assert_same(found: ImageSource, expected: ImageSource) -> None:
         assert np.array_equal(found.read(index, 3), expected.read(index, 3))
 
 
-# What is written ------------------------------------------------------------------------------------------------------
-
-
 def webdataset_samples(tars: list[Path]) -> list[dict[str, bytes]]:
     """Samples as the format's text has them, by Python's tarfile: neighbors of one key, path up to the first dot."""
     samples: list[dict[str, bytes]] = []
@@ -239,9 +236,6 @@ def test_packs_are_not_mixed(photos: Path, tmp_path: Path, capsys: pytest.Captur
         write_shards(open_images(photos), out / INDEX)
 
 
-# The command ----------------------------------------------------------------------------------------------------------
-
-
 def test_other_images_of_the_same_names_are_another_pack(tmp_path: Path) -> None:
     for name, value in (("a", 10), ("b", 200)):
         (tmp_path / name).mkdir()
@@ -306,8 +300,6 @@ def test_sizes() -> None:
     sizes = {"500MB": 500_000_000, "2 gb": 2_000_000_000, "1.5K": 1500, "7": 7, "7B": 7}
     assert {text: parse_size(text) for text in sizes} == sizes
 
-
-# The index ------------------------------------------------------------------------------------------------------------
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 RAW = st.binary(max_size=20).map(os.fsdecode)
@@ -385,9 +377,6 @@ def test_a_damaged_index_is_a_sentence(photos: Path, tmp_path: Path) -> None:
         np.savez(path, **{**content, **change})
         with pytest.raises(ValueError, match=r"shards\.npz: damaged index"):
             open_images(tmp_path / "out")
-
-
-# Behind a URL ---------------------------------------------------------------------------------------------------------
 
 
 class Server(SimpleHTTPRequestHandler):
@@ -513,9 +502,6 @@ def test_nothing_stays_open(photos: Path, tmp_path: Path) -> None:
     open_images(tmp_path / "out")
     scan_shards([str(tmp_path / "out/shard-000000.tar")])
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-# Real photographs -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif("SKIPLESS_TEST_DATA" not in os.environ, reason="SKIPLESS_TEST_DATA is not set")

@@ -39,9 +39,6 @@ def refused(ckpt: Path | str, match: str, *weights: Any) -> str:
     return str(error.value)
 
 
-# The families ---------------------------------------------------------------------------------------------------------
-
-
 def make_timm(img_size: int | tuple[int, int], **kwargs: Any) -> TimmViT:
     return TimmViT(
         img_size=img_size, **({"embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS, "num_classes": 0} | kwargs)
@@ -186,9 +183,6 @@ def test_the_two_interpolations_differ_enough_for_these_tests() -> None:
     assert np.abs(dino_positions(grid, 9, 17) - pillow_positions(grid, 9, 17)).max() > 0.1
 
 
-# Keys, queries, values ------------------------------------------------------------------------------------------------
-
-
 def by_hand(model: TimmViT, images: Tensor, wanted: int) -> Tensor:
     """Queries, keys and values [3, B, T, D] of a block, from timm's tensors in plain float64 torch, head by head."""
     state = {name: tensor.double() for name, tensor in model.state_dict().items()}
@@ -239,9 +233,6 @@ def test_keys_without_bias_lack_the_key_part_of_the_bias(tmp_path: Path) -> None
         assert bias.abs().max() > 0.1
         torch.testing.assert_close(full.patches - without.patches, bias.expand(1, 2, 3, DIM), atol=1e-5, rtol=0)
         torch.testing.assert_close(full.cls - without.cls, bias[None], atol=1e-5, rtol=0)
-
-
-# Other forms of files -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -310,9 +301,6 @@ def test_normalization_beside_a_file_of_timm(tmp_path: Path, dino: dict) -> None
     assert found[0, :, 0, 0].tolist() == pytest.approx([-1, -2, -1])
 
 
-# Ours -----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["skipless", "residual"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DINOModel, DINOModel]:
     """A run's folder as pretraining leaves it, its teacher and its student."""
@@ -362,9 +350,6 @@ def test_architecture_beside_an_export_without_metadata(run: tuple[Path, DINOMod
     refused(tmp_path / "b.safetensors", r"b\.json is damaged")
     (tmp_path / "b.json").write_text(json.dumps({"architecture": teacher.backbone.architecture | {"rope": True}}))
     refused(tmp_path / "b.safetensors", r"this version cannot build.*rope")
-
-
-# Precision ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["tokens", "keys", "keys_without_bias"])
@@ -439,9 +424,6 @@ def test_untrained_twin_depends_on_the_seed_alone(run: tuple[Path, DINOModel, DI
     assert (tokens(one, images) - tokens(backbone, images)).abs().max() > 0.1
 
 
-# timm:NAME ------------------------------------------------------------------------------------------------------------
-
-
 def without_download(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[TimmViT]:
     """timm.create_model makes small noisy models instead of fetching weights; they land in the returned list."""
     create, made = timm.create_model, []
@@ -497,9 +479,6 @@ def test_models_of_timm_that_are_no_plain_vit(
 ) -> None:
     without_download(monkeypatch, **changes)
     assert f"timm:{name}" in refused(f"timm:{name}", words)
-
-
-# What cannot be loaded ------------------------------------------------------------------------------------------------
 
 
 def changed(state: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Tensor]:
@@ -610,9 +589,6 @@ def test_unknown_kind_block_and_size(loaded: Callable[[str], Any]) -> None:
         backbone.features(torch.zeros(1, 3, 32, 32), kind="key")
     with pytest.raises(ValueError, match="30 x 32 pixels cannot be cut into patches of 16"):
         backbone.features(torch.zeros(1, 3, 30, 32))
-
-
-# Padding and identity -------------------------------------------------------------------------------------------------
 
 
 def test_padding_at_the_right_and_bottom_or_centered() -> None:

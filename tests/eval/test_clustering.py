@@ -50,9 +50,6 @@ def measure(root: Path, ckpt: Path, cache: Path, *more: object) -> dict[str, Any
     return evaluate(cli.parse(Settings, command(root, ckpt, cache, *more)))
 
 
-# Matching -------------------------------------------------------------------------------------------------------------
-
-
 def iou_of(confusion: np.ndarray, label: int, cluster: int) -> float:
     both = confusion[label, cluster]
     either = confusion[label].sum() + confusion[:, cluster].sum() - both
@@ -103,9 +100,6 @@ def test_void_is_not_counted() -> None:
     np.testing.assert_array_equal(cluster_confusion(labels, found, 2, 3), [[0, 0, 1], [2, 0, 0]])
 
 
-# Points, components, clusters -----------------------------------------------------------------------------------------
-
-
 def test_points_are_the_centers_of_cells() -> None:
     """Centers of 2 cells on 3 and on 5 pixels: at 1/4 and 3/4 of the side, so in pixels 0 and 2, and in 1 and 3."""
     grid = np.arange(15).reshape(3, 5)
@@ -154,9 +148,6 @@ def test_clear_groups_are_found_and_seeds_repeat() -> None:
 
 def test_as_many_clusters_as_vectors() -> None:
     assert sorted(kmeans(np.eye(4, dtype=np.float32), 4, seed=0)) == [0, 1, 2, 3]
-
-
-# The command ----------------------------------------------------------------------------------------------------------
 
 
 def test_command_leaves_a_result_a_table_and_pictures(
@@ -223,9 +214,6 @@ def test_a_trained_backbone_is_better_than_its_untrained_twin(tmp_path: Path) ->
     trained, floor = (evaluate(cli.parse(Settings, [*words, *more])) for more in ([], ["--untrained"]))
     assert trained["protocol"] == "voc12-clustering/kmeans-60 (changed)"
     assert trained["value"] > 1.2 * floor["value"]
-
-
-# Errors ---------------------------------------------------------------------------------------------------------------
 
 
 def test_damaged_mask_is_named_when_features_are_there_already(

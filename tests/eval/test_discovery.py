@@ -163,9 +163,6 @@ def enclosing(mask: np.ndarray) -> list[int]:
     return [xs.min(), ys.min(), xs.max() + 1 - xs.min(), ys.max() + 1 - ys.min()]
 
 
-# Scores ---------------------------------------------------------------------------------------------------------------
-
-
 def pixels(box: tuple[int, int, int, int]) -> set[tuple[int, int]]:
     return {(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])}
 
@@ -250,9 +247,6 @@ def test_objects_of_earlier_rounds_come_first(coco: Path) -> None:
         assert found[0]["score"] > found[1]["score"] > 0
         score = coco_ap(alone, path, found)["details"]
         assert score["mask_ap"] == score["box_ap"] == pytest.approx(expected)
-
-
-# The command ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -509,9 +503,6 @@ def test_the_whole_image_is_a_baseline(voc: Path, ckpt: Path) -> None:
     assert measure(voc, ckpt)["details"]["whole_image"] == pytest.approx(np.mean(hits))
 
 
-# Interrupted runs and several processes -------------------------------------------------------------------------------
-
-
 def interrupt(voc: Path, ckpt: Path, out: Path, monkeypatch: pytest.MonkeyPatch, images: int) -> None:
     """Ctrl-C when so many images have been read."""
     reads = 0
@@ -620,9 +611,6 @@ def test_two_processes_find_what_one_does(
     assert result["value"] == alone["value"]
     assert result["details"] == json.loads(json.dumps(alone["details"]))
     assert found_in(two) == found_in(one)
-
-
-# Odd images and wrong input -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -822,9 +810,6 @@ def test_nan_is_not_searched(
     monkeypatch.setattr(Backbone, "features", poisoned)  # the third image of a, c, e and f
     line = refusal(main, command(voc, ckpt, "--every-block"), capsys)
     assert "e.jpg: keys of block 1 of " in line
-
-
-# Settings -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_published_settings_are_the_defaults() -> None:

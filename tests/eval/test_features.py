@@ -93,9 +93,6 @@ def stored(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.npy"))}
 
 
-# Values ---------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("kind", "workers"), [("tokens", 0), ("keys", 2), ("keys_without_bias", 0)])
 def test_values_are_those_of_the_backbone(
     backbone: Backbone, photos: list[Path], tmp_path: Path, kind: Any, workers: int
@@ -154,9 +151,6 @@ def test_files_are_mapped_and_few_are_open(
     open_files = [os.readlink(path) for path in descriptors.iterdir() if path.is_symlink()]
     assert 1 <= sum(name.startswith(str(found.folder)) for name in open_files) <= 128
     assert isinstance(module._open_shard(next(found.folder.rglob("*.npy"))), np.memmap)
-
-
-# What is computed again -----------------------------------------------------------------------------------------------
 
 
 def test_blocks_share_one_pass_and_are_not_computed_again(
@@ -293,9 +287,6 @@ def test_a_gpu_gets_the_cores_to_read_and_a_cpu_keeps_them(monkeypatch: pytest.M
     assert loader_workers(0, gpu) == 0
 
 
-# Interrupted ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("after", "pooled"), [(0, False), (3, True), (4, False), (9, True)])
 def test_interrupted_extraction_goes_on_where_it_stopped(
     backbone: Backbone, photos: list[Path], tmp_path: Path, after: int, pooled: bool
@@ -402,9 +393,6 @@ def test_two_processes_share_the_work_and_leave_the_same_cache(
     reader = Reader(photos)
     run(backbone, photos, tmp_path / "cache", (0, 2), read=reader)
     assert reader.seen == []
-
-
-# Errors ---------------------------------------------------------------------------------------------------------------
 
 
 def fails(words: str, *arguments: Any, **more: Any) -> str:

@@ -59,9 +59,6 @@ def words(folder: Path, command: str, *more: object) -> list[str]:
     return [str(word).format(folder=folder) for word in [*first, *more]]
 
 
-# The files ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
 @pytest.mark.parametrize("command", MAINS)
 def test_the_same_figure_is_the_same_file(
@@ -81,9 +78,6 @@ def test_the_same_figure_is_the_same_file(
         with Image.open(out) as figure:
             figure.load()
             assert min(figure.size) > 200
-
-
-# Similarity -----------------------------------------------------------------------------------------------------------
 
 
 def test_similarity_of_points_in_blocks(folder: Path, tmp_path: Path) -> None:
@@ -133,9 +127,6 @@ def test_features_that_are_no_numbers_are_refused(
     line = refusal(similarity.main, words(folder, "similarity", *more), capsys)
     assert f"features of block 3 of {folder}/broken are NaN or infinite" in line
     assert not list(tmp_path.iterdir())
-
-
-# PCA ------------------------------------------------------------------------------------------------------------------
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -201,9 +192,6 @@ def test_comparison_of_a_model_with_itself_is_the_same_picture_twice(folder: Pat
     third = picture.shape[1] // 3
     assert np.abs(picture[:, third + 20 : 2 * third - 20] - picture[:, 2 * third + 20 : 3 * third - 20]).mean() < 3
     pca.main(["--compare", one, other, *flags])
-
-
-# What users get wrong -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

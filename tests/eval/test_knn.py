@@ -47,9 +47,6 @@ def command(data: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
     return list(map(str, common))
 
 
-# Neighbors -----------------------------------------------------------------------------------------------------------
-
-
 def cosines(bank: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """float64 [M, N], one pair at a time."""
     found = np.zeros((len(queries), len(bank)))
@@ -91,9 +88,6 @@ def test_without_faiss_nothing_is_searched(monkeypatch: pytest.MonkeyPatch) -> N
         nearest(np.eye(3), np.eye(3), 1)
 
 
-# Votes ----------------------------------------------------------------------------------------------------------------
-
-
 @given(st.integers(0, 9999), st.integers(1, 60), st.integers(1, 12), st.sampled_from([0.02, 0.07, 1.0]))
 @settings(max_examples=60)
 def test_votes_are_scikit_learns(seed: int, n: int, classes: int, temperature: float) -> None:
@@ -120,9 +114,6 @@ def test_votes_by_hand() -> None:
     np.testing.assert_array_equal(knn_predict(similarities + 0.1, labels, 5, temperature=0.001), [1, 1, 2])
 
 
-# Vectors of images ----------------------------------------------------------------------------------------------------
-
-
 def reference(backbone: Backbone, images: list[np.ndarray], size: int, resize: int) -> dict[str, list[np.ndarray]]:
     """CLS and mean patch of central crops for each block, [blocks][N, D]."""
     crops = np.stack([center_crop(image, size, resize) for image in images])
@@ -142,9 +133,6 @@ def test_vectors_are_class_tokens_means_or_both(data: Path, ckpt: Path, cache: P
         np.testing.assert_allclose(found, np.hstack([expected[1], expected[0]]), atol=4e-3)
     both = vectors(features, (0, 1), "both", np.array([7, 2]))
     np.testing.assert_allclose(both, np.hstack([*cls, *mean])[[7, 2]], atol=4e-3)
-
-
-# The command ----------------------------------------------------------------------------------------------------------
 
 
 def test_command_leaves_a_result_and_a_table(data: Path, ckpt: Path, tmp_path: Path) -> None:
@@ -265,9 +253,6 @@ def test_defaults_are_the_published_ones() -> None:
     assert (chosen.temperature, chosen.pool, chosen.blocks, chosen.size) == (0.07, "cls", "last", 224)
 
 
-# Errors ---------------------------------------------------------------------------------------------------------------
-
-
 def test_splits_of_different_classes_are_refused(
     ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -286,9 +271,6 @@ def test_unreadable_image_is_named(data: Path, ckpt: Path, tmp_path: Path, capsy
     last = refusal(main, command(tmp_path, ckpt, tmp_path / "cache", "--k=[1]", "--out", tmp_path / "out"), capsys)
     assert "val/b/1.png: the content is not that of" in last
     assert not (tmp_path / "out").exists()
-
-
-# Real photographs -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not DATA, reason="SKIPLESS_TEST_DATA is not set")

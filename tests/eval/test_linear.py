@@ -71,9 +71,6 @@ def chosen(*flags: str) -> Settings:
     return cli.parse(Settings, ["--ckpt=x", "--data.root=x", "--size=32", *flags])
 
 
-# Heads on fixed vectors -----------------------------------------------------------------------------------------------
-
-
 def separable(seed: int, count: int, classes: int = 4) -> tuple[Tensor, np.ndarray]:
     """Groups around corners of a cube in 16 dimensions, whose units differ by six orders of magnitude, and which lie
     far from zero."""
@@ -142,9 +139,6 @@ def test_a_channel_that_never_changes_does_no_harm() -> None:
     np.testing.assert_array_equal(predict(head, fresh)[:, 0], truth)
 
 
-# Held-out images and the learning rate --------------------------------------------------------------------------------
-
-
 def test_every_tenth_image_is_held_out() -> None:
     assert [rows.tolist() for rows in hold_out(2)] == [[1], [0]]
     assert hold_out(9)[1].tolist() == [0]
@@ -193,9 +187,6 @@ def test_the_rate_is_chosen_without_the_images_that_count(
     assert one["learning_rate"] == other["learning_rate"] == [0.1, 10][int(np.argmax(one["held_out_top1"]))]
     assert one["top1"] > 0.6
     assert other["top1"] < 0.4
-
-
-# Random crops ---------------------------------------------------------------------------------------------------------
 
 
 def ramps(count: int) -> LabeledSet:
@@ -280,9 +271,6 @@ def test_unreadable_image_ends_training_with_its_name(backbone: Backbone, train:
         train_heads(backbone, replace(train, read=read), [(1,)], [0.1], SHORT)
 
 
-# Training on random crops ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("pool", ["cls", "both"])
 def test_training_on_random_crops_is_a_plain_loop(backbone: Backbone, train: LabeledSet, pool: Pooling) -> None:
     """Two epochs in steps of 8 of 20, each in passes of 3: the gradient is that of the whole step."""
@@ -356,9 +344,6 @@ def test_the_name_of_a_run_holds_all_settings_but_those_of_speed_and_place() -> 
     assert {*IDENTIFYING} == {field.name for field in fields(Settings)} - speed
 
 
-# Several processes ----------------------------------------------------------------------------------------------------
-
-
 def test_two_processes_train_the_heads_of_one(data: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
     """Also where the last step has an image for one of them alone."""
     flags = command(data, ckpt, cache, *DINO, "--epochs=1", "--batch-size=4")
@@ -372,9 +357,6 @@ def test_two_processes_train_the_heads_of_one(data: Path, ckpt: Path, cache: Pat
     heads = [torch.load(tmp_path / name / "head.pt", weights_only=True)["heads"] for name in ("one", "two")]
     assert heads[0][0]["weights.1"].abs().max() > 0.01
     torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-4)
-
-
-# The command ----------------------------------------------------------------------------------------------------------
 
 
 def test_command_leaves_a_result_and_a_table(data: Path, ckpt: Path, tmp_path: Path) -> None:
@@ -461,9 +443,6 @@ def test_defaults_are_the_published_ones() -> None:
     optimizer = random_crops.sgd([Heads(torch.zeros(2), torch.ones(2), 1, 2)], [0.004])
     (group,) = optimizer.param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]) == (0.004, 0.9, 0.0, False)
-
-
-# Errors ---------------------------------------------------------------------------------------------------------------
 
 
 def test_one_training_image_is_too_few(ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,6 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion
 from skipless.datasets.labels.masks import VOID
 from skipless.eval.metrics import bootstrap_interval, box_iou, confusion_matrix, corloc, segmentation_scores
 
-# Scores ---------------------------------------------------------------------------------------------------------------
-
 
 @given(st.data())
 @settings(max_examples=40)
@@ -69,9 +67,6 @@ def test_maps_that_cannot_be_compared_are_refused() -> None:
         confusion_matrix(labels, torch.zeros(2, 3, dtype=torch.long), 2)
     with pytest.raises(ValueError, match="predictions are 0 to 2, with 2 classes"):
         confusion_matrix(labels, torch.tensor([[0, 1], [2, 0]]), 2)
-
-
-# Boxes ----------------------------------------------------------------------------------------------------------------
 
 
 def test_corloc_by_hand() -> None:

@@ -74,9 +74,6 @@ def again(report: Any, scenes: Path, checkpoints: list[Path], tmp_path: Path) ->
     return out, flags(scenes, report[1], out, *checkpoints)
 
 
-# What is measured -----------------------------------------------------------------------------------------------------
-
-
 def test_command_measures_everything_and_writes_page_and_tables(report: Any) -> None:
     out, _ = report
     assert {path.name for path in out.iterdir()} == {"report.html", "report.md", "report.tex", "results"}
@@ -169,9 +166,6 @@ def test_lists_are_words_on_the_command_line() -> None:
     assert (parsed.tasks, parsed.names, parsed.count) == (("knn",), ("a b", "c"), 2)
 
 
-# Tables ---------------------------------------------------------------------------------------------------------------
-
-
 def result(task: str, value: float, **more: Any) -> dict[str, Any]:
     base = {"task": task, "protocol": f"x_y-{task}", "dataset": "x_y", "split": "val", "images": 4, "metric": "m"}
     return {**base, "value": value, "details": more.pop("details", {}), **more}
@@ -206,9 +200,6 @@ def test_tables_by_hand() -> None:
     ]
 
 
-# Codes ----------------------------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=20)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(3, 20), st.integers(3, 30), st.integers(0, 10**6))
 def test_codes_give_cosines_and_state_their_error(h: int, w: int, dim: int, dims: int, seed: int) -> None:
@@ -221,9 +212,6 @@ def test_codes_give_cosines_and_state_their_error(h: int, w: int, dim: int, dims
     np.testing.assert_allclose(np.sqrt((difference**2).mean()), error, atol=1e-12)
     if dims >= dim:  # nothing but rounding to 8 bits is left
         assert error < 0.02
-
-
-# In a browser ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

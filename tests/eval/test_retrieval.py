@@ -42,9 +42,6 @@ def measure(voc: Path, ckpt: Path, cache: Path, *more: object) -> dict[str, Any]
     return evaluate(cli.parse(Settings, command(voc, ckpt, cache, *SMALL, *more)))
 
 
-# Attention over the memory --------------------------------------------------------------------------------------------
-
-
 def units(seed: int, count: int, dim: int) -> np.ndarray:
     x = np.random.default_rng(seed).standard_normal((count, dim)).astype(np.float32)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -97,9 +94,6 @@ def test_inverted_file_finds_what_is_close() -> None:
     assert (rows >= 0).mean() > 0.8
 
 
-# The memory's patches -------------------------------------------------------------------------------------------------
-
-
 def test_all_labeled_patches_are_kept_where_they_fit() -> None:
     shares = np.array([[1, 0], [0, 0], [0.5, 0.25], [0, 0]], np.float32)
     for count in (2, 3, 4):
@@ -124,9 +118,6 @@ def test_a_patch_of_several_classes_has_the_sum_of_their_counts() -> None:
     shares[:4, 0], shares[4:8, 1], shares[8:] = 1, 1, 0.5
     kept = np.concatenate([sample_patches(shares, 1, np.random.default_rng(seed)) for seed in range(2000)])
     assert (kept >= 8).mean() == pytest.approx(1 / 5, abs=0.035)
-
-
-# The command ----------------------------------------------------------------------------------------------------------
 
 
 def test_command_leaves_a_result_a_table_and_pictures(
@@ -274,9 +265,6 @@ def test_a_trained_backbone_is_better_than_its_untrained_twin(tmp_path: Path) ->
     trained, floor = (measure(root, ckpt, tmp_path / "cache", "--size=112", *more) for more in ([], ["--untrained"]))
     assert trained["details"]["pixel_accuracy"] > floor["details"]["pixel_accuracy"]
     assert trained["value"] > 1.2 * floor["value"]
-
-
-# Errors ---------------------------------------------------------------------------------------------------------------
 
 
 def test_memory_that_cannot_fit_is_refused(

@@ -52,9 +52,6 @@ def measure(voc: Path, ckpt: Path, cache: Path, *more: object) -> dict[str, Any]
     return evaluate(parse(command(voc, ckpt, cache, *more)))
 
 
-# The command ----------------------------------------------------------------------------------------------------------
-
-
 def test_command_leaves_a_result_a_table_and_pictures(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
     flags = [*QUICK, "--every-block", "--out", tmp_path / "out"]
     done = run("skipless.eval.segmentation", command(voc, ckpt, cache, *flags))
@@ -126,8 +123,6 @@ def test_two_processes_train_the_head_of_one(voc: Path, ckpt: Path, cache: Path,
     torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-4)
 
 
-# Protocols ------------------------------------------------------------------------------------------------------------
-
 SOURCE = ["--ckpt=x", "--data.name=voc12", "--data.root=x"]
 
 
@@ -180,9 +175,6 @@ def test_setting_of_the_other_kind_of_protocol_is_refused(protocol: str, flag: s
     settings = parse([f"--protocol={protocol}", *SOURCE, flag])
     with pytest.raises(ValueError, match=f"has no effect on the protocol {protocol}"):
         changed_settings(settings)
-
-
-# Errors ---------------------------------------------------------------------------------------------------------------
 
 
 def damage_missing_mask(folder: Path) -> None:

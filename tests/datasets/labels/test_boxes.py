@@ -43,9 +43,6 @@ def assert_aligned(found: BoxSet) -> None:
             assert (flag.dtype, flag.shape) == (np.bool_, (len(boxes),))
 
 
-# PASCAL VOC and scenes ------------------------------------------------------------------------------------------------
-
-
 def thing(name: str, box: tuple[float, ...], flags: str = "", more: str = "") -> str:
     xmin, ymin, xmax, ymax = box
     return (
@@ -165,9 +162,6 @@ def test_scenes_boxes_enclose_their_objects(tmp_path: Path) -> None:
             assert set(labels[objects == number].tolist()) == {found.categories[index][number - 1]}
     with pytest.raises(ValueError, match="as the data set 'scenes'"):
         voc_boxes(tmp_path / "scenes", "train", 2012)
-
-
-# COCO -----------------------------------------------------------------------------------------------------------------
 
 
 def fake_coco(root: Path) -> Path:
@@ -357,9 +351,6 @@ def test_photographs_are_turned_where_the_annotations_are_of_them_upright(tmp_pa
         coco_boxes(path, tmp_path)
 
 
-# Folders --------------------------------------------------------------------------------------------------------------
-
-
 def test_a_folder_has_no_boxes_and_upright_images(tmp_path: Path) -> None:
     save_image(tmp_path / "photos" / "b.jpg", orientation=6)
     save_image(tmp_path / "photos" / "trip.1" / "a.png")
@@ -385,9 +376,6 @@ def test_archives_and_missing_folders_are_refused(tmp_path: Path) -> None:
         folder_boxes(tmp_path / "photos.zip")
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         folder_boxes(tmp_path / "nowhere")
-
-
-# Real data ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not DATA, reason="SKIPLESS_TEST_DATA is not set")

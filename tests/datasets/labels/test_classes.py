@@ -63,9 +63,6 @@ def message(kind: type[Exception], call: Callable[[], object]) -> str:
     return text
 
 
-# Class folders --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("packed", [False, True])
 def test_class_folders_and_their_zip(tmp_path: Path, packed: bool) -> None:
     root, images = tmp_path / "insects", pictures(7)
@@ -125,9 +122,6 @@ def test_unreadable_image_is_named(tmp_path: Path) -> None:
         class_folders(tmp_path, "train").read(2)
 
 
-# CIFAR ----------------------------------------------------------------------------------------------------------------
-
-
 def write_cifar(root: Path, classes: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
     """A miniature in the authors' layout, whose checksums torchvision is told; the pixels of each split, as rows of
     1,024 red, 1,024 green and 1,024 blue values. Image i of a split has class i."""
@@ -180,9 +174,6 @@ def test_altered_and_missing_cifar_is_refused(tmp_path: Path, monkeypatch: pytes
         assert text.startswith(f"{root / folder.name}: CIFAR-{classes}'s Python version is not there, or its files are")
     text = message(ValueError, lambda: cifar(tmp_path, "val", classes))
     assert text == f"CIFAR-{classes} has the splits train and test, and not val"
-
-
-# Arrays ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint64])
@@ -270,9 +261,6 @@ def test_missing_and_damaged_files_of_arrays(tmp_path: Path) -> None:
     with open(tmp_path / "val.npz", "wb") as file:
         np.save(file, GOOD["images"])
     assert "val.npz: damaged, or no .npz" in message(ValueError, lambda: arrays(tmp_path, "val"))
-
-
-# What all sources share -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["folder", "zip", "cifar", "arrays", "huggingface"])

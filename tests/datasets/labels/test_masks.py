@@ -65,8 +65,6 @@ def one_image(tmp_path: Path, labels: np.ndarray | None = None) -> SegmentationS
     )
 
 
-# Reading --------------------------------------------------------------------------------------------------------------
-
 VALUES = np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH) * 10
 
 
@@ -201,9 +199,6 @@ def test_images_without_orientation_are_read_as_ever(tmp_path: Path) -> None:
         read_stored(tmp_path / "gone.jpg")
 
 
-# The set --------------------------------------------------------------------------------------------------------------
-
-
 def test_missing_files_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
     names = ("a", "b", "c")
     images = tuple(tmp_path / f"{name}.jpg" for name in names)
@@ -264,9 +259,6 @@ def test_colors_are_distinct_and_not_those_of_voc(count: int) -> None:
     apart = np.abs(colors[:, None] - colors).max(axis=2)
     assert apart[~np.eye(count, dtype=bool)].min() >= 51
     assert not {tuple(color) for color in colors.tolist()} & {tuple(color) for color in voc_palette().tolist()}
-
-
-# PASCAL VOC and scenes ------------------------------------------------------------------------------------------------
 
 
 def fake_voc(folder: Path) -> None:
@@ -362,8 +354,6 @@ def test_scenes_and_voc_are_not_mixed_up(tmp_path: Path) -> None:
         scenes_segmentation(tmp_path / "voc", "train")
 
 
-# COCO-Stuff -----------------------------------------------------------------------------------------------------------
-
 # Coarse class of category ids 1..182, "a" the first of 27, "A" the last: the mapping that IIC released and that PiCIE
 # and STEGO use.
 COARSE = (
@@ -456,9 +446,6 @@ def test_coco_stuff_in_part_is_found_out(tmp_path: Path) -> None:
         coco_stuff(tmp_path, "val", 27)
 
 
-# ADE20K ---------------------------------------------------------------------------------------------------------------
-
-
 def fake_ade(root: Path, values: list[int]) -> None:
     for part, name in (("training", "ADE_train_00000001"), ("validation", "ADE_val_00000001")):
         save_image(root / "images" / part / f"{name}.jpg", orientation=6)
@@ -531,9 +518,6 @@ def test_values_beyond_the_classes_are_refused(tmp_path: Path) -> None:
 def test_unknown_splits(tmp_path: Path, opened: Callable[[Path, str], SegmentationSet]) -> None:
     with pytest.raises(ValueError, match=r"has the splits train.* and val.*, not test"):
         opened(tmp_path, "test")
-
-
-# Real data ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not DATA, reason="SKIPLESS_TEST_DATA is not set")

@@ -97,9 +97,6 @@ def unreachable() -> str:
         return site.url
 
 
-# Download -------------------------------------------------------------------------------------------------------------
-
-
 HALF = CONTENT[:1_000_001]
 CASES: dict[str, tuple[bytes | None, dict[str, Any], bool, list[str | None]]] = {
     "nothing is there": (None, {}, True, [None]),

@@ -169,9 +169,6 @@ def test_other_formats_ignore_min_side() -> None:
     assert decode(FORMATS["JPEG CMYK"][0], min_side=1).shape == RGB.shape
 
 
-# Damage ---------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["JPEG", "JPEG progressive", "JPEG gray", "JPEG CMYK", "PNG", "WebP", "WebP lossless"])
 def test_no_half_pictures_from_truncated_files(name: str) -> None:
     data, expected, tolerance = FORMATS[name]

@@ -32,8 +32,6 @@ from skipless.eval.dense.training import (
 )
 from skipless.eval.segmentation import Settings, recipe
 
-# Recipes --------------------------------------------------------------------------------------------------------------
-
 
 def published(protocol: str) -> TrainingSettings:
     words = [f"--protocol={protocol}", "--ckpt=x", "--data.name=scenes", "--data.root=x"]
@@ -91,9 +89,6 @@ def test_neco_is_leoparts_protocol() -> None:
     assert has(found.inference, kind="square", size=448, grid=100)
 
 
-# Schedules ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("iteration", "expected"),
     [
@@ -133,9 +128,6 @@ def test_step_schedule_drops_at_epoch_20() -> None:
     settings = published("neco").optimizer
     rates = [rate(settings, iteration, 25 * 82, 82) for iteration in (0, 1, 1639, 1640, 2049)]
     assert rates == [1.0, 1.0, 1.0, 0.1, 0.1]
-
-
-# Training -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -71,9 +71,6 @@ def assert_same(found: Localization, expected: SimpleNamespace) -> None:
     assert (found.box, found.seed) == (expected.box, expected.seed)
 
 
-# Against the references -----------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=40)
 @given(features=random_features(13), k=st.sampled_from([1, 5, 100]))
 def test_lost_is_the_loop_of_the_paper(features: Tensor, k: int) -> None:
@@ -188,8 +185,6 @@ def test_outcome_does_not_depend_on_the_sign_of_the_eigenvector(monkeypatch: pyt
             np.testing.assert_array_equal(one.map, other.map)
 
 
-# By hand --------------------------------------------------------------------------------------------------------------
-
 # Without edges between groups, the eigenvector is constant on groups: x_g = c / (N - l n_g) for a group of n_g patches,
 # with the l, between N / 87 and N / 9 here, that makes sum_g n_g / (N - l n_g) = 1. For 87, 9 and 4 patches l = 10.15,
 # and x is -0.01, 1 and 0.15 times its largest entry, 0.08 in the mean: both blobs are foreground, and 1 is the seed's.
@@ -293,9 +288,6 @@ def test_box_is_clamped_to_the_unpadded_image() -> None:
     assert box_in_pixels((0, 0, 31, 23), 16, height=375, width=500) == (0, 0, 496, 368)
 
 
-# Edges ----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (5, 7), (12, 12)])
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_where_all_patches_are_alike_the_object_is_the_whole_image(shape: tuple[int, int], value: float) -> None:
@@ -394,9 +386,6 @@ def test_settings_out_of_range() -> None:
     for method in (tokencut, maskcut):
         with pytest.raises(ValueError, match=r"tau is 1\.5"):
             method(features, tau=1.5)
-
-
-# Real images ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not DATA, reason="SKIPLESS_TEST_DATA is not set")

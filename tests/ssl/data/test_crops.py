@@ -44,9 +44,6 @@ def rng(*seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-# Operations -----------------------------------------------------------------------------------------------------------
-
-
 @given(st.floats(0, 2))
 @settings(max_examples=30)
 def test_brightness_contrast_and_saturation_are_torchvisions(factor: float) -> None:
@@ -117,9 +114,6 @@ def test_normalize_is_torchvisions_view_by_view(dtype: torch.dtype) -> None:
             expected = functional.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
             tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
             torch.testing.assert_close(result[view * 2 + item].double(), expected, atol=tolerance, rtol=tolerance)
-
-
-# The law of the parameters --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 200)])
@@ -269,9 +263,6 @@ def test_a_whole_view_is_the_image_or_its_mirror_image() -> None:
     assert binomtest(flipped, 600, 0.5).pvalue > 1e-3
 
 
-# Views ----------------------------------------------------------------------------------------------------------------
-
-
 @given(
     st.integers(1, 80),
     st.integers(1, 80),
@@ -333,8 +324,6 @@ def test_settings_out_of_range_are_named(field: str, value: object) -> None:
         Crops(**{field: value})
     assert "\n" not in str(caught.value)
 
-
-# Batches --------------------------------------------------------------------------------------------------------------
 
 SMALL = Crops(global_crops_size=24, local_crops_size=12, local_crops_number=3)
 
@@ -433,9 +422,6 @@ def test_loading_leaves_the_other_cores_alone(source: ImageSource) -> None:
     cv2.setNumThreads(4)
     CropDataset(source, SMALL, 0)[0, 0]
     assert cv2.getNumThreads() == 1
-
-
-# Real photographs -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif("SKIPLESS_TEST_DATA" not in os.environ, reason="SKIPLESS_TEST_DATA names no folder of real images")

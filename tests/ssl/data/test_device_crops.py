@@ -75,9 +75,6 @@ def whole(image: np.ndarray, **changes: object) -> View:
     return unchanged._replace(**changes)
 
 
-# Operations -----------------------------------------------------------------------------------------------------------
-
-
 @given(st.data(), *[st.integers(1, 90)] * 2, st.integers(1, 64), st.booleans())
 @settings(max_examples=60)
 def test_crop_resize_and_flip_are_pillows(data: st.DataObject, rows: int, columns: int, size: int, flip: bool) -> None:
@@ -180,9 +177,6 @@ def test_half_precision_holds_pixels_and_kernels() -> None:
     assert np.abs(single - half).max() <= 2
 
 
-# Whole views ----------------------------------------------------------------------------------------------------------
-
-
 def both_ways(
     images: list[np.ndarray], crops: Crops, products: torch.dtype = torch.float32, seed: int = 0
 ) -> np.ndarray:
@@ -254,9 +248,6 @@ def test_nothing_waits_for_the_device() -> None:
     parameters = torch.tensor([[as_row(view) for view in views] for views in drawn])
     made = make_views([torch.empty(3, 40, 50, dtype=torch.uint8, device="meta")] * 4, parameters, SMALL)
     assert [tuple(group.shape) for group in made] == [(8, 3, 24, 24), (12, 3, 12, 12)]
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
 
 
 def jpeg(image: np.ndarray | Image.Image, **options: object) -> bytes:
@@ -384,8 +375,6 @@ def test_auto_is_the_device_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> No
     assert [crops_on_device(Crops(device=choice), CPU) for choice in ("auto", "cpu", "device")] == [False, False, True]
 
 
-# On a GPU -------------------------------------------------------------------------------------------------------------
-
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 
@@ -429,9 +418,6 @@ def test_a_gpu_decodes_into_memory_that_nobody_reads() -> None:
         for image, by_cpu in zip(again[::-1], expected, strict=True):
             assert (image.cpu().int() - by_cpu.int()).abs().float().mean() < 3
         assert [int(s) for s in sums] == [int(image.sum(dtype=torch.int64)) for image in again[::-1]]
-
-
-# Real photographs -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif("SKIPLESS_TEST_DATA" not in os.environ, reason="SKIPLESS_TEST_DATA names no folder of real images")

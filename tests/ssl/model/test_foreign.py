@@ -28,9 +28,6 @@ from skipless.ssl.model.vit import VisionTransformer
 D, DEPTH, HEADS = 32, 3, 4
 
 
-# --- models
-
-
 class StandInAttention(nn.Module):
     """Attention as in transformers, under the names it is given."""
 
@@ -198,9 +195,6 @@ def tokens() -> Tensor:
     return torch.randn(2, 9, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-# --- the same function as ours
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mlp", ["suo", "mirrored"])
 @pytest.mark.parametrize("kind", MODELS)
@@ -255,9 +249,6 @@ def test_ours_says_so_in_its_architecture() -> None:
     rebuilt = VisionTransformer(**residual.architecture, attention="sdpa")  # type: ignore[arg-type]
     rebuilt.load_state_dict(residual.state_dict())
     torch.testing.assert_close(rebuilt([images])[0], skipless([images])[0])
-
-
-# --- torch's encoder: masks and the fused kernel
 
 
 def layer_by_hand(layer: nn.TransformerEncoderLayer, x: Tensor, allowed: Tensor) -> Tensor:
@@ -338,9 +329,6 @@ def test_torch_layer_on_its_own_keeps_dropout() -> None:
     assert torch.equal(layer(x), layer(x))
 
 
-# --- copies
-
-
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("kind", MODELS)
 def test_copies_stand_on_their_own(kind: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
@@ -366,9 +354,6 @@ def test_blocks_remain_instances_of_their_class() -> None:
     model = remove_skips_(timm_vit())
     assert all(isinstance(block, timm.models.vision_transformer.Block) for block in model.blocks)  # type: ignore[union-attr, arg-type]
     assert len({type(block) for block in model.blocks}) == 1  # type: ignore[union-attr, arg-type]
-
-
-# --- transformers itself
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -397,9 +382,6 @@ def test_vit_of_transformers(implementation: str, head: bool) -> None:
         assert [tuple(each.shape) for each in output.attentions] == [(2, HEADS, 17, 17)] * DEPTH
 
 
-# --- mirrored MLPs
-
-
 def name_of(activation: Any) -> str:
     return getattr(activation, "__name__", str(activation))
 
@@ -425,9 +407,6 @@ def test_mirrored_mlp_is_refused_with(activation: Any) -> None:
         skipless_init_(layer, mlp="mirrored")
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
     skipless_init_(layer, mlp="suo")
-
-
-# --- what is refused
 
 
 class WithGate(nn.TransformerEncoderLayer):

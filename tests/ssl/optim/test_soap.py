@@ -89,9 +89,6 @@ def assert_equal(moved: list[nn.Parameter], expected: list[nn.Parameter], tolera
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=f"{tuple(a.shape)}, step {step}")
 
 
-# The library's mathematics --------------------------------------------------------------------------------------------
-
-
 def test_trajectories_are_the_librarys() -> None:
     """Every shape, two groups, changing rates, missing gradients and a third group that comes late, over 60 steps with
     seven refreshes."""
@@ -232,9 +229,6 @@ def test_float32_is_as_exact_as_the_librarys() -> None:
     assert spread[-20:].mean() < 2 * exact[-20:].mean()
 
 
-# Turns ----------------------------------------------------------------------------------------------------------------
-
-
 def bases(optimizer: SOAP) -> list[Tensor]:
     return [
         basis.clone()
@@ -297,9 +291,6 @@ def test_balance(jobs: list[tuple[int, int]], bins: int) -> None:
     assert max(loads) <= sum(loads) / bins + (1 - 1 / bins) * longest + 1e-9
 
 
-# State ----------------------------------------------------------------------------------------------------------------
-
-
 def through_a_file(state: dict[str, Any], path: Path) -> dict[str, Any]:
     torch.save(state, path)
     return torch.load(path, weights_only=True)
@@ -359,9 +350,6 @@ def test_state_is_written_once(tmp_path: Path) -> None:
     assert set(state) == {"exp_avg", "exp_avg_sq", "GG", "Q"}
     assert [tuple(gram.shape) for gram in state["GG"]] == [(64, 64), (32, 32)]
     assert optimizer.state[of[-1]]["GG"] == [[]]
-
-
-# Processes ------------------------------------------------------------------------------------------------------------
 
 
 def test_two_processes_divide_the_bases_and_agree_with_one() -> None:
