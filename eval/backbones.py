@@ -16,6 +16,9 @@ tell comes from the family they belong to:
                                timm:NAME without "dino" in it
     DINO                       none of these                             bicubic, with DINO's scale factor (h + 0.1) / n
 
+Tensors do not tell the number of attention heads either. A .json of the file's name beside it does ({"heads": 12}), or
+Hugging Face's config.json; without them the usual number for the width is assumed, which the architecture's name says.
+
 Nothing is unpickled but tensors and plain values.
 """
 
@@ -38,6 +41,7 @@ from torch import Tensor
 
 from skipless.common.pixels import MEAN, STD
 from skipless.common.precision import autocast, describe, has_bf16
+from skipless.ssl.model.build import filled_backbone, listed
 from skipless.ssl.model.initialization import PRESETS, skipless_init_
 from skipless.ssl.model.vit import BlockFeatures, VisionTransformer
 
@@ -45,14 +49,16 @@ Weights = Literal["teacher", "student"]
 FeatureKind = Literal["tokens", "keys", "keys_without_bias", "queries", "values"]
 Precision = Literal["fp32", "bf16"]
 
-# Heads of the usual widths; every head of the smaller ones has 64 channels. Tensors do not tell the number of heads.
+# Heads of the usual widths; every head of the smaller ones has 64 channels.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
+MOCO_SMALL = 12  # heads of MoCo v3's ViT-S, 384 wide (arXiv 2104.02057, section 5)
 
 # Position handling, see VisionTransformer: (position_offset, position_antialias).
 POSITIONS = {"DINO": (0.1, False), "DINOv2": (0.1, False), "DINOv2 with registers": (0.0, True), "timm": (0.0, True)}
 
 # Tensors that belong to a training objective or a classifier, not to the backbone.
 NOT_BACKBONE = ("head.", "head_dist.", "mask_token", "dino_head.", "ibot_head.")
+LARGEST_JSON = 2**22  # bytes; a description has hundreds
 
 TIMM_TOLERANCE = 1e-3  # of the difference to timm's own features, relative to their standard deviation
 
@@ -77,6 +83,8 @@ class Backbone:
     """In which `features` are computed; they come out in float32."""
     pool: str | None = None
     """What the head read in training, "cls" or "mean" (of the patches); None where the checkpoint does not say."""
+    assumed_heads: bool = False
+    """Whether the number of attention heads is the usual one for the width, for want of anything that tells it."""
 
     @property
     def described_precision(self) -> str:
@@ -100,12 +108,14 @@ class Backbone:
 
     @property
     def architecture(self) -> str:
-        """A name for tables, as in "ViT-S/14, 12 blocks, 384 wide, 4 registers, residual"."""
+        """A name for tables, as in "ViT-S/14, 12 blocks, 384 wide, 4 registers, residual, 6 heads assumed"."""
         model = self.model
         letter = {192: "ViT-Ti", 384: "ViT-S", 768: "ViT-B", 1024: "ViT-L", 1280: "ViT-H", 1408: "ViT-g"}
         registers = f", {model.registers} registers" if model.registers else ""
         kind = "residual" if model.architecture["residual"] else "skipless"
-        return f"{letter.get(self.dim, 'ViT')}/{self.patch}, {self.depth} blocks, {self.dim} wide{registers}, {kind}"
+        heads = f", {model.architecture['heads']} heads assumed" if self.assumed_heads else ""
+        letters = f"{letter.get(self.dim, 'ViT')}/{self.patch}"
+        return f"{letters}, {self.depth} blocks, {self.dim} wide{registers}, {kind}{heads}"
 
     def fingerprint(self) -> str:
         """sha256 of the architecture, the weights as loaded, the normalization and the arithmetic: what features depend
@@ -198,7 +208,7 @@ def load_backbone(ckpt: str | Path, weights: Weights = "teacher") -> Backbone:
 
     Example:
         >>> load_backbone("dino_deitsmall16_pretrain.pth").architecture  # doctest: +SKIP
-        'ViT-S/16, 12 blocks, 384 wide, residual'
+        'ViT-S/16, 12 blocks, 384 wide, residual, 6 heads assumed'
     """
     if str(ckpt).startswith("timm:"):
         return _load_timm(str(ckpt))
@@ -215,13 +225,19 @@ def load_backbone(ckpt: str | Path, weights: Weights = "teacher") -> Backbone:
         raise FileNotFoundError(f"{path}: no such checkpoint; give a file, the folder of a run, or timm:NAME")
     if path.suffix not in (".pt", ".pth", ".safetensors"):
         raise ValueError(f"{path}: a checkpoint ends in .pt, .pth or .safetensors")
-    tensors, architecture = _read(path, weights)
+    beside = _description(path.with_suffix(".json"))
+    tensors, architecture, pool = _read(path, weights, beside)
     tensors = _rename(tensors)
     _check_names(path, tensors)
     family = "skipless" if architecture else _family(tensors)
-    model = _build(path, tensors, architecture or _read_architecture(path, tensors, family))
+    heads = None if architecture else _stated_heads(path, beside)
+    assumed = not architecture and heads is None
+    architecture = architecture or _read_architecture(path, tensors, family, heads)
     mean, std = _normalization(path)
-    return Backbone(model, str(ckpt), family, _file_sha256(path), mean, std, pool=_trained_pool(path))
+    return Backbone(
+        _build(path, tensors, architecture), str(ckpt), family, _file_sha256(path), mean, std,
+        pool=pool if pool in ("cls", "mean") else None, assumed_heads=assumed,
+    )  # fmt: skip
 
 
 def choose_blocks(blocks: str, every_block: bool, backbone: Backbone) -> list[tuple[int, ...]]:
@@ -278,27 +294,25 @@ def untrained(backbone: Backbone, seed: int = 0) -> Backbone:
         model=model,
         path=f"untrained twin of {backbone.path}",
         sha256=_fingerprint(model, "untrained"),
-        pool=None,
     )
 
 
-def _read(path: Path, weights: Weights) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Tensors by name, and the architecture where the file (or its .json neighbor) says it: then it is ours."""
+def _read(
+    path: Path, weights: Weights, beside: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any] | None, str | None]:
+    """Tensors by name; the architecture where the file (or its .json neighbor, `beside`) says it, for then it is ours;
+    and what the head read."""
+    _require_no_page(path)
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
                 stored = (file.metadata() or {}).get("architecture", "")
-        except (SafetensorError, OSError) as error:
+            if stored.startswith("{"):
+                beside = {**beside, "architecture": json.loads(stored)}
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged or no safetensors file ({error}); fetch or export it again") from None
-        if stored.startswith("{"):
-            return tensors, json.loads(stored)
-        beside = path.with_suffix(".json")
-        try:
-            description = json.loads(beside.read_text()) if beside.exists() else None
-        except ValueError as error:
-            raise ValueError(f"{beside} is damaged ({error}); export the backbone again") from None
-        return tensors, _stored_architecture(description)
+        return tensors, _stored_architecture(beside), beside.get("pool")
     try:
         # DINO's checkpoints hold their command line as a Namespace, a bag of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -314,7 +328,43 @@ def _read(path: Path, weights: Weights) -> tuple[dict[str, Tensor], dict[str, An
         raise ValueError(
             f"{path} is damaged or no file of torch.save ({_first_line(error)}); fetch or export it again"
         ) from None
-    return _choose(path, content, weights), _stored_architecture(content)
+    settings = content.get("settings") if isinstance(content, dict) else None
+    model = settings.get("model") if isinstance(settings, dict) else None
+    pool = model.get("pool") if isinstance(model, dict) else beside.get("pool")
+    return _choose(path, content, weights), _stored_architecture(content), pool
+
+
+def _require_no_page(path: Path) -> None:
+    """Raises ValueError for what is often found under a checkpoint's name, and is something else."""
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a pointer of Git LFS and not the file itself: fetch it with git lfs pull")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(f"{path} is a web page and no checkpoint, as a wrong link gives: download the file itself")
+
+
+def _description(path: Path) -> dict[str, Any]:
+    """What a .json beside a checkpoint says; {} without one. Raises ValueError for a damaged one."""
+    try:
+        if not path.is_file():
+            return {}
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes")
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); export the backbone again, or move it away") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _stated_heads(path: Path, beside: dict[str, Any]) -> int | None:
+    """Attention heads by the .json beside the file, or by a config.json as Hugging Face has it."""
+    heads = beside.get("heads")
+    if heads is None and (config := path.with_name("config.json")).is_file():
+        heads = _description(config).get("num_attention_heads")
+    if heads is not None and not (isinstance(heads, int) and heads > 0):
+        raise ValueError(f"{path.with_suffix('.json')}: heads is {heads!r}; give the number of attention heads")
+    return heads
 
 
 def _stored_architecture(content: Any) -> dict[str, Any] | None:
@@ -343,9 +393,10 @@ def _rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """DINO's and timm's common names: without prefixes of wrappers, chunks of blocks, heads and classifiers."""
     for prefix in ("module.", "_orig_mod."):
         tensors = {name.removeprefix(prefix): t for name, t in tensors.items()}
-    if any(name.startswith("backbone.") for name in tensors):
-        # Beside a backbone lie heads, which are not wanted.
-        tensors = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
+    for prefix in ("backbone.", "base_encoder."):  # the second is MoCo's
+        if any(name.startswith(prefix) for name in tensors):
+            # Beside a backbone lie heads, which are not wanted.
+            tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     tensors = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name): t for name, t in tensors.items()}
     if "reg_token" in tensors:  # timm's name
         tensors["register_tokens"] = tensors.pop("reg_token")
@@ -372,8 +423,8 @@ def _check_names(path: str | Path, tensors: dict[str, Tensor]) -> None:
     missing = [name for name in needed if name not in tensors]
     if missing:
         raise ValueError(
-            f"{path} is not a ViT under DINO's, DINOv2's or timm's names: it lacks {_listed(missing)}, "
-            f"and has {_listed(list(tensors))}"
+            f"{path} is not a ViT under DINO's, DINOv2's or timm's names: it lacks {listed(missing)}, "
+            f"and has {listed(list(tensors))}"
         )
     if any(".mlp.w12." in name for name in tensors):
         raise ValueError(f"{path} has SwiGLU MLPs (mlp.w12, as DINOv2's ViT-g), which are not supported; use a ViT-L")
@@ -396,15 +447,18 @@ def _read_architecture(
     if heads is None and dim not in HEADS:
         raise ValueError(
             f"{path} is {dim} wide, and the number of attention heads cannot be read from tensors; for a backbone of "
-            "this project keep backbone.json beside it, or give the run's folder"
+            "this project keep backbone.json beside it, or give the run's folder; for another, a file "
+            f'{Path(path).with_suffix(".json").name} with {{"heads": N}} beside it'
         )
+    if heads is None:
+        heads = MOCO_SMALL if dim == 384 and _has_sine_positions(tensors["pos_embed"]) else HEADS[dim]
     side = math.isqrt(tensors["pos_embed"].shape[1])
     offset, antialias = POSITIONS[family]
     blocks = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
     return {
         "dim": dim,
         "depth": 1 + max(blocks),
-        "heads": heads or HEADS[dim],
+        "heads": heads,
         "patch": patch,
         "registers": tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0,
         "layer_scale": 1.0 if "blocks.0.ls1.gamma" in tensors else None,
@@ -415,6 +469,14 @@ def _read_architecture(
     }
 
 
+def _has_sine_positions(positions: Tensor) -> bool:
+    """Whether positions [1, 1 + N, D] are fixed sines and cosines, of D / 4 frequencies each, and none for CLS, as
+    MoCo v3's alone among the families here."""
+    sines, cosines = positions[0, 1:].float().chunk(4, dim=-1)[:2]
+    of_cls = positions[0, 0].abs().max() if _has_cls_position({"pos_embed": positions}) else 1
+    return bool(of_cls == 0 and torch.allclose(sines**2 + cosines**2, torch.ones(()), atol=1e-3))
+
+
 def _build(path: str | Path, tensors: dict[str, Tensor], architecture: dict[str, Any]) -> VisionTransformer:
     """The model with its weights; an error that names what is out of place."""
     tensors = {name: t for name, t in tensors.items() if not name.startswith(NOT_BACKBONE)}
@@ -423,28 +485,9 @@ def _build(path: str | Path, tensors: dict[str, Tensor], architecture: dict[str,
         tensors["pos_embed"] = F.pad(tensors["pos_embed"], (0, 0, 1, 0))
     # Batches of one size need no packing, and torch's attention runs everywhere in float32.
     try:
-        model = VisionTransformer(**architecture, attention="sdpa")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} has an architecture that this version cannot build: {error}") from None
-    expected = model.state_dict()
-    complaints = []
-    if missing := sorted(set(expected) - set(tensors)):
-        complaints.append(f"it lacks {_listed(missing)}")
-    if unexpected := sorted(set(tensors) - set(expected)):
-        complaints.append(f"it has {_listed(unexpected)}, which a plain ViT has not")
-    if misshapen := [
-        f"{name} is {list(tensors[name].shape)} and not {list(expected[name].shape)}"
-        for name in sorted(set(tensors) & set(expected))
-        if tensors[name].shape != expected[name].shape
-    ]:
-        complaints.append(_listed(misshapen))
-    if complaints:
-        raise ValueError(f"{path} cannot be loaded as a ViT: {'; '.join(complaints)}")
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-    if broken:
-        raise ValueError(f"{path} has NaN or infinite weights, in {_listed(broken)}")
-    return model.eval().requires_grad_(False)
+        return filled_backbone(architecture, tensors, "sdpa").requires_grad_(False)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
 
 
 def _load_timm(name: str) -> Backbone:
@@ -485,20 +528,6 @@ def _normalization(path: Path) -> tuple[tuple[float, float, float], tuple[float,
         return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return MEAN, STD
-
-
-def _trained_pool(path: Path) -> str | None:
-    """From the .json beside a run's backbone."""
-    try:
-        pool = json.loads(path.with_suffix(".json").read_text())["pool"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return pool if pool in ("cls", "mean") else None
-
-
-def _listed(names: list[str], count: int = 4) -> str:
-    rest = len(names) - count
-    return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _first_line(error: Exception) -> str:

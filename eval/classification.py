@@ -12,18 +12,26 @@ from skipless.eval.features import Features, extract
 from skipless.eval.metrics import bootstrap_interval
 from skipless.ssl.dino import Pool
 
-Pooling = Literal[Pool, "both"]
+Pooling = Literal["auto", Pool, "both"]
+
+
+def untrained_vector(trained: str | None, pool: str) -> str:
+    """A sentence, where the vector of an image is one that no loss has seen; else nothing.
+
+    Args:
+        trained: what the head read in training, if that is known; pool: what was measured.
+    """
+    if {trained, pool} != {"cls", "mean"}:
+        return ""
+    names = {"cls": "CLS token", "mean": "mean of the patches"}
+    return f"the head read the {names[str(trained)]} in training, and pool is {pool}, which it did not train"
 
 
 def warnings(backbone: Backbone, pool: Pooling, train: LabeledSet, val: LabeledSet) -> list[str]:
     """Sentences, where the figure is one to be careful with."""
     lines = []
-    if {backbone.pool, pool} == {"cls", "mean"}:  # a vector that no loss has seen
-        other = "mean of the patches" if backbone.pool == "mean" else "CLS token"
-        lines.append(
-            f"warning: the head of {backbone.path} read the {other} in training, and pool is {pool}, which it did not "
-            f"train: --pool {backbone.pool} measures what it has learned"
-        )
+    if sentence := untrained_vector(backbone.pool, pool):
+        lines.append(f"warning: {backbone.path}: {sentence}: --pool {backbone.pool} measures what it has learned")
     if train.split == val.split:
         lines.append(f"warning: {val.split} is both learned from and classified: images find themselves")
     return lines
@@ -73,6 +81,7 @@ def headline(result: dict[str, Any]) -> list[str]:
     """The first lines of a report in Markdown."""
     checkpoint, details = result["checkpoint"], result["details"]
     low, high = details["interval_95"]
+    careful = untrained_vector(checkpoint.get("pool"), result["settings"]["pool"])
     interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
     return [
         f"**{result['protocol']}** {100 * result['value']:.1f} % top-1 ({interval})",
@@ -82,4 +91,5 @@ def headline(result: dict[str, Any]) -> list[str]:
         f"by {details['train_images']:,} training images; seed {result['seed']}; "
         f"{result['seconds'] / 60:.1f} minutes on {result['hardware']}, {result['precision']}.",
         "",
+        *([f"Careful: {careful}.", ""] if careful else []),
     ]

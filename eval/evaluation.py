@@ -131,6 +131,8 @@ def prepare(settings: EvaluationSettings, task: str) -> Context:
     backbone = backbone.to(device, recorded.get("precision"))
     if "precision" in recorded:
         recorded["precision"] = backbone.precision
+    if recorded.get("pool") == "auto":
+        recorded["pool"] = backbone.pool or "cls"
     blocks, every_block = recorded.get("blocks", "last"), recorded.get("every_block", False)
     if every_block and blocks == getattr(type(settings), "blocks", None):
         blocks = "last"
@@ -184,7 +186,7 @@ def finish(
         files: functions that write further files, by the files' names.
         official: images of the whole split, where that is known.
     """
-    backbone, about = context.backbone, ("path", "sha256", "architecture", "family", "mean", "std")
+    backbone, about = context.backbone, ("path", "sha256", "architecture", "family", "mean", "std", "pool")
     if backbone.precision == "bf16":
         published, changed, _ = protocol.partition(" (changed)")
         protocol = f"{published}/bf16{changed}"

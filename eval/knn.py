@@ -1,8 +1,8 @@
 """k-NN classification: how well the nearest training images tell an image's class, from frozen features.
 
-    python eval/knn.py --ckpt runs/photos --data.root imagenette --pool mean --out knn
+    python eval/knn.py --ckpt runs/photos --data.root imagenette --out knn
     python eval/knn.py --ckpt dino_vits16.pth --data.root imagenet --batch-size 256 --out knn
-    python eval/knn.py --ckpt runs/photos --data.name cifar10 --data.root cifar --pool mean --every-block
+    python eval/knn.py --ckpt runs/photos --data.name cifar10 --data.root cifar --every-block
 
 DINO's protocol (arXiv 2104.14294): central crops of 224 pixels, the final-normed CLS token of the last block, cosine
 similarity, the k nearest training images vote with weight exp(similarity / 0.07). Nothing is trained and nothing is
@@ -11,7 +11,7 @@ exactly, on a GPU where it has one. Features are kept in --cache; an interrupted
 """
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -40,8 +40,9 @@ class Settings(FeatureSettings):
     """Neighbors that vote, as in 20 10; accuracy is given for each, and the first is the figure."""
     temperature: float = 0.07
     """Of the votes' weights."""
-    pool: Pooling = "cls"
-    """The vector of an image: its CLS token, the mean of its patch tokens, or both side by side."""
+    pool: Pooling = "auto"
+    """The vector of an image: its CLS token, the mean of its patch tokens, or both side by side; auto is what the head
+    read in training, where the checkpoint says it, and else cls. The figure's id names what is not cls."""
     size: int = 224
     """Side in pixels of the central crops."""
     _: KW_ONLY
@@ -62,6 +63,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     """
     require_faiss()
     context = prepare(settings, "knn")
+    settings = replace(settings, pool=context.recorded["pool"])
     train, val = open_splits(settings.data)
     if max(settings.k) > len(train):
         raise ValueError(

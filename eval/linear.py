@@ -2,7 +2,7 @@
 
 In minutes on a CPU, on features of central crops that are computed once:
 
-    python eval/linear.py --ckpt runs/photos --data.root imagenette --pool mean --out linear
+    python eval/linear.py --ckpt runs/photos --data.root imagenette --out linear
 
 As published by DINO (arXiv 2104.14294), on random crops and flips, anew in every one of 100 epochs; on a GPU, or with
 torchrun on several:
@@ -20,7 +20,7 @@ were held out, never on those that the figure is about. An interrupted run is co
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -68,8 +68,9 @@ class Settings(FeatureSettings):
     """Passes over the training images."""
     images_per_step: int = 1024
     """Images whose gradients make a step, over all processes."""
-    pool: Pooling = "cls"
-    """The vector of an image: its CLS token, the mean of its patch tokens, or both side by side."""
+    pool: Pooling = "auto"
+    """The vector of an image: its CLS token, the mean of its patch tokens, or both side by side; auto is what the head
+    read in training, where the checkpoint says it, and else cls. The figure's id names what is not cls."""
     size: int = 224
     """Side in pixels of the crops."""
     _: KW_ONLY
@@ -96,6 +97,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used.
     """
     context = prepare(settings, "linear")
+    settings = replace(settings, pool=context.recorded["pool"])
     choices = context.choices
     train, val = open_splits(settings.data)
     if len(train) < 2:

@@ -1,7 +1,7 @@
 """What few bits cost: weights and activations rounded to integers of 8 and 4 bits, simulated, for any backbone.
 
     python eval/quantization.py --ckpt runs/skipless --data.root imagenette --out quantization
-    python eval/quantization.py --ckpt runs/residual --data.root imagenette --size 112 --pool mean \\
+    python eval/quantization.py --ckpt runs/residual --data.root imagenette --size 112 \\
         --segmentation voc12 --segmentation-root VOCdevkit --out quantization
 
 Without skip connections activations stay closer to a Gaussian (low excess kurtosis), so the same number of bits should
@@ -74,8 +74,9 @@ class Settings(EvaluationSettings):
     """Of the segmentation's protocol."""
     k: int = 20
     """Neighbors that vote."""
-    pool: Pooling = "cls"
-    """The vector of an image: its CLS token, the mean of its patch tokens, or both side by side."""
+    pool: Pooling = "auto"
+    """The vector of an image: its CLS token, the mean of its patch tokens, or both side by side; auto is what the head
+    read in training, where the checkpoint says it, and else cls. The figure's id names what is not cls."""
     size: int = 224
     """Side in pixels of the central crops."""
     _: KW_ONLY
@@ -233,6 +234,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     """
     require_faiss()
     context = prepare(settings, "quantization")
+    settings = replace(settings, pool=context.recorded["pool"])
     backbone = context.backbone
     train, val = open_splits(settings.data)
     if settings.k > len(train):

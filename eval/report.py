@@ -32,7 +32,7 @@ from skipless.datasets.images import read_image
 from skipless.datasets.labels.classes import LabeledData
 from skipless.eval import clustering, discovery, knn, linear, retrieval, segmentation
 from skipless.eval.backbones import Backbone, FeatureKind, Precision, load_backbone, untrained, usable_precision
-from skipless.eval.classification import Pooling
+from skipless.eval.classification import Pooling, untrained_vector
 from skipless.eval.dense import data as dense
 from skipless.eval.dense.quick import QuickSettings
 from skipless.eval.evaluation import EvaluationSettings, differing_settings
@@ -52,8 +52,9 @@ class ClassificationData(LabeledData):
 
     root: str = ""
     """Where they lie; left out, the tasks are left out."""
-    pool: Pooling = "cls"
-    """The vector of an image: its CLS token, the mean of its patch tokens, or both."""
+    pool: Pooling = "auto"
+    """The vector of an image: its CLS token, the mean of its patch tokens, or both; auto is what each checkpoint's head
+    read in training, and else cls."""
     size: int = 224
     """Side in pixels of the central crops."""
 
@@ -191,6 +192,8 @@ def make_report(settings: Settings) -> Path:
             result["pictures"] = folder / task.name / "pictures.png"
             measurements.append(result)
         results[candidate.name] = measurements + collected(settings, candidate, measurements)
+        for result in results[candidate.name]:
+            result["careful"] = untrained_vector(candidate.backbone.pool, result["settings"].get("pool", ""))
     table = table_of(results)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "report.md", markdown_table(table))
@@ -246,8 +249,9 @@ def planned(settings: Settings, candidate: Candidate, folder: Path) -> list[Task
     c, s, d = settings.classification, settings.segmentation, settings.discovery
     if c.root:
         images = part(LabeledData, c)
-        add("knn", knn, data=images, pool=c.pool, size=c.size, k=(20,), every_block=True, **on_features)
-        add("linear", linear, data=images, pool=c.pool, size=c.size, **on_features)
+        pool = (candidate.backbone.pool or "cls") if c.pool == "auto" else c.pool  # as results record it
+        add("knn", knn, data=images, pool=pool, size=c.size, k=(20,), every_block=True, **on_features)
+        add("linear", linear, data=images, pool=pool, size=c.size, **on_features)
     if s.root:
         masks = part(dense.DataSettings, s)
         quick = QuickSettings(size=s.size, max_images=s.max_images)

@@ -1,6 +1,6 @@
 """The table of a report: protocols in rows, checkpoints in columns; as data, in Markdown and in LaTeX."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 ORDER = ("knn", "linear", "segmentation", "retrieval", "clustering", "discovery")
@@ -18,12 +18,15 @@ class Cell:
     """Standard deviation over seeds, where the figure is their mean."""
     best: bool = False
     """The highest of its row, if there are several."""
+    careful: str = ""
+    """What to know before it is compared."""
 
     def text(self) -> str:
-        """As in 56.3 (54.1-58.4), or 20.1 ± 0.8."""
+        """As in 56.3 (54.1-58.4), or 20.1 ± 0.8; with a † where there is something to know."""
+        mark = " †" if self.careful else ""
         if self.low is not None:
-            return f"{self.value:.1f} ({self.low:.1f}–{self.high:.1f})"
-        return f"{self.value:.1f}" + (f" ± {self.spread:.1f}" if self.spread is not None else "")
+            return f"{self.value:.1f} ({self.low:.1f}–{self.high:.1f}){mark}"
+        return f"{self.value:.1f}" + (f" ± {self.spread:.1f}" if self.spread is not None else "") + mark
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,16 @@ class Table:
     names: tuple[str, ...]
     """Of the checkpoints, in the columns' order."""
     rows: tuple[Row, ...]
+
+    @property
+    def notes(self) -> list[str]:
+        """A sentence for each figure that has a †."""
+        return [
+            f"† {name}, {row.protocol}: {cell.careful}."
+            for row in self.rows
+            for name, cell in zip(self.names, row.cells, strict=True)
+            if cell is not None and cell.careful
+        ]
 
 
 def table_of(results: dict[str, list[dict[str, Any]]]) -> Table:
@@ -69,7 +82,7 @@ def cell_of(result: dict[str, Any]) -> Cell:
     low, high = result["details"].get("interval_95") or (None, None)
     spread = result["details"].get("std")
     low, high, spread = (None if x is None else 100 * x for x in (low, high, spread))
-    return Cell(100 * result["value"], low, high, spread)
+    return Cell(100 * result["value"], low, high, spread, careful=result.get("careful", ""))
 
 
 def data_of(result: dict[str, Any]) -> str:
@@ -97,6 +110,7 @@ def markdown_table(table: Table) -> str:
             "",
             "In percent; in brackets 95 % intervals over images, after ± the standard deviation over seeds.",
             "",
+            *(line for note in table.notes for line in (_plain(note), "")),
         ]
     )
 
@@ -107,7 +121,7 @@ def latex_table(table: Table) -> str:
     def escaped(text: str) -> str:
         special = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}"}
         special |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
-        special |= {"±": r"$\pm$", "–": "--"}
+        special |= {"±": r"$\pm$", "–": "--", "†": r"$^\dagger$"}
         return "".join(special.get(character, character) for character in text)
 
     lines = [
@@ -124,14 +138,14 @@ def latex_table(table: Table) -> str:
             for c, text in zip(row.cells, texts, strict=True)
         ]
         lines.append(f"{escaped(row.protocol)} & {escaped(row.data)} & " + " & ".join(cells) + " \\\\")
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+    width = 2 + len(table.names)
+    notes = [f"\\multicolumn{{{width}}}{{l}}{{\\footnotesize {escaped(note)}}} \\\\" for note in table.notes]
+    return "\n".join([*lines, "\\bottomrule", *notes, "\\end{tabular}", ""])
 
 
 def _marked(cells: list[Cell | None]) -> tuple[Cell | None, ...]:
     values = [c.value for c in cells if c is not None]
-    return tuple(
-        c and Cell(c.value, c.low, c.high, c.spread, best=len(values) > 1 and c.value == max(values)) for c in cells
-    )
+    return tuple(c and replace(c, best=len(values) > 1 and c.value == max(values)) for c in cells)
 
 
 def _plain(text: str) -> str:

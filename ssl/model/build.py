@@ -1,7 +1,11 @@
 """The backbone of a run: its settings, and the model that they describe at its start."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from skipless.common import distributed
 from skipless.ssl.data.squares import Images, normalized_squares
@@ -130,3 +134,53 @@ def build_backbone(model: ModelSettings, image_size: int, seed: int, images: Ima
         squares = normalized_squares(images, images_to_whiten_on(image_size, model.patch), image_size)
         whiten_patches_(backbone.patch_embed.proj, squares, seed)
     return backbone
+
+
+def filled_backbone(
+    architecture: dict[str, Any], tensors: dict[str, Tensor], attention: Backend = "auto"
+) -> VisionTransformer:
+    """A backbone with its weights, in evaluation mode and float32, from what a file says of it.
+
+    Args:
+        architecture: arguments of VisionTransformer; tensors: its state dict.
+
+    Raises:
+        ValueError: one of the two is not as it should be; the sentence lacks its subject, the file.
+    """
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    # Without memory at first: what a file says may be anything.
+    try:
+        if architecture.get("depth") != depth:
+            raise ValueError(f"depth is {architecture.get('depth')!r}, and there are tensors of {depth} blocks")
+        if odd := [name for name, x in architecture.items() if isinstance(x, float) and not math.isfinite(x)]:
+            raise ValueError(f"{odd[0]} is {architecture[odd[0]]}")
+        with torch.device("meta"):
+            backbone = VisionTransformer(**architecture, attention=attention)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"has an architecture that this version cannot build: {reason}") from None
+    expected = backbone.state_dict()
+    complaints = []
+    if missing := sorted(set(expected) - set(tensors)):
+        complaints.append(f"it lacks {listed(missing)}")
+    if unexpected := sorted(set(tensors) - set(expected)):
+        complaints.append(f"it has {listed(unexpected)}, which a plain ViT has not")
+    if misshapen := [
+        f"{name} is {list(tensors[name].shape)} and not {list(expected[name].shape)}"
+        for name in sorted(set(tensors) & set(expected))
+        if tensors[name].shape != expected[name].shape
+    ]:
+        complaints.append(listed(misshapen))
+    if complaints:
+        raise ValueError(f"cannot be loaded as a ViT: {'; '.join(complaints)}")
+    broken = [name for name in expected if not tensors[name].isfinite().all()]
+    if broken:
+        raise ValueError(f"has NaN or infinite weights, in {listed(broken)}")
+    backbone.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return backbone.eval()
+
+
+def listed(names: list[str], count: int = 4) -> str:
+    """The first of the names, and how many more there are."""
+    rest = len(names) - count
+    return ", ".join(names[:count]) + (f" and {rest} more" if rest > 0 else "")

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from skipless.common import distributed
 from skipless.common.files import write_atomically, write_text
 from skipless.common.settings import renamed
 from skipless.ssl.dino import DINOModel
+from skipless.ssl.model.build import filled_backbone
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.optim.optimizers import Optimizer
 from skipless.ssl.optim.sharded import ShardedOptimizer
@@ -100,7 +102,7 @@ def load_run_backbone(folder: str | Path) -> tuple[VisionTransformer, dict[str, 
     """The backbone that a run exported, in evaluation mode, and what backbone.json says.
 
     Raises:
-        ValueError: the folder has no exported backbone.
+        ValueError: the folder has no exported backbone, or a damaged one.
 
     Example:
         >>> backbone, about = load_run_backbone("runs/demo")  # doctest: +SKIP
@@ -108,10 +110,18 @@ def load_run_backbone(folder: str | Path) -> tuple[VisionTransformer, dict[str, 
     folder = Path(folder)
     if not (folder / "backbone.json").exists():
         raise ValueError(f"{folder} has no backbone.json; give the folder of a finished pretraining run")
-    about = json.loads((folder / "backbone.json").read_text())
-    backbone = VisionTransformer(**about["architecture"])
-    backbone.load_state_dict(load_file(folder / "backbone.safetensors"))
-    return backbone.eval(), about
+    try:
+        about = json.loads((folder / "backbone.json").read_bytes())
+        architecture = about["architecture"]
+        tensors = load_file(folder / "backbone.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds a damaged backbone ({error}); export it again") from None
+    if not isinstance(architecture, dict):
+        raise ValueError(f"{folder / 'backbone.json'} states no architecture; export the backbone again")
+    try:
+        return filled_backbone(architecture, tensors), about
+    except ValueError as error:
+        raise ValueError(f"{folder / 'backbone.safetensors'} {error}") from None
 
 
 def save_shards(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import tiny_vit
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer as TimmViT
@@ -24,7 +26,7 @@ from skipless.common.precision import has_bf16
 from skipless.eval.backbones import Backbone, load_backbone, pad_to_patch, untrained, usable_precision
 from skipless.ssl.dino import DINOHead, DINOModel
 from skipless.ssl.model.vit import VisionTransformer
-from skipless.ssl.run.checkpoints import export_backbone, save_checkpoint
+from skipless.ssl.run.checkpoints import export_backbone, load_run_backbone, save_checkpoint
 
 DATA = os.environ.get("SKIPLESS_TEST_DATA")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -123,7 +125,7 @@ def test_features_equal_timms_at_the_native_size(case: str, loaded: Callable[[st
     patch = CASES[case][0]["patch_size"]
     registers = ", 4 registers" if "registers" in case else ""
     assert backbone.family == CASES[case][1]
-    assert backbone.architecture == f"ViT-Ti/{patch}, 2 blocks, 192 wide{registers}, residual"
+    assert backbone.architecture == f"ViT-Ti/{patch}, 2 blocks, 192 wide{registers}, residual, 3 heads assumed"
     assert (backbone.mean, backbone.std) == IMAGENET
     assert not backbone.model.training
     images = torch.randn(2, 3, *model.patch_embed.img_size)
@@ -577,8 +579,99 @@ def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
     refused(tmp_path, r"give .*last\.pt")
     (tmp_path / "model.onnx").write_bytes(b"x")
     refused(tmp_path / "model.onnx", r"model\.onnx: a checkpoint ends in \.pt")
-    (tmp_path / "page.pth").write_text("<html>not found</html>")
-    refused(tmp_path / "page.pth", r"page\.pth (is damaged|holds)")
+    for text, reason in (
+        ("<html>not found</html>", " web page"),
+        ("\n<!DOCTYPE html>", " web page"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "pointer of Git LFS"),
+    ):
+        for suffix in (".pth", ".safetensors"):
+            (tmp_path / f"page{suffix}").write_text(text)
+            refused(tmp_path / f"page{suffix}", rf"page\{suffix} is a.*{reason}")
+
+
+def sines(dim: int, side: int) -> Tensor:
+    """MoCo v3's positions [1, 1 + side * side, D], fixed: four quarters of sin and cos of the column and of the row, at
+    frequencies 10000^-(i / (D / 4)); CLS has zeros."""
+    positions = torch.zeros(1, 1 + side * side, dim, dtype=torch.float64)
+    for place in range(side * side):
+        for i in range(dim // 4):
+            angles = [x / 10000 ** (i / (dim // 4)) for x in (place // side, place % side)]
+            for quarter, value in enumerate(f(x) for x in angles for f in (math.sin, math.cos)):
+                positions[0, 1 + place, quarter * (dim // 4) + i] = value
+    return positions.float()
+
+
+def test_heads_are_those_of_the_family_or_of_a_file_beside(tmp_path: Path) -> None:
+    """MoCo v3's ViT-S has twelve heads, where others of its width have six."""
+    images = torch.randn(1, 3, 32, 32)
+    for heads, prefix in ((12, "module.base_encoder."), (6, ""), (8, "")):
+        model = noisy(make_timm(32, patch_size=16, embed_dim=384, num_heads=heads))
+        if heads == 12:
+            model.pos_embed.data = sines(384, 2)
+        path = tmp_path / f"heads{heads}.pth"
+        state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+        if prefix:
+            state |= {f"module.momentum_encoder.{name}": torch.zeros(1) for name in model.state_dict()}
+        torch.save({"arch": "vit_small", "state_dict": state}, path)
+        if heads == 8:
+            path.with_suffix(".json").write_text('{"heads": 8}')
+        backbone = load_backbone(path)
+        torch.testing.assert_close(tokens(backbone, images), timm_tokens(model, images), atol=1e-4, rtol=0)
+        assert backbone.architecture.endswith(f"residual, {heads} heads assumed" if heads != 8 else ", residual")
+    path.with_suffix(".json").unlink()
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 8}')
+    assert torch.equal(tokens(load_backbone(path), images), tokens(backbone, images))
+    for heads in (0, -1, "6", 1.5):
+        path.with_suffix(".json").write_text(json.dumps({"heads": heads}))
+        refused(path, r"heads8\.json: heads is")
+    path.with_suffix(".json").write_text('{"heads": 7}')
+    refused(path, "dim 384 is not divisible by heads 7")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"depth": 10**9}, {"depth": "2"}, {"heads": 10**9}, {"heads": 0}, {"dim": 10**12}, {"mlp_ratio": 1e300},
+        {"mlp_ratio": float("nan")}, {"image_size": 8 * 10**9}, {"registers": 10**12}, {"registers": -1},
+        {"position_offset": float("inf")}, {"patch": []}, {"unknown": 1}, {"residual": False, "layer_scale": 1.0},
+    ],
+)  # fmt: skip
+def test_an_architecture_that_is_not_that_of_the_weights_is_refused_at_once(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    model = tiny_vit()
+    export_backbone(tmp_path, model, {})
+    state = model.state_dict()
+    save_file(state, tmp_path / "bare.safetensors")
+    about = json.dumps({"architecture": model.architecture | change})
+    (tmp_path / "bare.json").write_text(about)
+    (tmp_path / "backbone.json").write_text(about)
+    for load in (lambda: load_backbone(tmp_path / "bare.safetensors"), lambda: load_run_backbone(tmp_path)):
+        with pytest.raises(ValueError, match=r"\.safetensors (has an architecture|cannot be loaded)") as error:
+            load()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"architecture": 3}', "[" * 200_000, '"' + "x" * 2**23 + '"', ""])
+def test_descriptions_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
+    export_backbone(tmp_path, tiny_vit(), {})
+    (tmp_path / "backbone.json").write_text(text)
+    with pytest.raises(ValueError, match=r"backbone") as error:
+        load_run_backbone(tmp_path)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_a_run_with_broken_weights_is_refused(tmp_path: Path) -> None:
+    model = tiny_vit()
+    model.norm.weight.data[3] = float("nan")
+    export_backbone(tmp_path, model, {})
+    with pytest.raises(ValueError, match=r"backbone\.safetensors has NaN or infinite weights, in norm\.weight"):
+        load_run_backbone(tmp_path)
+    refused(tmp_path, r"backbone\.safetensors has NaN or infinite weights, in norm\.weight")
+    (tmp_path / "backbone.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="holds a damaged backbone"):
+        load_run_backbone(tmp_path)
 
 
 def test_unknown_kind_block_and_size(loaded: Callable[[str], Any]) -> None:
@@ -625,7 +718,7 @@ def test_fingerprint_changes_with_weights_architecture_and_normalization(tmp_pat
 def test_loads_a_trained_vit_under_the_names_of_dinov2() -> None:
     backbone = load_backbone(Path(DATA or "", "weights/vit_small_patch14_saliency.safetensors"))
     assert backbone.family == "DINOv2"
-    assert backbone.architecture == "ViT-S/14, 12 blocks, 384 wide, residual"
+    assert backbone.architecture == "ViT-S/14, 12 blocks, 384 wide, residual, 6 heads assumed"
     (found,) = backbone.features(backbone.normalize(np.zeros((1, 56, 84, 3), np.uint8)))
     assert found.patches.shape == (1, 4, 6, 384)
     assert found.patches.isfinite().all()

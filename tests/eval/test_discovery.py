@@ -265,7 +265,7 @@ def test_command_leaves_a_result_detections_and_pictures(
     assert (result["official_images"], result["seed"], result["processes"]) == (5000, 1, 1)
     assert result["checkpoint"]["path"] == str(ckpt)
     assert len(result["checkpoint"]["sha256"]) == 64
-    assert result["checkpoint"]["architecture"] == "ViT-Ti/8, 2 blocks, 192 wide, residual"
+    assert result["checkpoint"]["architecture"] == "ViT-Ti/8, 2 blocks, 192 wide, residual, 3 heads assumed"
     assert result["settings"]["batch_size"] == 3
     assert result["settings"]["data"]["root"] == str(coco)
     assert {"seconds", "hardware", "versions", "commit"} <= set(result)

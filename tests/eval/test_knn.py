@@ -201,12 +201,20 @@ def test_a_vector_that_no_loss_has_seen_is_named(
 ) -> None:
     run = shutil.copytree(ckpt, tmp_path / "run")
     about = json.loads((run / "backbone.json").read_text())
-    for trained, pool, expected in (("mean", "cls", True), ("cls", "mean", True), ("mean", "mean", False)):
+    for trained, pool, used, expected in (
+        ("mean", "cls", "cls", True), ("cls", "mean", "mean", True), ("mean", "mean", "mean", False),
+        ("mean", "auto", "mean", False), ("cls", "auto", "cls", False), (None, "auto", "cls", False),
+    ):  # fmt: skip
         (run / "backbone.json").write_text(json.dumps(about | {"pool": trained}))
-        evaluate(cli.parse(Settings, command(data, run, cache, "--data.name=arrays", f"--pool={pool}")))
+        found = evaluate(cli.parse(Settings, command(data, run, cache, "--data.name=arrays", f"--pool={pool}")))
         said = capsys.readouterr().out
-        assert (f"warning: the head of {run} read the" in said) == expected
+        assert (found["settings"]["pool"], "/mean" in found["protocol"]) == (used, used == "mean")
+        assert (f"warning: {run}: the head read the" in said) == expected
         assert (f"--pool {trained} measures" in said) == expected
+        assert (f"Careful: the head read the {'CLS' if trained == 'cls' else 'mean'}" in said) == expected
+        twin = cli.parse(Settings, command(data, run, cache, "--data.name=arrays", f"--pool={pool}", "--untrained"))
+        assert evaluate(twin)["settings"]["pool"] == used
+        capsys.readouterr()
 
 
 def test_figures_are_of_the_labels_not_of_chance(data: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
@@ -241,16 +249,17 @@ def test_images_that_find_themselves_are_warned_of(
     ],
 )
 def test_every_departure_from_the_protocol_is_named(flags: list[str], expected: str) -> None:
-    chosen = cli.parse(Settings, ["--ckpt=x", "--data.root=x", *flags])
+    chosen = cli.parse(Settings, ["--ckpt=x", "--data.root=x", "--pool=cls", *flags])
     backbone = Backbone(VisionTransformer(24, 6, 2), "x", "skipless", "")
     assert protocol_id(chosen, "imagenette", choose_blocks(chosen.blocks, chosen.every_block, backbone)[-1]) == expected
 
 
 def test_defaults_are_the_published_ones() -> None:
-    """DINO's: 20 neighbors, temperature 0.07, CLS of the last block, 224 pixels."""
+    """DINO's: 20 neighbors, temperature 0.07, CLS of the last block (unless a run says that it trained the mean of the
+    patches), 224 pixels."""
     chosen = cli.parse(Settings, ["--ckpt=x", "--data.root=x"])
     assert (chosen.k[0], sorted(chosen.k)) == (20, [10, 20, 100, 200])
-    assert (chosen.temperature, chosen.pool, chosen.blocks, chosen.size) == (0.07, "cls", "last", 224)
+    assert (chosen.temperature, chosen.pool, chosen.blocks, chosen.size) == (0.07, "auto", "last", 224)
 
 
 def test_splits_of_different_classes_are_refused(

@@ -429,7 +429,7 @@ def test_same_seed_same_figures_and_another_seed_another_order(data: Path, ckpt:
     ],
 )
 def test_every_departure_from_the_protocol_is_named(flags: list[str], expected: str) -> None:
-    settings = cli.parse(Settings, ["--ckpt=x", "--data.root=x", *flags])
+    settings = cli.parse(Settings, ["--ckpt=x", "--data.root=x", "--pool=cls", *flags])
     blocks = (2, 3, 4, 5) if settings.blocks == "last4" and not settings.every_block else (5,)
     assert protocol_id(settings, "imagenet", blocks) == expected
 
@@ -437,7 +437,7 @@ def test_every_departure_from_the_protocol_is_named(flags: list[str], expected: 
 def test_defaults_are_the_published_ones() -> None:
     """DINO's: CLS of the last four blocks, 100 epochs, 1,024 images a step, 0.001 for 256 among the rates."""
     settings = cli.parse(Settings, ["--ckpt=x", "--data.root=x", "--protocol=dino"])
-    assert (settings.blocks, settings.pool, settings.size) == ("last4", "cls", 224)
+    assert (settings.blocks, settings.pool, settings.size) == ("last4", "auto", 224)
     assert (settings.epochs, settings.images_per_step) == (100, 1024)
     assert 1e-3 in settings.learning_rates
     optimizer = random_crops.sgd([Heads(torch.zeros(2), torch.ones(2), 1, 2)], [0.004])

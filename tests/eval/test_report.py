@@ -25,6 +25,7 @@ from skipless.eval.dense import report as dense_report
 from skipless.eval.page.render import similarity_codes
 from skipless.eval.page.tables import latex_table, markdown_table, table_of
 from skipless.eval.report import Settings, main
+from skipless.ssl.run.checkpoints import export_backbone
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +199,34 @@ def test_tables_by_hand() -> None:
         r"x\_y-segmentation & x\_y val SUBSET, 4 of 9 images & 25.0 (20.0--30.0) &  \\",
         r"x\_y-clustering & x\_y val, 4 images &  & 10.0 $\pm$ 2.0 \\",
     ]
+
+
+def test_a_vector_that_no_loss_has_seen_is_said_below_the_tables() -> None:
+    careful = "the head read the mean of the patches in training, and pool is cls, which it did not train"
+    table = table_of({"a_b": [result("knn", 0.5, careful=careful)], "c": [result("knn", 0.25, careful="")]})
+    markdown, latex = markdown_table(table), latex_table(table)
+    assert "| x_y-knn | x_y val, 4 images | m | **50.0 †** | 25.0 |" in markdown
+    assert f"† a_b, x_y-knn: {careful}." in markdown.splitlines()
+    assert r"\textbf{50.0 $^\dagger$} & 25.0 \\" in latex
+    assert rf"\multicolumn{{4}}{{l}}{{\footnotesize $^\dagger$ a\_b, x\_y-knn: {careful}.}} \\" in latex.splitlines()
+
+
+def test_each_checkpoint_is_asked_for_the_vector_that_its_head_read(
+    scenes: Path, checkpoints: list[Path], report: Any, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    export_backbone(run, tiny_vit(image_size=48), {"pool": "mean"})
+    data = ["--classification.root", str(scenes), "--classification.size", "48"]
+    words = ["--ckpt", str(run), str(checkpoints[1]), "--cache", str(report[1]), "--count=1", *data, "--tasks", "knn"]
+    main([*words, "--out", str(tmp_path / "auto")])
+    table = (tmp_path / "auto/report.md").read_text()
+    assert [line.split(" | ")[0] for line in table.splitlines() if "knn" in line] == [
+        "| scenes-knn/20/48px", "| scenes-knn/20/mean/48px"
+    ]  # fmt: skip
+    main([*words, "--classification.pool=cls", "--out", str(tmp_path / "cls")])
+    for file in ("report.md", "report.html"):
+        assert "run, scenes-knn/20/48px: the head read the mean of the patches" in (tmp_path / "cls" / file).read_text()
 
 
 @settings(max_examples=20)

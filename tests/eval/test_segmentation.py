@@ -59,7 +59,7 @@ def test_command_leaves_a_result_a_table_and_pictures(voc: Path, ckpt: Path, cac
     out = tmp_path / "out"
     result = json.loads((out / "segmentation.json").read_text())
     assert (result["dataset"], result["protocol"]) == ("voc12", "voc12-linear/quick (changed)")
-    assert result["checkpoint"]["architecture"] == "ViT-Ti/8, 2 blocks, 192 wide, residual"
+    assert result["checkpoint"]["architecture"] == "ViT-Ti/8, 2 blocks, 192 wide, residual, 3 heads assumed"
     assert result["settings"]["quick"]["size"] == 64
     assert set(result["details"]["changed_settings"]) == {"quick.size", "quick.epochs", "quick.images_per_step"}
 
