@@ -78,7 +78,7 @@ def stages(step: Step, crops: list[torch.Tensor], rounds: int) -> dict[str, floa
         set_rates(step.optimizer, LR, WEIGHT_DECAY, freeze_last_layer=False)
         with step.autocast:
             with torch.no_grad():
-                targets = clock("teacher, forward", step.teacher, crops[:1])
+                targets = clock("teacher, forward", step.teacher, crops[:1]).logits
             tokens = clock("student's backbone, forward", step.student.backbone, crops)
             pooled = torch.cat([t[:, 1:].mean(1) for t in tokens])
             logits = clock("student's head, forward", step.student.head, pooled)

@@ -61,21 +61,21 @@ class Step:
         self.clip = settings.clip_grad
         if way in COMPILED:
             self.student.backbone.attention = self.teacher.backbone.attention = "sdpa"
-        self.student_logits, self.teacher_logits = (
+        self.student_outputs, self.teacher_outputs = (
             torch.compile(network, dynamic=False) if way == "compiled" else network
             for network in (self.student, self.teacher)
         )
         if way == "compiled, CUDA graphs":
-            self.student_logits = torch.compile(self.student, dynamic=False, mode="reduce-overhead")
-            self.teacher_logits = torch.compile(self.teacher, dynamic=False, mode="reduce-overhead")
+            self.student_outputs = torch.compile(self.student, dynamic=False, mode="reduce-overhead")
+            self.teacher_outputs = torch.compile(self.teacher, dynamic=False, mode="reduce-overhead")
 
     def __call__(self, crops: list[Tensor]) -> Tensor:
         set_rates(self.optimizer, LR, WEIGHT_DECAY, freeze_last_layer=False)
         torch.compiler.cudagraph_mark_step_begin()  # without effect where there are no CUDA graphs
         with self.autocast:
             with torch.no_grad():
-                targets = self.teacher_logits(crops[:1]) if self.fast else plain_logits(self.teacher, crops[:1])
-            logits = self.student_logits(crops) if self.fast else plain_logits(self.student, crops)
+                targets = self.teacher_outputs(crops[:1]).logits if self.fast else plain_logits(self.teacher, crops[:1])
+            logits = self.student_outputs(crops).logits if self.fast else plain_logits(self.student, crops)
             result = self.objective(logits, targets, self.views, TEMPERATURE)
         loss = result.loss if self.fast else result
         loss.backward()

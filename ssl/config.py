@@ -26,6 +26,7 @@ from skipless.ssl.model.build import (
 )
 from skipless.ssl.model.initialization import PRESETS, choose_beta
 from skipless.ssl.monitor import MonitorSettings
+from skipless.ssl.objectives.ibot import IBOTSettings
 from skipless.ssl.optim.optimizers import OptimizerSettings
 
 
@@ -94,6 +95,7 @@ class Settings(RunSettings):
     data: DataSettings
     crops: Crops = field(default_factory=Crops)
     dino: DINOSettings = field(default_factory=DINOSettings)
+    ibot: IBOTSettings = field(default_factory=IBOTSettings)
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
     epochs: int = 100
     batch_size: int = 256

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -46,6 +46,8 @@ class DINOSettings:
     """How collapse is avoided: centering (DINO) or Sinkhorn-Knopp (DINOv2)."""
     center_momentum: float = 0.9
     """Momentum of the center."""
+    koleo_loss_weight: float = 0.0
+    """Weight of KoLeo, which keeps the images of a micro-batch apart; 0 for none, 0.1 in DINOv2."""
 
     def __post_init__(self) -> None:
         for name in ("out_dim", "hidden_dim", "bottleneck_dim"):
@@ -57,6 +59,8 @@ class DINOSettings:
         for name in ("momentum_teacher", "center_momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"dino.{name} is {getattr(self, name)}; it must be in [0, 1]")
+        if self.koleo_loss_weight < 0:
+            raise ValueError(f"dino.koleo_loss_weight is {self.koleo_loss_weight}; it must be 0 or more")
 
 
 class DINOHead(nn.Module):
@@ -89,34 +93,84 @@ class DINOHead(nn.Module):
         return self.last_layer(F.normalize(self.mlp(x), dim=-1, eps=1e-6))
 
 
+class Outputs(NamedTuple):
+    """What student and teacher give to the losses."""
+
+    logits: Tensor
+    """[N, K] of all crops."""
+    pooled: Tensor
+    """[N, D], what the head read of them."""
+    patch_logits: Tensor | None = None
+    """[M, K'] of the patches that were asked for."""
+
+
 class DINOModel(nn.Module):
     """A backbone and a projection head; student and teacher are one each.
 
     `pool` says what the head reads: "cls", the class token, or "mean", the mean of the patch tokens. Attention that is
     close to the identity at the start, as the skipless initialization makes it, gives a class token nothing but itself:
     every image then has the same one, and training does not start. The mean of the patches avoids that.
+
+    With `masks` there is a mask token, which starts as 0 (DINOv2). Patches are read by `head`, unless there is a
+    `patch_head`.
     """
 
-    def __init__(self, backbone: VisionTransformer, head: DINOHead, pool: Pool = "cls"):
+    def __init__(
+        self,
+        backbone: VisionTransformer,
+        head: DINOHead,
+        pool: Pool = "cls",
+        masks: bool = False,
+        patch_head: DINOHead | None = None,
+    ):
         super().__init__()
         if pool not in ("cls", "mean"):
             raise ValueError(f"pool is {pool!r}; choose cls or mean")
         self.backbone, self.head, self.pool = backbone, head, pool
+        if masks:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, backbone.dim))
+        if patch_head is not None:
+            self.patch_head = patch_head
 
-    def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        """Batches of crops [N_i, 3, H_i, W_i], one for each size -> logits [sum N_i, K], in the same order."""
-        tokens = self.backbone(crops)
+    def forward(self, crops: Sequence[Tensor], read: Tensor | None = None, hidden: Tensor | None = None) -> Outputs:
+        """All crops in one pass, and some patches of the largest.
+
+        Args:
+            crops: batches [N_i, 3, H_i, W_i], one for each size. Outputs have all N = sum N_i crops, in this order.
+            read: int64 [M], of the n patches of each crop of the first size, counted through all N_0 * n of them:
+                those that a head reads too.
+            hidden: bool [N_0, n], those whose place the mask token takes.
+        """
+        tokens = self.backbone(crops, None if hidden is None else (hidden, self.mask_token))
         patches_from = 1 + self.backbone.registers
-        pooled = [t[:, 0] if self.pool == "cls" else t[:, patches_from:].mean(dim=1) for t in tokens]
-        return self.head(torch.cat(pooled))
+        pooled = torch.cat([t[:, 0] if self.pool == "cls" else t[:, patches_from:].mean(dim=1) for t in tokens])
+        if read is None:
+            return Outputs(self.head(pooled), pooled)
+        crop = read // (tokens[0].shape[1] - patches_from)
+        patches = tokens[0].flatten(0, 1).index_select(0, read + (crop + 1) * patches_from)
+        if hasattr(self, "patch_head"):
+            return Outputs(self.head(pooled), pooled, self.patch_head(patches))
+        logits, patch_logits = self.head(torch.cat([pooled, patches])).split([len(pooled), len(patches)])
+        return Outputs(logits, pooled, patch_logits)
 
 
-def build_dino(backbone: VisionTransformer, settings: DINOSettings, pool: Pool) -> DINOModel:
-    """A student: the backbone and a fresh head, from torch's global random state."""
-    head = DINOHead(
-        backbone.dim, settings.out_dim, settings.hidden_dim, settings.bottleneck_dim, settings.norm_last_layer
-    )
-    return DINOModel(backbone, head, pool)
+def build_dino(
+    backbone: VisionTransformer,
+    settings: DINOSettings,
+    pool: Pool,
+    masks: bool = False,
+    patch_prototypes: int | None = None,
+) -> DINOModel:
+    """A student: the backbone and a fresh head, from torch's global random state; with `masks` and maybe with a head
+    for patches, see `DINOModel`."""
+
+    def head(prototypes: int) -> DINOHead:
+        return DINOHead(
+            backbone.dim, prototypes, settings.hidden_dim, settings.bottleneck_dim, settings.norm_last_layer
+        )
+
+    dino_head = head(settings.out_dim)
+    return DINOModel(backbone, dino_head, pool, masks, head(patch_prototypes) if masks and patch_prototypes else None)
 
 
 def make_teacher(student: DINOModel) -> DINOModel:
@@ -183,7 +237,10 @@ class DINOLoss(nn.Module):
         z - logsumexp(z), z = logits / student_temperature.
         """
         p = self._assign(teacher.detach(), temperature).unflatten(0, (2, -1))  # [2, B, K]
-        loss = _CrossEntropy.apply(student.unflatten(0, (views, -1)), p, self.student_temperature)
+        # As H is linear in p, a student view's teachers are summed before they meet it, and no pair is ever formed.
+        both, batch = p.sum(0), p.shape[1]
+        targets = ((both - p[view], 1) if view < 2 else (both, 2) for view in range(views))
+        loss = CrossEntropy.apply(student, targets, batch, self.student_temperature, 1 / (2 * (views - 1) * batch))
 
         with torch.no_grad():
             self._logit_sum += teacher.float().sum(0)
@@ -208,40 +265,47 @@ class DINOLoss(nn.Module):
         self._logit_count = 0
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """DINOLoss's mean over pairs, view by view, and its gradient in the same pass.
+class CrossEntropy(torch.autograd.Function):
+    """A weighted sum of cross-entropies H(target, softmax(logits / temperature)), and its gradient in the same pass.
 
-    As H is linear in p, the teachers of a student view are summed before they meet it, and no pair is ever formed. Of
-    the size of all logits there is only their gradient, in their own dtype: autograd would hold several copies in
+    Of the size of all logits there is only their gradient, in their own dtype: autograd would hold several copies in
     float32, gigabytes with 65,536 prototypes.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, p: Tensor, temperature: float) -> Tensor:
-        """Logits [V, B, K], teacher's distributions [2, B, K] -> the loss, in float32 or wider."""
-        views, batch, _ = logits.shape
-        share = 1 / (2 * (views - 1) * batch)
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Iterable[tuple[Tensor, Tensor | int]],
+        rows: int,
+        temperature: float,
+        weight: float,
+    ) -> Tensor:
+        """Logits [N, K] -> `weight` times the sum over all rows, in float32.
+
+        `targets`: for each `rows` of the logits, one after the other, [rows, K] in float32, and what each of them adds
+        up to: a number, or [rows, 1].
+        """
         gradient = torch.empty_like(logits)
-        loss = p.new_zeros(())
-        both = p.sum(0)
-        for number, view in enumerate(logits):
-            target, teachers = (both - p[number], 1) if number < 2 else (both, 2)
-            z = view.to(p.dtype) / temperature
+        loss = torch.zeros((), device=logits.device)
+        for part, of_part, (target, total) in zip(logits.split(rows), gradient.split(rows), targets, strict=True):
+            z = part.to(target.dtype) / temperature
             log_norm = z.logsumexp(dim=-1, keepdim=True)
-            loss += teachers * log_norm.sum() - (target * z).sum()
-            # teachers * softmax(z) - target
-            gradient[number] = z.sub_(log_norm).exp_().mul_(teachers).sub_(target).mul_(share / temperature)
+            loss += (total * log_norm).sum() - (target * z).sum()
+            # total * softmax(z) - target
+            of_part.copy_(z.sub_(log_norm).exp_().mul_(total).sub_(target).mul_(weight / temperature))
         ctx.save_for_backward(gradient)
-        return loss * share
+        ctx.rows = rows
+        return loss * weight
 
     @staticmethod
-    def backward(ctx: Any, *of_loss: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *of_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         scaled = torch.empty_like(gradient)
-        for target, view in zip(scaled, gradient, strict=True):
+        for target, part in zip(scaled.split(ctx.rows), gradient.split(ctx.rows), strict=True):
             # In the dtype of the loss: in bf16 a third, of three micro-batches, would be off by 0.2 %.
-            target.copy_(view.to(of_loss[0].dtype).mul_(of_loss[0]))
-        return scaled, None, None
+            target.copy_(part.to(of_loss[0].dtype).mul_(of_loss[0]))
+        return scaled, None, None, None, None
 
 
 @torch.no_grad()
@@ -249,14 +313,14 @@ def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> T
     """Distributions that use all prototypes equally over the batch of all processes (arXiv 2006.09882, section 3.1).
 
     Args:
-        logits: [N, K], this process's share of the batch.
+        logits: [N, K], this process's share of the batch; N may be 0, and another one elsewhere.
 
     Returns:
         [N, K] in float32; rows sum to 1, and the more iterations, the closer columns come to equal sums.
     """
     log_q = logits.float() / temperature  # in the log domain, where nothing underflows
     for _ in range(iterations):
-        top = all_reduce_max(log_q.amax(dim=0))
+        top = all_reduce_max(log_q.amax(dim=0) if len(log_q) else log_q.new_full(log_q.shape[1:], -math.inf))
         log_q = log_q - top - all_reduce_sum((log_q - top).exp().sum(dim=0)).log()
         log_q = log_q.log_softmax(dim=1)
     return log_q.exp()

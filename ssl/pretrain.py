@@ -28,9 +28,11 @@ from skipless.ssl.config import Settings, check, check_size, resolve
 from skipless.ssl.data.crops import Crops
 from skipless.ssl.data.device_crops import crops_on_device
 from skipless.ssl.data.loader import StepBatches, UnreadableImages, crop_loader, loader_workers, micro_batches
-from skipless.ssl.dino import DINOLoss, DINOModel, DINOOutput, build_dino, make_teacher, update_teacher
+from skipless.ssl.data.masks import Masks
+from skipless.ssl.dino import DINOModel, build_dino, make_teacher, update_teacher
 from skipless.ssl.model.build import build_backbone
 from skipless.ssl.monitor import CollapseAlarm, Monitor
+from skipless.ssl.objectives.objective import Objective
 from skipless.ssl.optim.optimizers import make_optimizer, set_rates
 from skipless.ssl.optim.schedules import DINOSchedule
 from skipless.ssl.run.meter import Meter
@@ -53,24 +55,24 @@ def pretrain(cfg: Settings) -> Path:
 
     torch.manual_seed(cfg.seed)
     backbone = build_backbone(cfg.model, size, cfg.seed, None if cfg.last_checkpoint else images)
-    student = build_dino(backbone, cfg.dino, cfg.model.pool).to(device)
+    student = build_dino(backbone, cfg.dino, cfg.model.pool, cfg.ibot.on, cfg.ibot.out_dim).to(device)
     distributed.sync(student)
     teacher = make_teacher(student)
     student_parallel = parallelize(student, device, cfg.precision, cfg.shard, cfg.compile)  # DDP, FSDP2 or nothing
     teacher_parallel = parallelize(teacher, device, cfg.precision, cfg.shard, cfg.compile)
-    loss_fn = DINOLoss(cfg.dino.out_dim, cfg.dino.student_temp, cfg.dino.center_momentum, cfg.dino.balancing).to(device)
+    objective = Objective(cfg.dino, cfg.ibot, 2 + cfg.crops.local_crops_number, device)
     optimizer = make_optimizer(student, cfg.optimizer)
     schedule = DINOSchedule(cfg.optimizer, cfg.dino, cfg.epochs, cfg.batch_size, len(images))
-    parts = {"student": student, "teacher": teacher, "objective": loss_fn, "optimizer": optimizer}
+    parts = {"student": student, "teacher": teacher, **objective.parts, "optimizer": optimizer}
     run = Run(cfg, schedule, device, cfg.data.path, {"images": len(images)}, parts)
     start = run.resume(may_change=("monitor.", "crops.device", "compile"))
 
     order = StepBatches(len(images), cfg.batch_size, cfg.accumulate, cfg.seed, start, schedule.steps)
-    loader, make_crops = crop_loader(images, cfg.crops, order, workers, device, cfg.precision == "bf16")
+    masks = cfg.ibot.masks(size // cfg.model.patch)
+    loader, make_crops = crop_loader(images, cfg.crops, order, workers, device, cfg.precision == "bf16", masks)
     unreadable = UnreadableImages(images, cfg.data.max_unreadable, run.folder / "unreadable.txt")
-    meter = Meter(DINOOutput._fields, cfg.batch_size // cfg.accumulate, flops_per_image(student, cfg.crops), device)
+    meter = Meter(objective.names, cfg.batch_size // cfg.accumulate, flops_per_image(student, cfg.crops), device)
     alarm, ln_k = CollapseAlarm(cfg.dino.out_dim, schedule.warmup), math.log(cfg.dino.out_dim)
-    views = 2 + cfg.crops.local_crops_number
     where = f"on {device}" if crops_on_device(cfg.crops, device) else "by the loader"
     run.open(start, f"{len(images):,} images of {images.origin}", student.backbone, f"; crops: made {where}")
     run.say(*monitor.introduction(), *notes)
@@ -87,24 +89,24 @@ def pretrain(cfg: Settings) -> Path:
         set_rates(optimizer, now.lr, now.weight_decay, now.last_layer_frozen)
         distributed.seed_step(cfg.seed, step, schedule.steps)
         for batch, last in micro_batches(batches, cfg.accumulate):
-            crops = make_crops(batch)
+            crops, hidden = make_crops(batch), batch.get("masks", Masks()).to(device)
             with torch.no_grad(), student_parallel.autocast:
-                targets = teacher_parallel.forward(crops[:1])  # the two global crops of every image
+                targets = teacher_parallel.forward(crops[:1], hidden.read)  # the two global crops of every image
             with student_parallel.sync_gradients(last):
                 with student_parallel.autocast:
-                    result = loss_fn(student_parallel.forward(crops), targets, views, now.teacher_temperature)
-                (result.loss / cfg.accumulate).backward()
-            meter.add(*result)
+                    outputs = student_parallel.forward(crops, hidden.read, hidden.patches)
+                loss, *values = objective(outputs, targets, hidden, now.teacher_temperature)
+                (loss / cfg.accumulate).backward()
+            meter.add(*values)
             unreadable.add(batch["unreadable"])
         gradient_norm = clip_grad_norm(student.parameters(), cfg.clip_grad or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss_fn.update_center()
+        objective.end_step()
         update_teacher(teacher, student, now.momentum)
 
         done = step + 1
-        interrupted = run.interrupted()
-        saving = interrupted or run.save_due(done)
+        saving = (interrupted := run.interrupted()) or run.save_due(done)
         if saving or done % cfg.log_every == 0:
             unreadable.check()
             means, speed = meter.read()  # between two checkpoints the host waits for the device here alone
@@ -136,6 +138,17 @@ def check_and_resolve(cfg: Settings, images: ImageSource, device: torch.device) 
         raise ValueError(
             "compile is true and model.attention is 'xformers', which cannot be compiled: leave model.attention on auto"
         )
+    if cfg.compile and cfg.ibot.on:
+        raise ValueError(
+            "compile is true and ibot.loss_weight is set; the number of masked patches changes from step to step, for "
+            "which compiled code would be made anew each time: leave one of them out"
+        )
+    if cfg.dino.koleo_loss_weight and cfg.batch_size == distributed.world_size() * cfg.accumulate:
+        raise ValueError(
+            "dino.koleo_loss_weight is set, and a micro-batch has one image, which has no neighbors: lower accumulate"
+        )
+    if cfg.ibot.on and cfg.ibot.from_epoch >= cfg.epochs:
+        raise ValueError(f"ibot.from_epoch is {cfg.ibot.from_epoch} in a run of {cfg.epochs} epochs: lower it")
     if cfg.dino.freeze_last_layer >= cfg.epochs:
         raise ValueError(
             f"dino.freeze_last_layer is {cfg.dino.freeze_last_layer:g} in a run of "

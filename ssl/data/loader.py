@@ -24,6 +24,7 @@ from skipless.ssl.data.device_crops import (
     crops_on_device,
     decodes_jpegs,
 )
+from skipless.ssl.data.masks import masked
 
 Batch = TypeVar("Batch")
 
@@ -101,21 +102,29 @@ def crop_loader(
     workers: int,
     device: torch.device,
     bf16: bool = False,
+    draw_masks: Callable[..., np.ndarray] | None = None,
 ) -> tuple[DataLoader[Any], Callable[[dict[str, Any]], list[Tensor]]]:
     """The micro-batches of all steps, and what makes the crops of one on the device: [views * B, 3, S, S], normalized,
-    globals first, locals second if there are any. With `bf16` crops that are made on a GPU are bf16."""
+    globals first, locals second if there are any. With `bf16` crops that are made on a GPU are bf16. With `draw_masks`
+    (see `MaskedDataset`) a batch has `masks`."""
+
+    def loader(dataset: Dataset[Any], collate: Callable[..., Any]) -> DataLoader[Any]:
+        if draw_masks is not None:
+            dataset, collate = masked(dataset, collate, draw_masks, batches.seed)
+        return step_loader(dataset, batches, workers, device, collate)
+
     if crops_on_device(crops, device):
         jpegs = crops.device == "device" and decodes_jpegs(device)
         on_device = DeviceCropDataset(images, crops, batches.seed, jpegs=jpegs)
         dtype = torch.bfloat16 if bf16 and device.type == "cuda" else torch.float32
         make_crops = DeviceCrops(on_device, device, dtype)
-        return step_loader(on_device, batches, workers, device, collate_images), make_crops
+        return loader(on_device, collate_images), make_crops
 
     def normalized(batch: dict[str, Any]) -> list[Tensor]:
         views = [batch["global"]] + ([batch["local"]] if batch["local"] is not None else [])
         return [normalize(view.to(device, non_blocking=True)) for view in views]
 
-    return step_loader(CropDataset(images, crops, batches.seed), batches, workers, device, collate), normalized
+    return loader(CropDataset(images, crops, batches.seed), collate), normalized
 
 
 def micro_batches(batches: Iterator[Batch], accumulate: int) -> Iterator[tuple[Batch, bool]]:

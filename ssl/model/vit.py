@@ -227,8 +227,12 @@ class VisionTransformer(nn.Module):
         grid = F.interpolate(grid, mode="bicubic", antialias=self.position_antialias, **size)
         return grid[0].flatten(1).T.to(patches.dtype)
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor, hidden: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """What the first block gets: [B, 3, H, W] -> tokens [B, 1 + R + h * w, D]: CLS, registers, patches.
+
+        Args:
+            hidden: bool [B, h * w] and a token [1, 1, D], which takes the place of those patches, before positions are
+                added (as in DINOv2).
 
         Raises:
             ValueError: a height or width that is no multiple of the patch.
@@ -238,7 +242,10 @@ class VisionTransformer(nn.Module):
             raise ValueError(
                 f"images of {height} x {width} pixels cannot be cut into patches of {self.patch}; pad first"
             )
-        patches = self.patch_embed(images) + self.positions(height // self.patch, width // self.patch)
+        patches = self.patch_embed(images)
+        if hidden is not None:
+            patches = torch.where(hidden[0][..., None], hidden[1], patches)
+        patches = patches + self.positions(height // self.patch, width // self.patch)
         tokens = [(self.cls_token + self.pos_embed[:, :1]).expand(b, -1, -1), patches]
         if self.registers:
             tokens.insert(1, self.register_tokens.expand(b, -1, -1))
@@ -252,11 +259,12 @@ class VisionTransformer(nn.Module):
         attention = 4 * tokens**2 * self.dim * self.depth
         return 2 * weights * tokens + attention + 2 * 3 * self.patch**2 * self.dim * patches
 
-    def forward(self, crops: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, crops: Sequence[Tensor], hidden: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
         """Tokens of a list of batches, one for each crop size, in one pass.
 
         Args:
             crops: tensors [B_i, 3, H_i, W_i]; height and width multiples of the patch.
+            hidden: patches of the first batch that a token stands in for, see `embed`.
 
         Returns:
             Tensors [B_i, 1 + R + N_i, D] after the final norm; token 0 is CLS, the last N_i are patches, rows first.
@@ -264,7 +272,7 @@ class VisionTransformer(nn.Module):
         if isinstance(crops, Tensor):
             raise TypeError("forward takes a list of batches, one for each crop size: model([images])")
         backend, _ = choose_backend(crops[0].device, self.attention)
-        embedded = [self.embed(images) for images in crops]
+        embedded = [self.embed(crops[0], hidden), *(self.embed(images) for images in crops[1:])]
         groups = tuple((t.shape[0], t.shape[1]) for t in embedded)
         x = torch.cat([t.flatten(0, 1) for t in embedded])
         again: dict[str, Any] = {} if x.is_cuda else {"context_fn": for_checkpoint}

@@ -32,7 +32,7 @@ class Parallel:
 
     network: Any
     """What reduces gradients: the network, its DistributedDataParallel, or the sharded network."""
-    forward: Callable[..., Tensor]
+    forward: Callable[..., Any]
     """The forward pass of training."""
     autocast: AbstractContextManager[Any]
     """What forward passes run in; it may be entered many times."""

@@ -66,7 +66,7 @@ def last(folder: Path) -> dict[str, typing.Any]:
 
 def assert_same_weights(folder: Path, other: Path) -> None:
     a, b = last(folder), last(other)
-    for part in ("student", "teacher", "objective"):
+    for part in {"student", "teacher", "objective", "ibot"} & a.keys():
         for name, tensor in a[part].items():
             assert torch.equal(tensor, b[part][name]), (part, name)
 
@@ -119,9 +119,45 @@ def test_processes_and_micro_batches_do_not_change_the_loss_curve(
     np.testing.assert_allclose(logged(out, "gradient_norm"), logged(reference, "gradient_norm"), rtol=1e-2)
 
 
+PATCHES = ["--ibot.loss_weight=1", "--ibot.mask_ratio_min_max=[0.2,0.6]"]
+
+
+@pytest.fixture(scope="module")
+def with_masks(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference with iBOT, from its second epoch on."""
+    out = tmp_path_factory.mktemp("runs") / "masks"
+    train(photos, out, *PATCHES, "--ibot.from_epoch=1", "--ibot.out_dim=24")
+    return out
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), [(2, 1), (1, 4)])
+def test_processes_and_micro_batches_do_not_change_the_masked_loss(
+    photos: Path, with_masks: Path, reference: Path, tmp_path: Path, processes: int, accumulate: int
+) -> None:
+    out = tmp_path / "run"
+    more = ["--ibot.from_epoch=1", "--ibot.out_dim=24", f"--accumulate={accumulate}"]
+    run_group(COMMAND, words(photos, out, *PATCHES, *more), processes)
+    for name in ("loss", "ibot"):
+        np.testing.assert_allclose(logged(out, name), logged(with_masks, name), atol=1e-4, rtol=0, err_msg=name)
+    np.testing.assert_allclose(logged(out, "gradient_norm"), logged(with_masks, "gradient_norm"), rtol=1e-2)
+    assert np.flatnonzero(logged(with_masks, "ibot")).min() >= 5
+    assert len(np.flatnonzero(logged(with_masks, "ibot"))) > 10
+
+
+def test_koleo_knows_a_micro_batch_of_a_process(photos: Path, tmp_path: Path) -> None:
+    """So two processes are two micro-batches, and not one."""
+    more = ["--dino.koleo_loss_weight=0.1", *ONE_EPOCH]
+    train(photos, tmp_path / "one", *more)
+    train(photos, tmp_path / "micro", *more, "--accumulate=2")
+    run_group(COMMAND, words(photos, tmp_path / "two", *more))
+    one, micro, two = (logged(tmp_path / name, "koleo") for name in ("one", "micro", "two"))
+    np.testing.assert_allclose(two, micro, atol=1e-4)
+    assert np.all(np.array(one) > np.array(micro))  # neighbors are nearer
+
+
 def test_two_processes_balance_and_measure_as_one(photos: Path, tmp_path: Path) -> None:
     """Sinkhorn-Knopp over the whole batch, and the k-NN monitor over all images."""
-    more = ["--dino.balancing=sinkhorn", "--monitor.every_epochs=1", "--precision=bf16", *ONE_EPOCH]
+    more = ["--dino.balancing=sinkhorn", *PATCHES, "--monitor.every_epochs=1", "--precision=bf16", *ONE_EPOCH]
     one, two = tmp_path / "1", tmp_path / "2"
     train(photos, one, *more)
     run_group(COMMAND, words(photos, two, *more))
@@ -147,7 +183,11 @@ def wait_for_losses(command: Running, out: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [["--optimizer.name=adamw", "--model.residual=true", "--model.drop_path=0.3"], ["--optimizer.name=soap"]]
+    "more",
+    [
+        ["--optimizer.name=adamw", "--model.residual=true", "--model.drop_path=0.3"],
+        ["--optimizer.name=soap", "--ibot.loss_weight=1", "--dino.koleo_loss_weight=0.1"],
+    ],
 )
 def test_killed_and_resumed_run_is_bit_identical(photos: Path, tmp_path: Path, more: list[str]) -> None:
     more = [*more, "--precision=bf16"]
@@ -306,6 +346,9 @@ def test_unreadable_images_are_listed_and_too_many_stop_the_run(photos: Path, tm
         (["--model.drop_path=0.1"], ["drop_path", "residual=False"]),
         (["--model.attention=xformers"], ["xformers", "CUDA"]),
         (["--compile=true"], ["compile is true", "CPU"]),
+        (["--ibot.loss_weight=-1"], ["ibot.loss_weight is -1", "0 or more"]),
+        (["--ibot.loss_weight=1", "--ibot.from_epoch=4"], ["ibot.from_epoch is 4", "4 epochs"]),
+        (["--dino.koleo_loss_weight=1", "--accumulate=8"], ["dino.koleo_loss_weight", "no neighbors"]),
         (["--config={empty}/none.yaml"], ["none.yaml"]),
         (["--epochs=0"], ["epochs is 0"]),
         (["--dino.freeze_last_layer=4"], ["dino.freeze_last_layer is 4", "4 epochs"]),
@@ -440,7 +483,7 @@ def field_names(kind: type, prefix: str = "") -> list[str]:
 @pytest.mark.parametrize("kind", [Settings, supervised.Settings])
 def test_help_explains_every_setting(kind: type, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.parse(kind, ["--help"])
+        cli.parse(kind, ["--help-all"])
     options = re.split(r"\n  (?=--)", capsys.readouterr().out)
     assert len(field_names(kind)) > 50
     for name in field_names(kind):

@@ -35,6 +35,12 @@ LATER: dict[str, Any] = {
     "model.positions": "default",
     "shard": False,
     "precision": "fp32",
+    "dino.koleo_loss_weight": 0.0,
+    "ibot.loss_weight": 0.0,
+    "ibot.out_dim": None,
+    "ibot.mask_sample_probability": 0.5,
+    "ibot.mask_ratio_min_max": [0.1, 0.5],
+    "ibot.from_epoch": 0,
 }
 
 

@@ -68,7 +68,7 @@ def test_frozen_last_layer_stays_and_the_rest_moves(name: str) -> None:
     for step in range(3):
         set_rates(optimizer, 1e-2, 0.1, freeze_last_layer=True)
         torch.manual_seed(step)
-        student([torch.randn(4, 3, 8, 8)]).square().sum().backward()
+        student([torch.randn(4, 3, 8, 8)]).logits.square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     moved = {n for n, p in student.named_parameters() if not torch.equal(p, before[n])}
@@ -193,7 +193,7 @@ def test_muon_state_goes_through_a_file(tmp_path: Path) -> None:
         for step in range(first, last):
             torch.manual_seed(step)
             set_rates(optimizer, 1e-2, 0.1, freeze_last_layer=False)
-            student([torch.randn(4, 3, 8, 8)]).square().sum().backward()
+            student([torch.randn(4, 3, 8, 8)]).logits.square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
 
