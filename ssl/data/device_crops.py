@@ -17,6 +17,7 @@ No function here makes the host wait for the work that the device has under way.
 
 import io
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,7 +35,7 @@ from skipless.datasets.images import ImageSource, UnreadableImage
 from skipless.datasets.storage.decode import decode
 from skipless.ssl.data.crops import Crops, View, apply_view, draw_views, first_readable, smallest_side
 
-CHUNK = 2**25  # largest number of values in a tensor of pixels
+CHUNK = {"cpu": 2**25, "cuda": 2**28}  # largest number of values in a tensor of pixels: few launches of large kernels
 CONTRAST, SATURATION, HUE = 1, 2, 3  # positions in View.factors
 
 
@@ -195,18 +196,27 @@ def decode_jpegs(files: list[Tensor], device: torch.device, stream: torch.cuda.S
 
 
 def _decode_halving(files: list[Tensor], device: torch.device) -> list[Tensor | None]:
-    """In halves where that fails, since one file fails all."""
-    from torchvision.io import ImageReadMode, decode_jpeg  # takes a second to import
-
+    """In halves where that fails, since one file fails all; but no file is to blame for a lack of memory."""
     if not files:
         return []
-    try:
-        return list(decode_jpeg(files, ImageReadMode.RGB, device=device))
-    except RuntimeError:
-        if len(files) == 1:
-            return [None]
-        half = len(files) // 2
-        return _decode_halving(files[:half], device) + _decode_halving(files[half:], device)
+    with warnings.catch_warnings():
+        # torchvision hands its decoders over to TorchCodec. Once they are gone, `decodes_jpegs` says no, and the loader
+        # decodes.
+        warnings.filterwarnings("ignore", message=".*superseded", category=DeprecationWarning)
+        from torchvision.io import ImageReadMode, decode_jpeg  # takes a second to import
+
+        try:
+            return list(decode_jpeg(files, ImageReadMode.RGB, device=device))
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+                raise ValueError(
+                    f"{device} has no memory left to decode {len(files)} JPEGs; lower batch_size, raise accumulate, or "
+                    "leave decoding to the loader (crops.device auto)"
+                ) from error
+    if len(files) == 1:
+        return [None]
+    half = len(files) // 2
+    return _decode_halving(files[:half], device) + _decode_halving(files[half:], device)
 
 
 def decodes_jpegs(device: torch.device) -> bool:
@@ -222,7 +232,7 @@ def decodes_jpegs(device: torch.device) -> bool:
 
 
 class DeviceCrops:
-    """Makes the crops of batches of a DeviceCropDataset.
+    """Makes the crops of batches of a DeviceCropDataset, on a GPU on a stream of its own: beside the step before.
 
     Args:
         dataset: The batches' own, for images that turn out unreadable.
@@ -232,26 +242,37 @@ class DeviceCrops:
 
     def __init__(self, dataset: DeviceCropDataset, device: torch.device, dtype: torch.dtype) -> None:
         self.dataset, self.device, self.dtype = dataset, device, dtype
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Before what the caller queued for the step: small kernels, which fill what the large ones leave idle.
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self.decoder = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: dict[str, Any]) -> list[Tensor]:
         """Normalized crops [views * B, 3, S, S], globals first, locals second if there are any.
 
-        Where a JPEG turns out unreadable, the batch's index, parameters and unreadable change.
+        On a GPU the caller's stream waits for them, and they wait for nothing of the caller's. Where a JPEG turns out
+        unreadable, the batch's index, parameters and unreadable change.
         """
-        images = self.decode(batch)
-        products = torch.float16 if self.device.type == "cuda" else torch.float32
-        return make_views(images, batch["parameters"], self.dataset.crops, self.dtype, products)
+        if self.stream is None:
+            return make_views(self.decode(batch), batch["parameters"], self.dataset.crops, self.dtype)
+        with torch.cuda.stream(self.stream):
+            images = self.decode(batch)
+            made = make_views(images, batch["parameters"], self.dataset.crops, self.dtype, torch.float16)
+        reader = torch.cuda.current_stream(self.device)
+        reader.wait_stream(self.stream)
+        for crops in made:
+            crops.record_stream(reader)
+        return made
 
     def decode(self, batch: dict[str, Any]) -> list[Tensor]:
         """The batch's images, uint8 [3, H, W], on the device."""
-        shapes = batch["shapes"]
+        shapes, data = batch["shapes"], batch["data"]
+        if all(len(shape) == 3 for shape in shapes):
+            data = data.to(self.device, non_blocking=True)  # one copy for all
         pieces = [
-            piece.view(shape)
-            for piece, shape in zip(batch["data"].split([math.prod(s) for s in shapes]), shapes, strict=True)
+            piece.view(shape) for piece, shape in zip(data.split([math.prod(s) for s in shapes]), shapes, strict=True)
         ]
         jpegs = [number for number, piece in enumerate(pieces) if piece.ndim == 1]
-        files = decode_jpegs([pieces[number] for number in jpegs], self.device, self.stream)
+        files = decode_jpegs([pieces[number] for number in jpegs], self.device, self.decoder)
         decoded = dict(zip(jpegs, files, strict=True))
         images = []
         for number, piece in enumerate(pieces):
@@ -291,11 +312,12 @@ def make_views(
         : 2 if crops.local_crops_number else 1
     ]
     made: list[list[Tensor]] = [[] for _ in groups]
-    for rows in _chunks([(image.shape[1], image.shape[2]) for image in images], crops):
+    most = CHUNK.get(images[0].device.type, CHUNK["cpu"])
+    for rows in _chunks([(image.shape[1], image.shape[2]) for image in images], crops, most):
         canvas = make_canvas(images[rows], products)
         for (size, views), parts in zip(groups, made, strict=True):
             drawn = on_device[rows, views].transpose(0, 1)
-            pixels = torch.cat([resample(canvas, one, size) for one in drawn])
+            pixels = resample(canvas, drawn, size)
             table, host = drawn.flatten(0, 1), parameters[rows, views].transpose(0, 1).flatten(0, 1)
             pixels = color_jitter(pixels, table, torch.bincount(hue_slot(host), minlength=5).tolist())
             pixels = torch.where(_as_pixels(table[:, 13]) > 0, luma(pixels).add_(0.5).floor_()[:, :, None], pixels)
@@ -306,13 +328,13 @@ def make_views(
     return [(parts[0] if len(parts) == 1 else torch.cat(parts, 1)).flatten(0, 1) for parts in made]
 
 
-def _chunks(sizes: Sequence[tuple[int, int]], crops: Crops) -> Iterator[slice]:
-    """Neighboring images whose canvas and views have at most CHUNK values each; at least one image."""
+def _chunks(sizes: Sequence[tuple[int, int]], crops: Crops, most: int) -> Iterator[slice]:
+    """Neighboring images whose canvas and views have at most `most` values each; at least one image."""
     views = max(2 * crops.global_crops_size**2, crops.local_crops_number * crops.local_crops_size**2)
     first = height = width = 0
     for number, (rows, columns) in enumerate(sizes):
         height, width = max(height, rows), max(width, columns)
-        if number > first and (number + 1 - first) * 3 * max(height * width, views) > CHUNK:
+        if number > first and (number + 1 - first) * 3 * max(height * width, views) > most:
             yield slice(first, number)
             first, height, width = number, rows, columns
     yield slice(first, len(sizes))
@@ -338,17 +360,21 @@ def make_canvas(images: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def resample(canvas: Tensor, parameters: Tensor, size: int) -> Tensor:
-    """The boxes of `parameters` [B, 16], resized and flipped: float32 [B, size, 3, size].
+    """The boxes of `parameters` [V, B, 16], resized and flipped: float32 [V * B, size, 3, size].
 
-    As Pillow does it: columns first, and whole numbers between the passes, halves rounded up.
+    As Pillow does it: columns first, and whole numbers between the passes, halves rounded up. The weights of all views
+    are made at once, and rounded at once is what the products give: ten views take few more launches than one.
     """
     count, height, _, width = canvas.shape
-    top, left, rows, columns, flip = parameters[:, :5].unbind(1)
+    top, left, rows, columns, flip = parameters.flatten(0, 1)[:, :5].unbind(1)
     horizontal = bicubic_weights(left, columns, flip, size, width).to(canvas.dtype)
     vertical = bicubic_weights(top, rows, torch.zeros_like(flip), size, height).to(canvas.dtype)
-    narrow = (canvas.view(count, height * 3, width) @ horizontal.mT).add_(0.5).floor_().clamp_(0, 255)
-    small = (vertical @ narrow.view(count, height, 3 * size)).add_(0.5).floor_().clamp_(0, 255)
-    return small.view(count, size, 3, size).float()
+    narrow = canvas.new_empty(len(parameters), count, height * 3, size)
+    for view, weights in zip(narrow, horizontal.unflatten(0, (-1, count)), strict=True):
+        torch.bmm(canvas.view(count, height * 3, width), weights.mT, out=view)  # the canvas is never repeated
+    narrow.add_(0.5).floor_().clamp_(0, 255)
+    small = torch.bmm(vertical, narrow.view(-1, height, 3 * size)).add_(0.5).floor_().clamp_(0, 255)
+    return small.view(-1, size, 3, size).float()
 
 
 def bicubic_weights(start: Tensor, length: Tensor, flip: Tensor, size: int, extent: int) -> Tensor:
@@ -431,11 +457,10 @@ def shift_hue(pixels: Tensor, steps: Tensor) -> Tensor:
     saturation = (spread * (255 * 4096 / value.clamp(min=1)).round_() / 4096 + 0.5).floor_() / 255
     # OpenCV takes 255 steps for a turn on the way back.
     sixths = (hue + steps[:, None, None]).remainder_(256) * (6 / 255)
-    colors = []
-    for offset in (5, 3, 1):
-        k = (sixths + offset).remainder_(6)
-        colors.append(value * (1 - saturation * torch.minimum(k, 4 - k).clamp_(0, 1)))
-    return torch.stack(colors, 2).round_().clamp_(0, 255)
+    offsets = 5 - 2 * torch.arange(3, device=pixels.device)[:, None]  # of red, green and blue
+    k = (sixths[:, :, None] + offsets).remainder_(6)
+    ramps = torch.minimum(k, 4 - k).clamp_(0, 1)
+    return (value[:, :, None] * (1 - saturation[:, :, None] * ramps)).round_().clamp_(0, 255)
 
 
 def gaussian_blur(pixels: Tensor, sigma: Tensor, largest: float, products: torch.dtype) -> Tensor:

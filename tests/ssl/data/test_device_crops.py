@@ -234,8 +234,9 @@ def test_chunks_do_not_change_the_views(monkeypatch: pytest.MonkeyPatch) -> None
     drawn = [draw_views(SMALL, *image.shape[1:], np.random.default_rng(n)) for n, image in enumerate(images)]
     parameters = torch.tensor([[as_row(view) for view in views] for views in drawn])
     together = make_views(images, parameters, SMALL)
-    monkeypatch.setattr(device_crops, "CHUNK", 3 * 60 * 72 * 2)
-    assert len(list(device_crops._chunks([image.shape[1:] for image in images], SMALL))) == 3
+    most = 3 * 60 * 72 * 2
+    monkeypatch.setitem(device_crops.CHUNK, "cpu", most)
+    assert len(list(device_crops._chunks([image.shape[1:] for image in images], SMALL, most))) == 3
     for group, parts in zip(together, make_views(images, parameters, SMALL), strict=True):
         assert torch.equal(group, parts)
     narrow = make_views(images, parameters, SMALL, torch.bfloat16)
@@ -312,6 +313,16 @@ def test_one_bad_file_fails_alone() -> None:
     assert decode_jpegs([], CPU, None) == []
     assert decodes_jpegs(CPU)
     assert not decodes_jpegs(torch.device("meta"))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("nvjpegDecode: out of memory")])
+def test_no_file_is_to_blame_for_a_lack_of_memory(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode_jpeg(*_args: object, **_keywords: object) -> None:
+        raise error
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", decode_jpeg)
+    with pytest.raises(ValueError, match=r"cpu has no memory left to decode 2 JPEGs; lower batch_size"):
+        decode_jpegs([torch.zeros(9, dtype=torch.uint8)] * 2, CPU, None)
 
 
 @pytest.fixture
