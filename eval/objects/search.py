@@ -4,6 +4,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,16 @@ from tqdm import tqdm
 
 from skipless.common import distributed
 from skipless.common.pixels import resample
+from skipless.common.processes import one_thread
 from skipless.common.provenance import host_memory
 from skipless.datasets.labels.boxes import BoxSet
 from skipless.eval.backbones import Backbone, FeatureKind, pad_to_patch
 from skipless.eval.features import data_sha256
 from skipless.eval.objects.localization import Localization, bounding_box, lost, maskcut, tokencut
 from skipless.eval.reading import Unreadable, read_batches_leniently
+
+SMALL_GRAPH = 1600
+"""Patches up to which one thread is faster than several."""
 
 Method = Literal["lost", "tokencut", "maskcut"]
 
@@ -135,7 +140,10 @@ def _search_group(
                 f"{path}: {search.features} of block {block + 1} of {backbone.path} are NaN or infinite; "
                 "check the checkpoint"
             )
-        for entry, (index, picture, original), located in zip(entries, group, locate(outputs.patches), strict=True):
+        _, h, w, _ = outputs.patches.shape
+        with one_thread() if h * w <= SMALL_GRAPH else nullcontext():
+            located_group = locate(outputs.patches)
+        for entry, (index, picture, original), located in zip(entries, group, located_group, strict=True):
             objects: list[Localization] = located if isinstance(located, list) else [located]
             masks = [_pixels(item.mask, picture.shape[:2], original, patch) for item in objects]
             entry["blocks"].append(

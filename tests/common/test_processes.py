@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 
 from skipless.common import distributed
-from skipless.common.processes import spread
+from skipless.common.processes import one_thread, spread
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -23,6 +24,27 @@ def test_results_come_in_order_and_errors_arrive(processes: int) -> None:
     assert len(taken) < 40  # images must not pile up
     with pytest.raises(ValueError, match="three"):
         next(results)
+
+
+def test_one_thread_holds_inside_alone() -> None:
+    """For torch and for every library of linear algebra, also after an error."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    libraries = threadpool_info()
+    inside: list[int] = []
+
+    def fail() -> None:
+        with one_thread():
+            inside.extend([torch.get_num_threads(), *(library["num_threads"] for library in threadpool_info())])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert len(inside) > 1
+    assert set(inside) == {1}
+    assert torch.get_num_threads() == 2
+    assert threadpool_info() == libraries
+    torch.set_num_threads(before)
 
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,17 @@
 """Work for several processes."""
 
+import functools
 import multiprocessing
 import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
+
+from threadpoolctl import ThreadpoolController
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -48,6 +52,26 @@ def _start(task: Callable[[Any], Any]) -> None:
 
 def _call(item: Any) -> Any:
     return _task(item)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch and for BLAS: on small matrices several take 2 to 30 times longer than one, as they wait for
+    each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with _libraries().limit(limits=1):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@functools.cache  # looking for the loaded libraries takes longer than a small product
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def available_cores() -> int:
