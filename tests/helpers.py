@@ -193,6 +193,50 @@ def refusal(main: Callable[[list[str]], None], words: Sequence[object], capsys: 
     return error_line(capsys.readouterr().err)
 
 
+@dataclass
+class Evaluation:
+    """An evaluation's module and the words that it always gets; of words that are added, the last win."""
+
+    module: Any
+    words: list[str]
+    request: pytest.FixtureRequest
+
+    def line(self, *more: object) -> list[str]:
+        """All words."""
+        return [*self.words, *map(str, more)]
+
+    @property
+    def task(self) -> str:
+        """Its name."""
+        return str(self.module.__name__).rpartition(".")[2]
+
+    def run(self, *more: object) -> None:
+        """As a user runs it."""
+        self.module.main(self.line(*more))
+
+    def written(self, out: Path, *more: object) -> dict[str, Any]:
+        """The result, from its file; without anything that JSON lacks."""
+
+        def refuse(constant: str) -> None:
+            raise AssertionError(f"{constant} is not JSON")
+
+        self.run("--out", out, *more)
+        result: dict[str, Any] = json.loads((out / f"{self.task}.json").read_text(), parse_constant=refuse)
+        return result
+
+    def measure(self, *more: object) -> dict[str, Any]:
+        """The result."""
+        from skipless.common import cli
+
+        recipe = getattr(self.module, "recipe", None)
+        result: dict[str, Any] = self.module.evaluate(cli.parse(self.module.Settings, self.line(*more), recipe=recipe))
+        return result
+
+    def refused(self, *more: object) -> str:
+        """The sentence with which it refuses."""
+        return refusal(self.module.main, self.line(*more), self.request.getfixturevalue("capsys"))
+
+
 def tiny_vit(dim: int = 24, depth: int = 2, image_size: int = 32, **options: Any) -> Any:
     """A random VisionTransformer, always the same: patches of 8 pixels, heads of 12 or 64 channels."""
     import torch

@@ -8,21 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import DATA, few_of_voc, refusal, write_voc
+from helpers import DATA, Evaluation, few_of_voc, write_voc
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
-from skipless.common import cli
 from skipless.datasets.labels.masks import VOID
+from skipless.eval import clustering as module
 from skipless.eval.clustering import (
-    Settings,
     cluster_confusion,
-    evaluate,
     kmeans,
-    main,
     match_clusters,
     merge_clusters,
     sample_grid,
@@ -40,14 +37,10 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def command(root: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
-    common = ["--ckpt", ckpt, "--data.name", "scenes", "--data.root", root, "--cache", cache, "--device", "cpu"]
-    return list(map(str, [*common, "--size=64", *more]))
-
-
-def measure(root: Path, ckpt: Path, cache: Path, *more: object) -> dict[str, Any]:
-    """The result, in this process."""
-    return evaluate(cli.parse(Settings, command(root, ckpt, cache, *more)))
+@pytest.fixture
+def clustering(scenes: Path, tiny_ckpt: Path, cache: Path, request: pytest.FixtureRequest) -> Evaluation:
+    words = [f"--ckpt={tiny_ckpt}", "--data.name=scenes", f"--data.root={scenes}", f"--cache={cache}", "--device=cpu"]
+    return Evaluation(module, [*words, "--size=64"], request)
 
 
 def iou_of(confusion: np.ndarray, label: int, cluster: int) -> float:
@@ -151,10 +144,10 @@ def test_as_many_clusters_as_vectors() -> None:
 
 
 def test_command_leaves_a_result_a_table_and_pictures(
-    scenes: Path, tiny_ckpt: Path, cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    clustering: Evaluation, scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    main(command(scenes, tiny_ckpt, cache, "--every-block", "--seed=7", "--out", out))
+    clustering.run("--every-block", "--seed=7", "--out", out)
     printed = capfd.readouterr()
     assert "WARNING" not in printed.err + printed.out  # faiss's of small sets
     result = json.loads((out / "clustering.json").read_text())
@@ -180,20 +173,20 @@ def test_command_leaves_a_result_a_table_and_pictures(
     assert "trained" not in table
 
 
-def test_same_seed_same_bits(scenes: Path, tiny_ckpt: Path, cache: Path) -> None:
+def test_same_seed_same_bits(clustering: Evaluation, scenes: Path) -> None:
     flags = ["--clusters=9", "--seeds=2", "--blocks=1"]
-    one, same, other = (measure(scenes, tiny_ckpt, cache, *flags, f"--seed={seed}") for seed in (3, 3, 20))
+    one, same, other = (clustering.measure(*flags, f"--seed={seed}") for seed in (3, 3, 20))
     assert one["protocol"] == "scenes-clustering/kmeans-9/blocks-1 (changed)"
     assert one["details"] == same["details"]
     assert one["details"]["matching"] == "many to one"
     assert one["details"]["runs"] != other["details"]["runs"]
     # Runs are told apart by their seed alone.
-    next_one = measure(scenes, tiny_ckpt, cache, "--clusters=9", "--seeds=1", "--blocks=1", "--seed=4")
+    next_one = clustering.measure("--clusters=9", "--seeds=1", "--blocks=1", "--seed=4")
     assert next_one["value"] == one["details"]["runs"][1]["miou"]
     assert next_one["details"]["std"] is None
 
 
-def test_figures_are_of_the_labels_not_of_chance(scenes: Path, tiny_ckpt: Path, cache: Path, tmp_path: Path) -> None:
+def test_figures_are_of_the_labels_not_of_chance(clustering: Evaluation, scenes: Path, tmp_path: Path) -> None:
     """Truth that has nothing to do with the colors."""
     root = tmp_path / "VOC2012"
     (root / "SegmentationClass").mkdir(parents=True)
@@ -203,29 +196,29 @@ def test_figures_are_of_the_labels_not_of_chance(scenes: Path, tiny_ckpt: Path, 
     for path in sorted((scenes / "VOC2012/SegmentationClass").iterdir()):
         labels = np.kron(rng.integers(0, 3, (4, 4)), np.ones((16, 16))).astype(np.uint8)
         Image.fromarray(labels).save(root / "SegmentationClass" / path.name)
-    assert measure(root, tiny_ckpt, cache)["value"] < 0.45
+    assert clustering.measure("--data.root", root)["value"] < 0.45
 
 
 @pytest.mark.skipif(not DATA, reason="SKIPLESS_TEST_DATA is not set")
-def test_a_trained_backbone_is_better_than_its_untrained_twin(tmp_path: Path) -> None:
+def test_a_trained_backbone_is_better_than_its_untrained_twin(clustering: Evaluation, tmp_path: Path) -> None:
     """On 12 real photographs."""
     root, ckpt = few_of_voc(tmp_path, {"val": 12}), Path(DATA or "", "weights/vit_small_patch14_saliency.safetensors")
-    words = command(root, ckpt, tmp_path / "cache", "--data.name=voc12", "--size=112", "--clusters=60", "--seeds=2")
-    trained, floor = (evaluate(cli.parse(Settings, [*words, *more])) for more in ([], ["--untrained"]))
+    words = ["--data.name=voc12", "--data.root", root, "--ckpt", ckpt, "--cache", tmp_path / "cache"]
+    words += ["--size=112", "--clusters=60", "--seeds=2"]
+    trained, floor = (clustering.measure(*words, *more) for more in ([], ["--untrained"]))
     assert trained["protocol"] == "voc12-clustering/kmeans-60 (changed)"
     assert trained["value"] > 1.2 * floor["value"]
 
 
 def test_damaged_mask_is_named_when_features_are_there_already(
-    scenes: Path, tiny_ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    clustering: Evaluation, scenes: Path, tmp_path: Path
 ) -> None:
-    flags = command(scenes, tiny_ckpt, cache, "--seeds=1", "--out", tmp_path / "out")
-    measure(scenes, tiny_ckpt, cache, "--seeds=1")
+    clustering.measure("--seeds=1")
     path = scenes / "VOC2012/SegmentationClass/val03.png"
     whole = path.read_bytes()
     try:
         Image.fromarray(np.full((64, 64), 33, np.uint8)).save(path)
-        assert "val03.png: 4096 of 4096 pixels hold 33" in refusal(main, flags, capsys)
+        assert "val03.png: 4096 of 4096 pixels hold 33" in clustering.refused("--seeds=1", "--out", tmp_path / "out")
     finally:
         path.write_bytes(whole)
     assert not (tmp_path / "out").exists()

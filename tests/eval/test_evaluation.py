@@ -4,13 +4,11 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers import refusal, run_group
+from helpers import Evaluation, run_group
 from PIL import Image
 
 from skipless.common.precision import has_bf16
@@ -30,36 +28,17 @@ FLAGS = {
 }  # fmt: skip
 
 
-@dataclass
-class Evaluation:
-    """A command and the words it needs."""
-
-    task: str
-    words: list[str]
-
-    @property
-    def main(self) -> Callable[[list[str]], None]:
-        return importlib.import_module(f"skipless.eval.{self.task}").main
-
-    def run(self, out: Path, *more: object) -> dict[str, Any]:
-        """The result, from its file; without anything that JSON lacks."""
-        self.main([*self.words, f"--out={out}", *map(str, more)])
-
-        def refuse(constant: str) -> None:
-            raise AssertionError(f"{constant} is not JSON")
-
-        return json.loads((out / f"{self.task}.json").read_text(), parse_constant=refuse)
-
-
 Evaluations = Callable[[str], Evaluation]
 
 
 @pytest.fixture
-def evaluation_of(color_classes: Path, tiny_run: Path, tiny_voc: Path, tiny_ckpt: Path, cache: Path) -> Evaluations:
+def evaluation_of(
+    color_classes: Path, tiny_run: Path, tiny_voc: Path, tiny_ckpt: Path, cache: Path, request: pytest.FixtureRequest
+) -> Evaluations:
     def make(task: str) -> Evaluation:
         data, weights = (color_classes, tiny_run) if task in ("knn", "linear") else (tiny_voc, tiny_ckpt)
         words = [f"--ckpt={weights}", f"--data.root={data}", f"--cache={cache}", "--device=cpu"]
-        return Evaluation(task, [*words, *FLAGS[task]])
+        return Evaluation(importlib.import_module(f"skipless.eval.{task}"), [*words, *FLAGS[task]], request)
 
     return make
 
@@ -76,7 +55,7 @@ def knn(evaluation_of: Evaluations) -> Evaluation:
 
 def test_result_table_and_pictures(evaluation: Evaluation, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task, dense = evaluation.task, "--data.name=voc12" in evaluation.words
-    result = evaluation.run(tmp_path / "out", "--seed=7", "--batch-size=3", "--workers=1")
+    result = evaluation.written(tmp_path / "out", "--seed=7", "--batch-size=3", "--workers=1")
     files = {f"{task}.json", f"{task}.md"} | ({"pictures.png"} if dense else set())
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
     assert (result["task"], result["split"], result["images"]) == (task, "val", 4 if dense else 9)
@@ -96,25 +75,23 @@ def test_result_table_and_pictures(evaluation: Evaluation, tmp_path: Path, capsy
 
 
 def test_every_block_gives_what_each_block_gives_alone(evaluation: Evaluation, tmp_path: Path) -> None:
-    together = evaluation.run(tmp_path / "together", "--every-block")
+    together = evaluation.written(tmp_path / "together", "--every-block")
     entries = together["details"]["every_block"]
     assert [entry["block"] for entry in entries] == [1, 2]
     assert together["details"]["blocks"] == [2]
     for entry in entries:
-        alone = evaluation.run(tmp_path / str(entry["block"]), f"--blocks={entry['block']}")
+        alone = evaluation.written(tmp_path / str(entry["block"]), f"--blocks={entry['block']}")
         assert alone["details"]["blocks"] == [entry["block"]]
         assert alone["value"] == pytest.approx(entry.get("miou", entry.get("top1")), abs=1e-9)
     assert together["value"] == pytest.approx(alone["value"], abs=1e-9)
 
 
-def test_other_results_are_kept_and_the_same_is_made_again(
-    evaluation: Evaluation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first = evaluation.run(tmp_path / "out", "--blocks=1,2")
+def test_other_results_are_kept_and_the_same_is_made_again(evaluation: Evaluation, tmp_path: Path) -> None:
+    first = evaluation.written(tmp_path / "out", "--blocks=1,2")
     file = tmp_path / "out" / f"{evaluation.task}.json"
     before = file.read_bytes()
     for changed in ("--seed=1", "--blocks=1"):
-        line = refusal(evaluation.main, [*evaluation.words, f"--out={file.parent}", "--blocks=1,2", changed], capsys)
+        line = evaluation.refused("--out", file.parent, "--blocks=1,2", changed)
         assert f"holds another result ({first['protocol']} of {first['checkpoint']['path']})" in line
         assert f"differs in {changed[2:].partition('=')[0]}: give another --out" in line
     assert file.read_bytes() == before
@@ -122,7 +99,7 @@ def test_other_results_are_kept_and_the_same_is_made_again(
     old = {**first, "settings": dict(reversed(first["settings"].items()))}
     del old["settings"]["precision"], old["precision"]
     file.write_text(json.dumps(old))
-    again = evaluation.run(file.parent, "--blocks=1,2", "--batch-size=3", "--workers=1")
+    again = evaluation.written(file.parent, "--blocks=1,2", "--batch-size=3", "--workers=1")
     assert again["value"] == pytest.approx(first["value"], abs=2e-3)
 
 
@@ -130,7 +107,7 @@ def test_two_processes_are_as_good_as_one(evaluation: Evaluation, tmp_path: Path
     cache = f"--cache={tmp_path / 'cache'}"
     run_group(f"skipless.eval.{evaluation.task}", [*evaluation.words, cache, f"--out={tmp_path / 'two'}"])
     two = json.loads((tmp_path / "two" / f"{evaluation.task}.json").read_text())
-    one = evaluation.run(tmp_path / "one")
+    one = evaluation.written(tmp_path / "one")
     assert (two["processes"], one["processes"]) == (2, 1)
     assert two["value"] == pytest.approx(one["value"], abs=2e-3)
     for name in {"pixel_accuracy", "by_k", "held_out_top1", "learning_rate"} & {*one["details"]}:
@@ -138,25 +115,23 @@ def test_two_processes_are_as_good_as_one(evaluation: Evaluation, tmp_path: Path
 
 
 def test_untrained_weights_are_others(knn: Evaluation, tiny_run: Path, tmp_path: Path) -> None:
-    result = knn.run(tmp_path, "--untrained", "--seed=3")
+    result = knn.written(tmp_path, "--untrained", "--seed=3")
     assert result["checkpoint"]["path"] == f"untrained twin of {tiny_run}"
     assert result["checkpoint"]["sha256"] != load_backbone(tiny_run).sha256
 
 
 @pytest.mark.skipif(not has_bf16(torch.device("cpu")), reason="bf16 would be fp32 here")
-def test_the_precision_is_part_of_a_result(knn: Evaluation, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exact = knn.run(tmp_path / "out")
+def test_the_precision_is_part_of_a_result(knn: Evaluation, tmp_path: Path) -> None:
+    exact = knn.written(tmp_path / "out")
     assert exact["settings"]["precision"] == exact["precision"] == "fp32"
-    line = refusal(knn.main, [*knn.words, f"--out={tmp_path / 'out'}", "--precision=bf16"], capsys)
+    line = knn.refused("--out", tmp_path / "out", "--precision=bf16")
     assert "which differs in precision: give another --out" in line
-    low = knn.run(tmp_path / "low", "--precision=bf16")
+    low = knn.written(tmp_path / "low", "--precision=bf16")
     assert (low["settings"]["precision"], low["precision"]) == ("bf16", "fp32, products of linear layers in bf16")
     assert low["protocol"] == exact["protocol"] + "/bf16"
 
 
-def test_wrong_values_of_shared_flags_end_with_one_sentence(
-    evaluation: Evaluation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_values_of_shared_flags_end_with_one_sentence(evaluation: Evaluation, tmp_path: Path) -> None:
     for flags, *expected in (
         (["--ckpt=/nowhere/vit.pth"], "/nowhere/vit.pth", "no such checkpoint"),
         (["--data.root=/nowhere"], "/nowhere", "no such f"),
@@ -172,7 +147,7 @@ def test_wrong_values_of_shared_flags_end_with_one_sentence(
         (["--sise=3"], "sise"),
     ):
         places = [f"--cache={tmp_path / 'cache'}", f"--out={tmp_path / 'out'}"]
-        line = refusal(evaluation.main, [*evaluation.words, *places, *flags], capsys)
+        line = evaluation.refused(*places, *flags)
         assert all(words in line for words in expected), line
     assert not list(tmp_path.iterdir())
 
@@ -225,32 +200,24 @@ BAD = [
 
 @pytest.mark.parametrize("case", BAD, ids=" ".join)
 def test_wrong_values_of_own_flags_end_with_one_sentence(
-    case: tuple[str, ...],
-    evaluation_of: Evaluations,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    case: tuple[str, ...], evaluation_of: Evaluations, tmp_path: Path
 ) -> None:
     task, flags, *expected = case
     (tmp_path / "empty").mkdir()
     evaluation, empty = evaluation_of(task), tmp_path / "empty"
-    words = [*evaluation.words, f"--cache={tmp_path / 'cache'}", f"--out={tmp_path / 'out'}"]
-    line = refusal(evaluation.main, [*words, *flags.format(empty=empty).split(" ")], capsys)
+    places = [f"--cache={tmp_path / 'cache'}", f"--out={tmp_path / 'out'}"]
+    line = evaluation.refused(*places, *flags.format(empty=empty).split(" "))
     assert all(part.format(empty=empty) in line for part in expected), line
     assert list(tmp_path.iterdir()) == [empty]
 
 
 @pytest.mark.parametrize("task", ["knn", "retrieval", "clustering"])
 def test_without_faiss_a_sentence_says_what_to_install(
-    task: str,
-    evaluation_of: Evaluations,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    task: str, evaluation_of: Evaluations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before features are computed."""
     monkeypatch.setitem(sys.modules, "faiss", None)
-    evaluation = evaluation_of(task)
-    assert "pip install faiss-cpu" in refusal(evaluation.main, [*evaluation.words, f"--cache={tmp_path / 'c'}"], capsys)
+    assert "pip install faiss-cpu" in evaluation_of(task).refused("--cache", tmp_path / "cache")
     assert not list(tmp_path.iterdir())
 
 

@@ -6,12 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import DATA, ROOT, color_pictures, refusal
+from helpers import DATA, ROOT, Evaluation, color_pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,29 +21,21 @@ from skipless.common import cli
 from skipless.common.pixels import center_crop
 from skipless.datasets.images import read_image
 from skipless.datasets.labels.classes import LabeledData, class_folders
+from skipless.eval import knn as module
 from skipless.eval.backbones import Backbone, choose_blocks, load_backbone
 from skipless.eval.classification import pooled_features, vectors
 from skipless.eval.evaluation import prepare
-from skipless.eval.knn import Settings, evaluate, main, protocol_id
+from skipless.eval.knn import Settings, protocol_id
 from skipless.eval.neighbors import knn_predict, nearest
 from skipless.ssl.model.vit import VisionTransformer
 
 CLASSES = ("blue", "green", "red")
 
 
-@pytest.fixture(scope="module")
-def data(color_classes: Path) -> Path:
-    return color_classes
-
-
-@pytest.fixture(scope="module")
-def ckpt(tiny_run: Path) -> Path:
-    return tiny_run
-
-
-def command(data: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
-    common = ["--ckpt", ckpt, "--data.root", data, "--cache", cache, "--device=cpu", "--size=32", "--k=[5]", *more]
-    return list(map(str, common))
+@pytest.fixture
+def knn(color_classes: Path, tiny_run: Path, cache: Path, request: pytest.FixtureRequest) -> Evaluation:
+    words = [f"--ckpt={tiny_run}", f"--data.root={color_classes}", f"--cache={cache}", "--device=cpu"]
+    return Evaluation(module, [*words, "--size=32", "--k=[5]"], request)
 
 
 def cosines(bank: np.ndarray, queries: np.ndarray) -> np.ndarray:
@@ -121,10 +112,12 @@ def reference(backbone: Backbone, images: list[np.ndarray], size: int, resize: i
     return {"cls": [f.cls.numpy() for f in found], "mean": [f.patches.flatten(1, 2).mean(1).numpy() for f in found]}
 
 
-def test_vectors_are_class_tokens_means_or_both(data: Path, ckpt: Path, cache: Path) -> None:
+def test_vectors_are_class_tokens_means_or_both(color_classes: Path, tiny_run: Path, cache: Path) -> None:
     """224 pixels of 256, in proportion: 35 is made 32, whose 8/7 is 37."""
-    backbone, images = load_backbone(ckpt), class_folders(data, "val")
-    settings = Settings(str(ckpt), LabeledData(str(data)), blocks="2,1", cache=str(cache), device="cpu", batch_size=4)
+    backbone, images = load_backbone(tiny_run), class_folders(color_classes, "val")
+    settings = Settings(
+        str(tiny_run), LabeledData(str(color_classes)), blocks="2,1", cache=str(cache), device="cpu", batch_size=4
+    )
     features = pooled_features(prepare(settings, "knn"), images, 35)
     cls, mean = reference(backbone, [read_image(path) for path in images.places], 32, 37).values()
     for pool, expected in (("cls", cls), ("mean", mean)):
@@ -135,18 +128,18 @@ def test_vectors_are_class_tokens_means_or_both(data: Path, ckpt: Path, cache: P
     np.testing.assert_allclose(both, np.hstack([*cls, *mean])[[7, 2]], atol=4e-3)
 
 
-def test_command_leaves_a_result_and_a_table(data: Path, ckpt: Path, tmp_path: Path) -> None:
+def test_command_leaves_a_result_and_a_table(knn: Evaluation, color_classes: Path, tmp_path: Path) -> None:
     """On a Hugging Face dataset, started from this repository, whose folder `datasets` is not that package."""
     hf.disable_progress_bars()
     features = hf.Features({"image": hf.Image(), "label": hf.ClassLabel(names=list(CLASSES))})
     splits = {}
     for split, own in (("train", "train"), ("validation", "val")):
-        with np.load(data / f"{own}.npz") as file:
+        with np.load(color_classes / f"{own}.npz") as file:
             columns = {"image": [Image.fromarray(image) for image in file["images"]], "label": file["labels"].tolist()}
         splits[split] = hf.Dataset.from_dict(columns, features=features)
     hf.DatasetDict(splits).save_to_disk(str(tmp_path / "colors"))
-    flags = ["--data.name", "huggingface", "--k", "[5,3,1]", "--every-block", "--workers=1", "--out", tmp_path / "out"]
-    script = [sys.executable, "eval/knn.py", *command(tmp_path / "colors", ckpt, tmp_path / "cache", *flags)]
+    flags = [f"--data.root={tmp_path / 'colors'}", "--data.name", "huggingface", "--k", "[5,3,1]", "--every-block"]
+    script = [sys.executable, "eval/knn.py", *knn.line(*flags, "--workers=1", "--out", tmp_path / "out")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         list(map(str, script)), capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT
@@ -173,11 +166,13 @@ def test_command_leaves_a_result_and_a_table(data: Path, ckpt: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(("pool", "blocks"), [("cls", "last"), ("mean", "1"), ("both", "last4")])
-def test_figures_are_scikit_learns(data: Path, ckpt: Path, cache: Path, tmp_path: Path, pool: str, blocks: str) -> None:
+def test_figures_are_scikit_learns(
+    knn: Evaluation, color_classes: Path, tiny_run: Path, tmp_path: Path, pool: str, blocks: str
+) -> None:
     """With classes by chance, so that every neighbor matters; features are kept in half precision."""
-    backbone, x, y = load_backbone(ckpt), [], []
+    backbone, x, y = load_backbone(tiny_run), [], []
     for split in ("train", "val"):
-        with np.load(data / f"{split}.npz") as file:
+        with np.load(color_classes / f"{split}.npz") as file:
             images = file["images"]
         y.append(np.random.default_rng(len(images)).permutation(np.arange(len(images)) % 3))
         np.savez(tmp_path / f"{split}.npz", images=images, labels=y[-1])
@@ -186,7 +181,7 @@ def test_figures_are_scikit_learns(data: Path, ckpt: Path, cache: Path, tmp_path
         parts = {"cls": [cls], "mean": [mean], "both": [cls, mean]}[pool]
         x.append(np.hstack([part[block] for part in parts for block in chosen]).astype(np.float16).astype(float))
     flags = ["--data.name=arrays", f"--pool={pool}", f"--blocks={blocks}", "--k=[7,1,2,4,12,24]"]
-    found = evaluate(cli.parse(Settings, command(tmp_path, ckpt, cache, *flags)))
+    found = knn.measure("--data.root", tmp_path, *flags)
     expected = {}
     for k in (7, 1, 2, 4, 12, 24):
         classifier = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
@@ -197,42 +192,40 @@ def test_figures_are_scikit_learns(data: Path, ckpt: Path, cache: Path, tmp_path
 
 
 def test_a_vector_that_no_loss_has_seen_is_named(
-    data: Path, ckpt: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    knn: Evaluation, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = shutil.copytree(ckpt, tmp_path / "run")
+    run = shutil.copytree(tiny_run, tmp_path / "run")
     about = json.loads((run / "backbone.json").read_text())
     for trained, pool, used, expected in (
         ("mean", "cls", "cls", True), ("cls", "mean", "mean", True), ("mean", "mean", "mean", False),
         ("mean", "auto", "mean", False), ("cls", "auto", "cls", False), (None, "auto", "cls", False),
     ):  # fmt: skip
         (run / "backbone.json").write_text(json.dumps(about | {"pool": trained}))
-        found = evaluate(cli.parse(Settings, command(data, run, cache, "--data.name=arrays", f"--pool={pool}")))
+        line = ["--ckpt", run, "--data.name=arrays", f"--pool={pool}"]
+        found = knn.measure(*line)
         said = capsys.readouterr().out
         assert (found["settings"]["pool"], "/mean" in found["protocol"]) == (used, used == "mean")
         assert (f"warning: {run}: the head read the" in said) == expected
         assert (f"--pool {trained} measures" in said) == expected
         assert (f"Careful: the head read the {'CLS' if trained == 'cls' else 'mean'}" in said) == expected
-        twin = cli.parse(Settings, command(data, run, cache, "--data.name=arrays", f"--pool={pool}", "--untrained"))
-        assert evaluate(twin)["settings"]["pool"] == used
+        assert knn.measure(*line, "--untrained")["settings"]["pool"] == used
         capsys.readouterr()
 
 
-def test_figures_are_of_the_labels_not_of_chance(data: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+def test_figures_are_of_the_labels_not_of_chance(knn: Evaluation, color_classes: Path, tmp_path: Path) -> None:
     """With the classes of the training images renamed in a circle, every hit is a miss."""
     arrays = "--data.name=arrays"
-    assert evaluate(cli.parse(Settings, command(data, ckpt, cache, arrays)))["value"] > 0.7
+    assert knn.measure(arrays)["value"] > 0.7
     for split, shift in (("train", 1), ("val", 0)):
-        with np.load(data / f"{split}.npz") as file:
+        with np.load(color_classes / f"{split}.npz") as file:
             np.savez(tmp_path / f"{split}.npz", images=file["images"], labels=(file["labels"] + shift) % 3)
-    assert evaluate(cli.parse(Settings, command(tmp_path, ckpt, cache, arrays)))["value"] < 0.2
+    assert knn.measure(arrays, "--data.root", tmp_path)["value"] < 0.2
 
 
-def test_images_that_find_themselves_are_warned_of(
-    data: Path, ckpt: Path, cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(command(data, ckpt, cache))
+def test_images_that_find_themselves_are_warned_of(knn: Evaluation, capsys: pytest.CaptureFixture[str]) -> None:
+    knn.run()
     assert "warning" not in capsys.readouterr().out
-    main(command(data, ckpt, cache, "--data.split=train", "--k=[1]"))
+    knn.run("--data.split=train", "--k=[1]")
     out = capsys.readouterr().out
     assert "warning: train is both learned from and classified" in out
     assert "100.0 % top-1" in out
@@ -262,28 +255,26 @@ def test_defaults_are_the_published_ones() -> None:
     assert (chosen.temperature, chosen.pool, chosen.blocks, chosen.size) == (0.07, "auto", "last", 224)
 
 
-def test_splits_of_different_classes_are_refused(
-    ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_splits_of_different_classes_are_refused(knn: Evaluation, tmp_path: Path) -> None:
     for split, classes in (("train", "abc"), ("val", "abd")):
         np.savez(tmp_path / f"{split}.npz", images=color_pictures(3, 0), labels=[0, 1, 2], classes=list(classes))
-    last = refusal(main, command(tmp_path, ckpt, tmp_path / "cache", "--data.name=arrays", "--k=[1]"), capsys)
+    last = knn.refused("--data.root", tmp_path, "--data.name=arrays", "--k=[1]")
     assert "train and val must have the same classes, and c, d is not in both" in last
 
 
-def test_unreadable_image_is_named(data: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_image_is_named(knn: Evaluation, tmp_path: Path) -> None:
     for split in ("train", "val"):
         for name in ("a/1.png", "b/1.png"):
             (tmp_path / split / name).parent.mkdir(parents=True)
             Image.fromarray(color_pictures(1, 0)[0]).save(tmp_path / split / name)
     (tmp_path / "val/b/1.png").write_bytes(b"no image")
-    last = refusal(main, command(tmp_path, ckpt, tmp_path / "cache", "--k=[1]", "--out", tmp_path / "out"), capsys)
+    last = knn.refused("--data.root", tmp_path, "--k=[1]", "--out", tmp_path / "out")
     assert "val/b/1.png: the content is not that of" in last
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(not DATA, reason="SKIPLESS_TEST_DATA is not set")
-def test_photographs_of_a_class_are_found_by_a_trained_network(tmp_path: Path) -> None:
+def test_photographs_of_a_class_are_found_by_a_trained_network(knn: Evaluation, tmp_path: Path) -> None:
     """Three classes of imagenette, ten images each to learn from and five to classify: chance is a third."""
     source = Path(DATA or "", "imagenette128")
     for split, count in (("train", 10), ("val", 5)):
@@ -291,13 +282,7 @@ def test_photographs_of_a_class_are_found_by_a_trained_network(tmp_path: Path) -
             (tmp_path / split / folder.name).mkdir(parents=True)
             for path in sorted(folder.iterdir())[:count]:
                 (tmp_path / split / folder.name / path.name).symlink_to(path.resolve())
-    found: dict[str, Any] = evaluate(
-        cli.parse(Settings, 
-            [
-                f"--ckpt={Path(DATA or '', 'weights', 'vit_small_patch14_saliency.safetensors')}",
-                f"--data.root={tmp_path}", f"--cache={tmp_path / 'cache'}", "--size=112", "--k=[5]", "--device=cpu",
-            ]
-        )
-    )  # fmt: skip
+    ckpt = Path(DATA or "", "weights/vit_small_patch14_saliency.safetensors")
+    found = knn.measure("--ckpt", ckpt, "--data.root", tmp_path, "--cache", tmp_path / "cache", "--size=112")
     assert found["images"] == 15
     assert found["value"] > 0.5

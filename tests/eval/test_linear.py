@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import make_context, refusal, run, run_group
+from helpers import Evaluation, make_context, run, run_group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.preprocessing import StandardScaler
@@ -20,6 +20,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from skipless.common import cli
 from skipless.datasets.labels.classes import LabeledSet, arrays
+from skipless.eval import linear as module
 from skipless.eval import random_crops
 from skipless.eval.backbones import Backbone, load_backbone
 from skipless.eval.classification import Pooling
@@ -28,9 +29,7 @@ from skipless.eval.linear import (
     IDENTIFYING,
     Settings,
     choose_rate,
-    evaluate,
     hold_out,
-    main,
     predict,
     protocol_id,
     train_on_crops,
@@ -38,33 +37,23 @@ from skipless.eval.linear import (
 from skipless.eval.random_crops import Plan, read_crop, train_on_random_crops
 
 DINO = ["--data.name=arrays", "--protocol=dino", "--epochs=3", "--images-per-step=13", "--learning-rates=[0.1,10]"]
-QUICK = ["--data.name=arrays", "--epochs=20", "--images-per-step=13"]
 
 
-@pytest.fixture(scope="module")
-def data(color_classes: Path) -> Path:
+@pytest.fixture
+def linear(color_classes: Path, tiny_run: Path, cache: Path, request: pytest.FixtureRequest) -> Evaluation:
     """Three of the 30 images are held out: of 27, in steps of 13, the last step has one."""
-    return color_classes
-
-
-@pytest.fixture(scope="module")
-def ckpt(tiny_run: Path) -> Path:
-    return tiny_run
+    words = [f"--ckpt={tiny_run}", f"--data.root={color_classes}", f"--cache={cache}", "--device=cpu", "--size=32"]
+    return Evaluation(module, words, request)
 
 
 @pytest.fixture
-def backbone(ckpt: Path) -> Backbone:
-    return load_backbone(ckpt)
+def backbone(tiny_run: Path) -> Backbone:
+    return load_backbone(tiny_run)
 
 
 @pytest.fixture
-def train(data: Path) -> LabeledSet:
-    return arrays(data, "train").take(np.arange(20))
-
-
-def command(data: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
-    common = ["--ckpt", ckpt, "--data.root", data, "--cache", cache, "--device=cpu", "--size=32", *more]
-    return list(map(str, common))
+def train(color_classes: Path) -> LabeledSet:
+    return arrays(color_classes, "train").take(np.arange(20))
 
 
 def chosen(*flags: str) -> Settings:
@@ -172,16 +161,14 @@ def test_the_first_of_the_best_rates_is_chosen() -> None:
 
 @pytest.mark.parametrize("protocol", ["cached", "dino"])
 def test_the_rate_is_chosen_without_the_images_that_count(
-    data: Path, ckpt: Path, cache: Path, tmp_path: Path, protocol: str
+    linear: Evaluation, color_classes: Path, tmp_path: Path, protocol: str
 ) -> None:
     """Other labels there change the figure and nothing else."""
     flags = [*DINO, f"--protocol={protocol}"]
-    with np.load(data / "val.npz") as file:
+    with np.load(color_classes / "val.npz") as file:
         np.savez(tmp_path / "val.npz", **{**file, "labels": (file["labels"] + 1) % 3})
-    (tmp_path / "train.npz").symlink_to(data / "train.npz")
-    one, other = (
-        evaluate(cli.parse(Settings, command(root, ckpt, cache, *flags)))["details"] for root in (data, tmp_path)
-    )
+    (tmp_path / "train.npz").symlink_to(color_classes / "train.npz")
+    one, other = (linear.measure(*flags, *more)["details"] for more in ([], ["--data.root", tmp_path]))
     assert one["held_out_images"] == 3
     assert one["held_out_top1"] == other["held_out_top1"]
     assert one["learning_rate"] == other["learning_rate"] == [0.1, 10][int(np.argmax(one["held_out_top1"]))]
@@ -344,14 +331,11 @@ def test_the_name_of_a_run_holds_all_settings_but_those_of_speed_and_place() -> 
     assert {*IDENTIFYING} == {field.name for field in fields(Settings)} - speed
 
 
-def test_two_processes_train_the_heads_of_one(data: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+def test_two_processes_train_the_heads_of_one(linear: Evaluation, tmp_path: Path) -> None:
     """Also where the last step has an image for one of them alone."""
-    flags = command(data, ckpt, cache, *DINO, "--epochs=1", "--batch-size=4")
-    run_group("skipless.eval.linear", [*flags, "--out", tmp_path / "two"])
-    one, two = (
-        evaluate(cli.parse(Settings, [*flags, f"--out={tmp_path / 'one'}"])),
-        json.loads((tmp_path / "two" / "linear.json").read_text()),
-    )
+    flags = [*DINO, "--epochs=1", "--batch-size=4", "--out"]
+    run_group("skipless.eval.linear", linear.line(*flags, tmp_path / "two"))
+    one, two = linear.measure(*flags, tmp_path / "one"), json.loads((tmp_path / "two" / "linear.json").read_text())
     assert (two["processes"], one["processes"]) == (2, 1)
     assert {**two["details"], "interval_95": None} == {**one["details"], "interval_95": None}
     heads = [torch.load(tmp_path / name / "head.pt", weights_only=True)["heads"] for name in ("one", "two")]
@@ -359,16 +343,16 @@ def test_two_processes_train_the_heads_of_one(data: Path, ckpt: Path, cache: Pat
     torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-4)
 
 
-def test_command_leaves_a_result_and_a_table(data: Path, ckpt: Path, tmp_path: Path) -> None:
+def test_command_leaves_a_result_and_a_table(linear: Evaluation, color_classes: Path, tmp_path: Path) -> None:
     """Started from another folder, with relative paths, on class folders."""
-    (tmp_path / "colors").symlink_to(data)
-    flags = command(Path("colors"), ckpt, Path("cache"), "--out", "out", "--epochs=20", "--images-per-step=13")
-    done = run("skipless.eval.linear", [*flags, "--learning-rates", "[0.01,0.1]"], cwd=tmp_path)
+    (tmp_path / "colors").symlink_to(color_classes)
+    flags = ["--data.root=colors", "--cache=cache", "--out=out", "--epochs=20", "--images-per-step=13"]
+    done = run("skipless.eval.linear", linear.line(*flags, "--learning-rates", "[0.01,0.1]"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["linear.json", "linear.md"]
 
     result = json.loads((tmp_path / "out" / "linear.json").read_text())
-    name = data.name
+    name = color_classes.name
     assert (result["dataset"], result["protocol"]) == (name, f"{name}-linear/cached/32px (changed)")
     assert result["settings"]["learning_rates"] == [0.01, 0.1]
     details = result["details"]
@@ -386,24 +370,24 @@ def test_command_leaves_a_result_and_a_table(data: Path, ckpt: Path, tmp_path: P
 
 
 def test_dino_keeps_its_heads_and_does_not_train_again(
-    data: Path, ckpt: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    linear: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = command(data, ckpt, cache, *DINO, "--out", tmp_path / "out")
-    main(flags)
+    flags = [*DINO, "--out", tmp_path / "out"]
+    linear.run(*flags)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["head.pt", "linear.json", "linear.md"]
     groups = torch.load(tmp_path / "out" / "head.pt", weights_only=True)["optimizer"]["param_groups"]
     assert [group["peak"] for group in groups] == pytest.approx([0.1 * 13 / 256, 10 * 13 / 256])
     before = json.loads((tmp_path / "out" / "linear.json").read_text())
     assert before["protocol"].endswith("-linear/dino/32px (changed)")
     monkeypatch.setattr(random_crops, "add_gradients", None)
-    main([*flags, "--batch-size=5"])
+    linear.run(*flags, "--batch-size=5")
     again = json.loads((tmp_path / "out" / "linear.json").read_text())
     assert again["details"] == before["details"]
     with pytest.raises(TypeError):
-        main([*flags, "--out", str(tmp_path / "other")])
+        linear.run(*flags, "--out", tmp_path / "other")
 
 
-def test_same_seed_same_figures_and_another_seed_another_order(data: Path, ckpt: Path, cache: Path) -> None:
+def test_same_seed_same_figures_and_another_seed_another_order() -> None:
     one, same, other = (
         train_on_crops(
             [separable(1, 40)[0]], separable(1, 40)[1], 4, [0.1],
@@ -445,22 +429,22 @@ def test_defaults_are_the_published_ones() -> None:
     assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]) == (0.004, 0.9, 0.0, False)
 
 
-def test_one_training_image_is_too_few(ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_training_image_is_too_few(linear: Evaluation, tmp_path: Path) -> None:
     for split in ("train", "val"):
         np.savez(tmp_path / f"{split}.npz", images=np.zeros((1, 20, 20, 3), np.uint8), labels=[0])
-    last = refusal(main, command(tmp_path, ckpt, tmp_path / "cache", "--data.name=arrays"), capsys)
+    last = linear.refused("--data.root", tmp_path, "--data.name=arrays")
     assert "train has one image; two or more are needed, one of them held out" in last
 
 
 def test_what_is_wrong_with_the_images_that_count_shows_before_training(
-    data: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    linear: Evaluation, color_classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(random_crops, "add_gradients", None)
-    (tmp_path / "train").symlink_to(data / "train")
+    (tmp_path / "train").symlink_to(color_classes / "train")
     for name in ("blue", "green", "red"):
         (tmp_path / "val" / name).mkdir(parents=True)
         (tmp_path / "val" / name / "1.png").write_bytes(b"no image")
-    flags = [*DINO, "--data.name=folder", "--out", tmp_path / "out"]
-    last = refusal(main, command(tmp_path, ckpt, tmp_path / "cache", *flags), capsys)
+    flags = [*DINO, "--data.name=folder", "--data.root", tmp_path, "--out", tmp_path / "out"]
+    last = linear.refused(*flags)
     assert "val/blue/1.png: the content is not that of" in last
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import DATA, few_of_voc, refusal
+from helpers import DATA, Evaluation, few_of_voc
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,25 +21,18 @@ from skipless.eval.dense.outcome import Tally
 from skipless.eval.retrieval import (
     Settings,
     changed_settings,
-    evaluate,
     in_context_labels,
-    main,
     make_search,
     sample_patches,
 )
 
 NAMES = ("background", "aeroplane", "bicycle")
-SMALL = ["--size=64", "--data.train_split=train"]
 
 
-def command(voc: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
-    common = ["--ckpt", ckpt, "--data.name", "voc12", "--data.root", voc, "--cache", cache, "--device", "cpu", *more]
-    return list(map(str, common))
-
-
-def measure(voc: Path, ckpt: Path, cache: Path, *more: object) -> dict[str, Any]:
-    """The result, in this process."""
-    return evaluate(cli.parse(Settings, command(voc, ckpt, cache, *SMALL, *more)))
+@pytest.fixture
+def retrieval(tiny_voc: Path, tiny_ckpt: Path, cache: Path, request: pytest.FixtureRequest) -> Evaluation:
+    words = [f"--ckpt={tiny_ckpt}", "--data.name=voc12", f"--data.root={tiny_voc}", f"--cache={cache}", "--device=cpu"]
+    return Evaluation(module, [*words, "--size=64", "--data.train_split=train"], request)
 
 
 def units(seed: int, count: int, dim: int) -> np.ndarray:
@@ -120,11 +113,9 @@ def test_a_patch_of_several_classes_has_the_sum_of_their_counts() -> None:
     assert (kept >= 8).mean() == pytest.approx(1 / 5, abs=0.035)
 
 
-def test_command_leaves_a_result_a_table_and_pictures(
-    tiny_voc: Path, tiny_ckpt: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_command_leaves_a_result_a_table_and_pictures(retrieval: Evaluation, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    main(command(tiny_voc, tiny_ckpt, cache, *SMALL, "--every-block", "--out", out))
+    retrieval.run("--every-block", "--out", out)
     result = json.loads((out / "retrieval.json").read_text())
     assert result["protocol"] == "voc12-retrieval/hummingbird (changed)"
     assert (result["dataset"], result["official_images"], result["settings"]["k"]) == ("voc12", 1449, 30)
@@ -203,43 +194,41 @@ def test_labels_of_a_patch_are_shares_of_what_is_labeled() -> None:
     np.testing.assert_array_equal(labels, [[0.75, 0.25, 0], [0, 1, 0]])
 
 
-def test_same_seed_same_result(tiny_voc: Path, tiny_ckpt: Path, cache: Path, tmp_path: Path) -> None:
+def test_same_seed_same_result(retrieval: Evaluation) -> None:
     """Also with features from the cache; another seed takes other patches."""
     flags = ["--memory_size=240", "--blocks=last4"]
-    one, same, other = (measure(tiny_voc, tiny_ckpt, cache, *flags, f"--seed={seed}") for seed in (3, 3, 4))
+    one, same, other = (retrieval.measure(*flags, f"--seed={seed}") for seed in (3, 3, 4))
     assert one["protocol"] == "voc12-retrieval/hummingbird/blocks-1-2 (changed)"
     assert (one["details"]["memory_patches"], one["details"]["patches_per_image"]) == (240, 20)
     assert (one["value"], one["details"]["iou"]) == (same["value"], same["details"]["iou"])
     assert one["value"] != other["value"]
 
 
-def test_a_memory_of_fewer_patches_than_neighbors(tiny_voc: Path, tiny_ckpt: Path, cache: Path) -> None:
-    result = measure(tiny_voc, tiny_ckpt, cache, "--memory_size=12", "--k=50")
+def test_a_memory_of_fewer_patches_than_neighbors(retrieval: Evaluation) -> None:
+    result = retrieval.measure("--memory_size=12", "--k=50")
     assert (result["details"]["memory_patches"], result["details"]["neighbours"]) == (12, 12)
 
 
-def test_inverted_file_does_as_well(tiny_voc: Path, tiny_ckpt: Path, cache: Path) -> None:
-    exact, inverted = (measure(tiny_voc, tiny_ckpt, cache, f"--index={index}") for index in ("exact", "ivf"))
+def test_inverted_file_does_as_well(retrieval: Evaluation) -> None:
+    exact, inverted = (retrieval.measure(f"--index={index}") for index in ("exact", "ivf"))
     assert inverted["details"]["search"] == "inverted file, 2 of 27 lists, on the CPU"
     assert inverted["value"] == pytest.approx(exact["value"], abs=0.1)
 
 
-def test_large_memory_on_a_cpu_takes_an_inverted_file(
-    tiny_voc: Path, tiny_ckpt: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_memory_on_a_cpu_takes_an_inverted_file(retrieval: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "EXACT_ON_CPU", 12 * 64 - 1)
-    assert measure(tiny_voc, tiny_ckpt, cache)["details"]["search"].startswith("inverted file")
-    assert measure(tiny_voc, tiny_ckpt, cache, "--index=exact")["details"]["search"] == "exact, on the CPU"
+    assert retrieval.measure()["details"]["search"].startswith("inverted file")
+    assert retrieval.measure("--index=exact")["details"]["search"] == "exact, on the CPU"
 
 
-def test_figures_are_of_the_labels_not_of_chance(tiny_voc: Path, tiny_ckpt: Path, cache: Path, tmp_path: Path) -> None:
+def test_figures_are_of_the_labels_not_of_chance(retrieval: Evaluation, tiny_voc: Path, tmp_path: Path) -> None:
     """With the masks of validation exchanged among the images, little is left."""
     data = tmp_path / "VOCdevkit"
     shutil.copytree(tiny_voc, data)
     masks = Path("VOC2012", "SegmentationClass")
     for index in range(4):
         shutil.copy(tiny_voc / masks / f"val{(index + 1) % 4:02}.png", data / masks / f"val{index:02}.png")
-    assert measure(data, tiny_ckpt, cache)["value"] < 0.4
+    assert retrieval.measure("--data.root", data)["value"] < 0.4
 
 
 def test_published_settings_are_not_changed() -> None:
@@ -258,55 +247,50 @@ def test_published_settings_are_not_changed() -> None:
 
 
 @pytest.mark.skipif(not DATA, reason="SKIPLESS_TEST_DATA is not set")
-def test_a_trained_backbone_is_better_than_its_untrained_twin(tmp_path: Path) -> None:
+def test_a_trained_backbone_is_better_than_its_untrained_twin(retrieval: Evaluation, tmp_path: Path) -> None:
     """On 16 and 5 real photographs."""
     root = few_of_voc(tmp_path, {"train": 16, "val": 5})
     ckpt = Path(DATA or "", "weights/vit_small_patch14_saliency.safetensors")
-    trained, floor = (measure(root, ckpt, tmp_path / "cache", "--size=112", *more) for more in ([], ["--untrained"]))
+    words = ["--data.root", root, "--ckpt", ckpt, "--cache", tmp_path / "cache", "--size=112"]
+    trained, floor = (retrieval.measure(*words, *more) for more in ([], ["--untrained"]))
     assert trained["details"]["pixel_accuracy"] > floor["details"]["pixel_accuracy"]
     assert trained["value"] > 1.2 * floor["value"]
 
 
 def test_memory_that_cannot_fit_is_refused(
-    tiny_voc: Path, tiny_ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    retrieval: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """12 x 64 patches of 192 channels of 4 bytes and 21 labels of 2."""
     need = 12 * 64 * (192 * 4 + 21 * 2)
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": need - 1}.__getitem__)
-    last = refusal(main, command(tiny_voc, tiny_ckpt, tmp_path / "cache", *SMALL), capsys)
+    last = retrieval.refused("--cache", tmp_path / "cache")
     assert "a memory of 768 patches needs 0.0 GB" in last
     assert "smaller --memory-size" in last
     assert not (tmp_path / "cache").exists()
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": need}.__getitem__)
-    measure(tiny_voc, tiny_ckpt, tmp_path / "cache")
+    retrieval.measure("--cache", tmp_path / "cache")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_damaged_mask_is_named(
-    tiny_voc: Path, tiny_ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str
-) -> None:
+def test_damaged_mask_is_named(retrieval: Evaluation, tiny_voc: Path, tmp_path: Path, split: str) -> None:
     """Also when features are there already."""
     data = tmp_path / "VOCdevkit"
     shutil.copytree(tiny_voc, data)
-    flags = command(data, tiny_ckpt, tmp_path / "cache", *SMALL, "--out", tmp_path / "out")
+    words = ["--data.root", data, "--cache", tmp_path / "cache"]
+    flags = [*words, "--out", tmp_path / "out"]
     path = data / f"VOC2012/SegmentationClass/{split}03.png"
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(path)
-    assert f"{split}03.png" in refusal(main, flags, capsys)
+    assert f"{split}03.png" in retrieval.refused(*flags)
     shutil.copy(tiny_voc / f"VOC2012/SegmentationClass/{split}03.png", path)
-    main(command(data, tiny_ckpt, tmp_path / "cache", *SMALL))
-    capsys.readouterr()
+    retrieval.run(*words)
     Image.fromarray(np.full((64, 80), 33, np.uint8)).save(path)
-    assert f"{split}03.png: 5120 of 5120 pixels hold 33" in refusal(main, flags, capsys)
+    assert f"{split}03.png: 5120 of 5120 pixels hold 33" in retrieval.refused(*flags)
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_memory_of_void_alone_is_refused(
-    tiny_voc: Path, tiny_ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_memory_of_void_alone_is_refused(retrieval: Evaluation, tiny_voc: Path, tmp_path: Path) -> None:
     data = tmp_path / "VOCdevkit"
     shutil.copytree(tiny_voc, data)
     for path in (data / "VOC2012/SegmentationClass").glob("train*.png"):
         Image.fromarray(np.full((64, 80), VOID, np.uint8)).save(path)
-    assert "voc12 train has no labeled patch" in refusal(
-        main, command(data, tiny_ckpt, tmp_path / "cache", *SMALL), capsys
-    )
+    assert "voc12 train has no labeled patch" in retrieval.refused("--data.root", data, "--cache", tmp_path / "cache")

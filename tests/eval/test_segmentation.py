@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, refusal, run, run_group, tiny_vit
+from helpers import ROOT, Evaluation, run, run_group, tiny_vit
 from PIL import Image
 from safetensors.torch import save_file
 
 from skipless.common import cli
-from skipless.eval.segmentation import Settings, changed_settings, evaluate, main, recipe
+from skipless.eval import segmentation as module
+from skipless.eval.segmentation import Settings, changed_settings, recipe
 
 NAMES = ("background", "aeroplane", "bicycle")
 # mmseg with everything a sixteenth, and a short schedule.
@@ -32,29 +33,15 @@ def parse(words: list[str]) -> Settings:
     return cli.parse(Settings, words, recipe=recipe)
 
 
-@pytest.fixture(scope="module")
-def voc(tiny_voc: Path) -> Path:
-    return tiny_voc
+@pytest.fixture
+def segmentation(tiny_voc: Path, tiny_ckpt: Path, cache: Path, request: pytest.FixtureRequest) -> Evaluation:
+    words = [f"--ckpt={tiny_ckpt}", "--data.name=voc12", f"--data.root={tiny_voc}", f"--cache={cache}", "--device=cpu"]
+    return Evaluation(module, words, request)
 
 
-@pytest.fixture(scope="module")
-def ckpt(tiny_ckpt: Path) -> Path:
-    return tiny_ckpt
-
-
-def command(voc: Path, ckpt: Path, cache: Path, *more: object) -> list[str]:
-    common = ["--ckpt", ckpt, "--data.name", "voc12", "--data.root", voc, "--cache", cache, "--device", "cpu", *more]
-    return list(map(str, common))
-
-
-def measure(voc: Path, ckpt: Path, cache: Path, *more: object) -> dict[str, Any]:
-    """The result, in this process."""
-    return evaluate(parse(command(voc, ckpt, cache, *more)))
-
-
-def test_command_leaves_a_result_a_table_and_pictures(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+def test_command_leaves_a_result_a_table_and_pictures(segmentation: Evaluation, tmp_path: Path) -> None:
     flags = [*QUICK, "--every-block", "--out", tmp_path / "out"]
-    done = run("skipless.eval.segmentation", command(voc, ckpt, cache, *flags))
+    done = run("skipless.eval.segmentation", segmentation.line(*flags))
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     result = json.loads((out / "segmentation.json").read_text())
@@ -77,20 +64,20 @@ def test_command_leaves_a_result_a_table_and_pictures(voc: Path, ckpt: Path, cac
     assert table.strip() in done.stdout
 
 
-def test_same_seed_same_result(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+def test_same_seed_same_result(segmentation: Evaluation, cache: Path, tmp_path: Path) -> None:
     """Also with features from the cache, and with other batches of the backbone."""
     flags = [*QUICK, "--blocks=last4"]
-    one, same = (measure(voc, ckpt, cache, *flags) for _ in range(2))
-    fresh = measure(voc, ckpt, tmp_path / "cache", *flags, "--batch_size=1")
+    one, same = (segmentation.measure(*flags) for _ in range(2))
+    fresh = segmentation.measure(*flags, "--cache", tmp_path / "cache", "--batch_size=1")
     assert one["details"]["blocks"] == [1, 2]
     assert one["value"] == same["value"]
     assert one["details"]["iou"] == same["details"]["iou"]
     assert fresh["value"] == pytest.approx(one["value"], abs=2e-3)  # sums in another order
 
 
-def test_mmseg_solves_colors_and_keeps_its_head(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+def test_mmseg_solves_colors_and_keeps_its_head(segmentation: Evaluation, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    main(command(voc, ckpt, cache, *SHORT, "--every-block", "--out", out))
+    segmentation.run(*SHORT, "--every-block", "--out", out)
     result = json.loads((out / "segmentation.json").read_text())
     assert result["protocol"] == "voc12-linear/mmseg (changed)"
     assert result["value"] > 0.8
@@ -100,22 +87,22 @@ def test_mmseg_solves_colors_and_keeps_its_head(voc: Path, ckpt: Path, cache: Pa
     assert torch.load(out / "head.pt", weights_only=True)["heads.1.2.weight"].shape == (21, 192, 1, 1)
 
 
-def test_figures_are_of_the_labels_not_of_chance(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+def test_figures_are_of_the_labels_not_of_chance(segmentation: Evaluation, tiny_voc: Path, tmp_path: Path) -> None:
     """With the masks of validation exchanged among the images, little is left."""
     data = tmp_path / "VOCdevkit"
-    shutil.copytree(voc, data)
+    shutil.copytree(tiny_voc, data)
     masks = Path("VOC2012", "SegmentationClass")
     for index in range(4):
-        shutil.copy(voc / masks / f"val{(index + 1) % 4:02}.png", data / masks / f"val{index:02}.png")
-    assert measure(data, ckpt, cache, *QUICK)["value"] < 0.4
+        shutil.copy(tiny_voc / masks / f"val{(index + 1) % 4:02}.png", data / masks / f"val{index:02}.png")
+    assert segmentation.measure("--data.root", data, *QUICK)["value"] < 0.4
 
 
-def test_two_processes_train_the_head_of_one(voc: Path, ckpt: Path, cache: Path, tmp_path: Path) -> None:
+def test_two_processes_train_the_head_of_one(segmentation: Evaluation, tmp_path: Path) -> None:
     """Same head, same running statistics, same counts: with void pixels that are unevenly spread, too."""
     flags = [*SHORT, "--training.optimizer.iterations=10", "--seed=5", "--out"]
-    run_group("skipless.eval.segmentation", command(voc, ckpt, cache, *flags, tmp_path / "two"))
+    run_group("skipless.eval.segmentation", segmentation.line(*flags, tmp_path / "two"))
     two = json.loads((tmp_path / "two" / "segmentation.json").read_text())
-    one = measure(voc, ckpt, cache, *flags, tmp_path / "one")
+    one = segmentation.measure(*flags, tmp_path / "one")
     assert (two["processes"], one["processes"]) == (2, 1)
     assert two["value"] == pytest.approx(one["value"], abs=2e-3)
     assert two["details"]["pixel_accuracy"] == pytest.approx(one["details"]["pixel_accuracy"], abs=2e-3)
@@ -145,8 +132,8 @@ def test_printed_settings_are_those_of_the_protocol(capsys: pytest.CaptureFixtur
     assert printed["training"]["optimizer"]["iterations"] is None
 
 
-def test_other_blocks_are_named_in_the_id(voc: Path, ckpt: Path, cache: Path) -> None:
-    result = measure(voc, ckpt, cache, *QUICK, "--blocks=1,2")
+def test_other_blocks_are_named_in_the_id(segmentation: Evaluation) -> None:
+    result = segmentation.measure(*QUICK, "--blocks=1,2")
     assert result["protocol"] == "voc12-linear/quick/blocks-1-2 (changed)"
     assert "training" not in result["settings"]
 
@@ -208,19 +195,13 @@ def damage_size(folder: Path) -> None:
     ],
 )
 def test_damaged_data_is_named(
-    voc: Path,
-    ckpt: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    protocol: str,
-    damage: Any,
-    words: list[str],
+    segmentation: Evaluation, tiny_voc: Path, tmp_path: Path, protocol: str, damage: Any, words: list[str]
 ) -> None:
     data = tmp_path / "VOCdevkit"
-    shutil.copytree(voc, data)
+    shutil.copytree(tiny_voc, data)
     damage(data / "VOC2012")
     flags = QUICK if protocol == "quick" else SHORT
-    last = refusal(main, command(data, ckpt, tmp_path / "cache", *flags, "--out", tmp_path / "out"), capsys)
+    last = segmentation.refused("--data.root", data, "--cache", tmp_path / "cache", *flags, "--out", tmp_path / "out")
     for word in words:
         assert word in last
     assert not list(tmp_path.glob("out/*"))
@@ -228,14 +209,14 @@ def test_damaged_data_is_named(
 
 @pytest.mark.parametrize("damage", [damage_label, damage_size])
 def test_masks_are_checked_when_features_are_there_already(
-    voc: Path, ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any
+    segmentation: Evaluation, tiny_voc: Path, tmp_path: Path, damage: Any
 ) -> None:
     data = tmp_path / "VOCdevkit"
-    shutil.copytree(voc, data)
-    measure(data, ckpt, tmp_path / "cache", *QUICK, "--quick.epochs=1")
+    shutil.copytree(tiny_voc, data)
+    words = ["--data.root", data, "--cache", tmp_path / "cache", *QUICK]
+    segmentation.measure(*words, "--quick.epochs=1")
     damage(data / "VOC2012")
-    last = refusal(main, command(data, ckpt, tmp_path / "cache", *QUICK), capsys)
-    assert "SegmentationClass/train03.png" in last
+    assert "SegmentationClass/train03.png" in segmentation.refused(*words)
 
 
 class RunsCode:
@@ -250,32 +231,30 @@ def test_another_training_split_is_a_changed_setting() -> None:
 
 
 def test_checkpoint_with_code_in_it_is_refused(
-    voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    segmentation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"model": tiny_vit(192, image_size=64).state_dict(), "more": RunsCode()}, tmp_path / "evil.pth")
-    last = refusal(main, command(voc, tmp_path / "evil.pth", tmp_path / "cache", *QUICK), capsys)
+    last = segmentation.refused("--ckpt", tmp_path / "evil.pth", "--cache", tmp_path / "cache", *QUICK)
     assert "evil.pth" in last
     assert "could run code" in last
     assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("flags", [QUICK, SHORT])
-def test_numbers_that_are_none_are_refused(
-    voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
-) -> None:
+def test_numbers_that_are_none_are_refused(segmentation: Evaluation, tmp_path: Path, flags: list[str]) -> None:
     tensors = tiny_vit(192, image_size=64).state_dict()
     save_file(tensors | {"norm.bias": torch.full((192,), torch.nan)}, tmp_path / "nan.safetensors")
-    last = refusal(main, command(voc, tmp_path / "nan.safetensors", tmp_path / "cache", *flags), capsys)
+    last = segmentation.refused("--ckpt", tmp_path / "nan.safetensors", "--cache", tmp_path / "cache", *flags)
     assert "nan.safetensors has NaN or infinite weights, in norm.bias" in last
     # Finite weights whose features overflow.
     save_file(tensors | {"blocks.1.mlp.fc2.bias": torch.full((192,), 1e30)}, tmp_path / "huge.safetensors")
-    last = refusal(main, command(voc, tmp_path / "huge.safetensors", tmp_path / "cache", *flags), capsys)
+    last = segmentation.refused("--ckpt", tmp_path / "huge.safetensors", "--cache", tmp_path / "cache", *flags)
     assert "huge.safetensors" in last
     assert "are NaN or infinite" in last
 
 
-def test_underscores_and_dashes_are_one(voc: Path) -> None:
+def test_underscores_and_dashes_are_one() -> None:
     words = [["--batch-size=3", "--every-block", "--data.train-split=a-b"]]
     words.append(["--batch_size", "3", "--every_block", "--data.train_split", "a-b"])
     one, two = (parse([*SOURCE, *flags]) for flags in words)
