@@ -239,8 +239,13 @@ class DINOLoss(nn.Module):
         p = self._assign(teacher.detach(), temperature).unflatten(0, (2, -1))  # [2, B, K]
         # As H is linear in p, a student view's teachers are summed before they meet it, and no pair is ever formed.
         both, batch = p.sum(0), p.shape[1]
-        targets = ((both - p[view], 1) if view < 2 else (both, 2) for view in range(views))
-        loss = CrossEntropy.apply(student, targets, batch, self.student_temperature, 1 / (2 * (views - 1) * batch))
+        rows: int | list[int] = batch
+        targets: Iterable[tuple[Tensor, int]] = (
+            (both - p[view], 1) if view < 2 else (both, 2) for view in range(views)
+        )
+        if student.is_cuda:  # all globals, then all locals: a GPU has the memory, and wants few, large kernels
+            rows, targets = [2 * batch, len(student) - 2 * batch], [(both - p, 1), (both, 2)]
+        loss = CrossEntropy.apply(student, targets, rows, self.student_temperature, 1 / (2 * (views - 1) * batch))
 
         with torch.no_grad():
             self._logit_sum += teacher.float().sum(0)
@@ -277,23 +282,25 @@ class CrossEntropy(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         targets: Iterable[tuple[Tensor, Tensor | int]],
-        rows: int,
+        rows: int | list[int],
         temperature: float,
         weight: float,
     ) -> Tensor:
         """Logits [N, K] -> `weight` times the sum over all rows, in float32.
 
-        `targets`: for each `rows` of the logits, one after the other, [rows, K] in float32, and what each of them adds
-        up to: a number, or [rows, 1].
+        `targets`: for each `rows` of the logits, one after the other, [..., B, K] in float32, used again and again
+        where there are fewer of them than rows, and what each adds up to: a number, or [B, 1].
         """
         gradient = torch.empty_like(logits)
         loss = torch.zeros((), device=logits.device)
         for part, of_part, (target, total) in zip(logits.split(rows), gradient.split(rows), targets, strict=True):
             z = part.to(target.dtype) / temperature
+            z = z.view(len(part) // max(1, target.shape[-2]), *target.shape[-2:])
             log_norm = z.logsumexp(dim=-1, keepdim=True)
             loss += (total * log_norm).sum() - (target * z).sum()
             # total * softmax(z) - target
-            of_part.copy_(z.sub_(log_norm).exp_().mul_(total).sub_(target).mul_(weight / temperature))
+            z.sub_(log_norm).exp_().mul_(total).sub_(target).mul_(weight / temperature)
+            of_part.copy_(z.view_as(of_part))
         ctx.save_for_backward(gradient)
         ctx.rows = rows
         return loss * weight

@@ -48,8 +48,15 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, patch, patch)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, h * w, D], rows first."""
-        return self.proj(images).flatten(2).transpose(1, 2)
+        """[B, 3, H, W] -> [B, h * w, D], rows first.
+
+        On CUDA as a product, which is what it is: cuDNN's convolution may round to TF32 where float32 is promised.
+        """
+        if not images.is_cuda:
+            return self.proj(images).flatten(2).transpose(1, 2)
+        (b, c, height, width), p = images.shape, self.proj.stride[0]
+        patches = images.view(b, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.reshape(b, -1, c * p * p), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):

@@ -66,13 +66,58 @@ def parallelize(
         keep_freed_memory()
     trains = any(parameter.requires_grad for parameter in network.parameters())
     wrapped = network
+    if device.type == "cuda" and precision == "bf16" and not shard:
+        wrapped = Bf16Weights(network)
     if shard:
         _shard(network, precision == "bf16", trains)
     elif trains and distributed.world_size() > 1:
         devices = [device] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(network, devices, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(wrapped, devices, gradient_as_bucket_view=True)
     forward = torch.compile(wrapped, dynamic=False) if compile else wrapped
     return Parallel(wrapped, forward, autocast(device, precision == "bf16"))
+
+
+class Bf16Weights(nn.Module):
+    """A network whose linear layers read bf16 copies of their weights, made a block at a time in one kernel.
+
+    The numbers are those of autocast, which makes the same copies one by one, in every call, and as many casts of their
+    gradients: 300 launches of a step. Block by block, so that DistributedDataParallel has a block's gradients as soon
+    as its backward pass is done; all at once where there is none.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.groups: dict[str, list[str]] = {}
+        trains = any(parameter.requires_grad for parameter in network.parameters())
+        for name, module in network.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                block = name.split(".blocks.")[-1].split(".")[0] if ".blocks." in name and trains else ""
+                own = [f"{name}.{kind}" for kind, _ in module.named_parameters(recurse=False)]
+                self.groups.setdefault(block, []).extend(own)
+
+    def forward(self, *inputs: Any) -> Any:
+        """What the network gives."""
+        parameters, copies = dict(self.network.named_parameters()), {}
+        for names in self.groups.values():
+            copies.update(zip(names, _Bf16Copies.apply(*(parameters[name] for name in names)), strict=True))
+        return torch.func.functional_call(self.network, copies, inputs)
+
+
+class _Bf16Copies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        return _cast_together(weights, torch.bfloat16)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return _cast_together(gradients, torch.float32)
+
+
+def _cast_together(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    cast = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
+    torch._foreach_copy_(cast, tensors)
+    return cast
 
 
 def _shard(model: Any, bf16: bool, trains: bool) -> None:
