@@ -8,6 +8,7 @@
 No label file is needed. Where the folders right below the root are classes, `labels` and `classes` come from them.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from skipless.datasets.storage.decode import decode
-from skipless.datasets.storage.folder import walk_images
+from skipless.datasets.storage.folder import read_file, walk_images
 from skipless.datasets.storage.huggingface import Table, open_table
-from skipless.datasets.storage.names import EXTENSIONS, Names, folder_classes
+from skipless.datasets.storage.names import EXTENSIONS, Names, folder_classes, remarks, without_masks
 from skipless.datasets.storage.remote import reason_of
 from skipless.datasets.storage.shards import INDEX, Shards, read_index, read_shard_member
 from skipless.datasets.storage.tar import expand_braces, scan_shards
@@ -61,6 +62,8 @@ class ImageSource:
     """Called with a row of `members`: the bytes of an image. Raises OSError and ValueError."""
     origin: str = ""
     """What was opened, for messages: the path, a tar's folder, the URL or hf:NAME."""
+    remarks: tuple[str, ...] = ()
+    """Sentences where the images may be others, or fewer, than were meant."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -77,7 +80,7 @@ class ImageSource:
         """The image's file as it is stored. Raises UnreadableImage."""
         try:
             if self.members is None or self.fetch is None:
-                return (self.root / self.names[index]).read_bytes()
+                return read_file(self.root / self.names[index])
             return self.fetch(*self.members[index].tolist())
         except (OSError, ValueError) as error:
             raise UnreadableImage(self.place(index), reason_of(error)) from error
@@ -100,9 +103,10 @@ def open_images(path: str | Path) -> ImageSource:
         hf:NAME, hf:NAME:SPLIT               a data set on the hub, or a folder that save_to_disk wrote (which needs no
                                              hf:); without SPLIT, train
 
-    In folders and archives, looks at names only (.jpg, .jpeg, .png, .webp, .bmp in any case), at any depth; follows
-    symbolic links to files and to folders, except back into a folder they lie in; skips hidden files and folders and
-    `__MACOSX`. Files that turn out unreadable are part of the list: `ImageSource.read` raises for them.
+    In folders and archives, looks at names only (.jpg, .jpeg, .png, .webp, .bmp, .tif, .tiff, .gif in any case), at any
+    depth; follows symbolic links to files and to folders, except back into a folder they lie in; skips hidden files and
+    folders, `__MACOSX`, and label masks where they lie beside images as data sets have them (see `names.MASKS`). Files
+    that turn out unreadable are part of the list: `ImageSource.read` raises for them.
 
     Raises FileNotFoundError for a path that does not exist, ValueError for a file that is no archive, a damaged
     archive, shard or index, zip members that are encrypted or compressed otherwise than by deflate, a missing package,
@@ -127,35 +131,41 @@ def open_images(path: str | Path) -> ImageSource:
         raise FileNotFoundError(f"{root}: no such folder or zip archive of images")
     if root.suffix.lower() == ".tar":
         return _from_shards(root, scan_shards([str(root)]), str(root.parent))
-    names, members = list_archive(root)
-    return _from_names(root, names, origin, members, partial(read_zip_member, root))
+    names, members, others = list_archive(root)
+    return _from_names(root, names, origin, others, members, partial(read_zip_member, root))
 
 
 def _from_folder(root: Path, origin: str) -> ImageSource:
     if (root / "dataset_dict.json").is_file() or (root / "dataset_info.json").is_file():
         return from_table(str(root), open_table(str(root)), origin)
-    names = sorted(walk_images(root))
+    names, others = walk_images(root)
     tars = [] if names else sorted(str(path) for path in root.glob("*.tar") if path.is_file())
-    return _from_shards(root, scan_shards(tars), origin) if tars else _from_names(root, names, origin)
+    return _from_shards(root, scan_shards(tars), origin) if tars else _from_names(root, sorted(names), origin, others)
 
 
 def _from_names(
     root: Path,
     names: list[str],
     origin: str,
+    others: Counter[str],
     members: np.ndarray | None = None,
     fetch: Callable[..., bytes] | None = None,
 ) -> ImageSource:
     if not names:
-        raise ValueError(f"{root}: no image found (looked for {', '.join(EXTENSIONS)}, in subfolders too)")
-    return ImageSource(root, Names(names), *folder_classes(names), members, fetch, origin)
+        kinds = f"; {sum(others.values()):,} files of kinds that are not read: {', '.join(others)}" if others else ""
+        raise ValueError(f"{root}: no image found (looked for {', '.join(EXTENSIONS)}, in subfolders too{kinds})")
+    rows, folders = without_masks(names)
+    said = remarks(names, len(names) - len(rows), folders, others)
+    if len(rows) < len(names):
+        names, members = [names[row] for row in rows], None if members is None else members[rows]
+    return ImageSource(root, Names(names), *folder_classes(names), members, fetch, origin, tuple(said))
 
 
 def _from_shards(root: Path, shards: Shards, origin: str) -> ImageSource:
     if not len(shards.names):
         raise ValueError(f"{root}: no image found in these tars (looked for KEY{', KEY'.join(EXTENSIONS)})")
     fetch = partial(read_shard_member, shards.files)
-    return ImageSource(root, shards.names, shards.labels, shards.classes, shards.table, fetch, origin)
+    return ImageSource(root, shards.names, shards.labels, shards.classes, shards.table, fetch, origin, shards.remarks)
 
 
 def from_table(name: str, table: Table, origin: str) -> ImageSource:
@@ -168,6 +178,6 @@ def from_table(name: str, table: Table, origin: str) -> ImageSource:
 def read_image(path: str | Path, min_side: int = 0) -> np.ndarray:
     """One image file as uint8 [H, W, 3] RGB (see `decode`). Raises UnreadableImage, for a missing file too."""
     try:
-        return decode(Path(path).read_bytes(), min_side)
+        return decode(read_file(path), min_side)
     except (OSError, ValueError) as error:
         raise UnreadableImage(path, getattr(error, "strerror", None) or str(error)) from error

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from skipless.common import cli
 from skipless.common.distributed import rank, world_size
-from skipless.common.provenance import host_memory
+from skipless.common.memory import host_memory
 from skipless.datasets.labels.masks import SegmentationSet
 from skipless.eval.dense.data import DataSettings, described, open_split, square_features
 from skipless.eval.dense.labels import predict, read_label_shares

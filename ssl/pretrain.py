@@ -75,7 +75,7 @@ def pretrain(cfg: Settings) -> Path:
     alarm, ln_k = CollapseAlarm(cfg.dino.out_dim, schedule.warmup), math.log(cfg.dino.out_dim)
     where = f"on {device}" if crops_on_device(cfg.crops, device) else "by the loader"
     run.open(start, f"{len(images):,} images of {images.origin}", student.backbone, f"; crops: made {where}")
-    run.say(*monitor.introduction(), *notes)
+    run.say(*images.remarks, *monitor.introduction(), *notes)
 
     def measure_teacher(step: int) -> None:
         if run.measure_due(step, cfg.monitor.every_epochs, monitor.metric):
@@ -119,7 +119,7 @@ def pretrain(cfg: Settings) -> Path:
             run.save(done)
         if interrupted:
             return run.stop(done)
-    return run.finish(full_backbone(teacher), "the teacher's backbone", {"pool": cfg.model.pool})
+    return run.finish(full_backbone(teacher), "the teacher's backbone", {"pool": cfg.model.pool}, unreadable.in_words())
 
 
 def check_and_resolve(cfg: Settings, images: ImageSource, device: torch.device) -> tuple[Settings, list[str]]:

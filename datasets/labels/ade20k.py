@@ -77,6 +77,7 @@ def ade20k(root: str | Path, split: Literal["train", "val"]) -> SegmentationSet:
         _class_names(root / "objectInfo150.txt"),
         np.frombuffer(_COLORS, np.uint8).reshape(-1, 3).copy(),
         label_table(1, len(CLASSES), void=[0]),
+        "0 other, 1 to 150 classes",
     )
 
 

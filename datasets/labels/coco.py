@@ -73,6 +73,7 @@ def _members() -> list[tuple[str, str]]:
     return things + sorted(stuff)
 
 
+CONVENTION = "category id - 1, 255 unlabeled"
 FINE = tuple(name for name, _ in _members() if name != "-")
 """The 80 thing and 91 stuff classes, in the order of their ids."""
 
@@ -93,7 +94,8 @@ def coco_stuff(root: str | Path, split: Literal["train", "val"], classes: Litera
     Every image needs its map and every map its image. Files NAME_labelTrainIds.png, which mmsegmentation writes beside
     the maps, are left out. The authors give colors to stuff only, so colors are `distinct_colors`.
 
-    Raises FileNotFoundError for a missing folder, image or map, ValueError for another split.
+    Raises FileNotFoundError for a missing folder, image or map, ValueError for another split, and where the values of
+    the maps are plainly those of another convention.
     """
     if split not in ("train", "val"):
         raise ValueError(f"COCO-Stuff has the splits train and val, not {split}")
@@ -110,7 +112,7 @@ def coco_stuff(root: str | Path, split: Literal["train", "val"], classes: Litera
     for value, (name, parent) in enumerate(_members()):
         if name != "-":
             labels[value] = class_names.index(name if classes == 171 else parent)
-    return SegmentationSet(
+    found = SegmentationSet(
         f"coco-stuff-{classes}",
         split,
         names,
@@ -119,7 +121,17 @@ def coco_stuff(root: str | Path, split: Literal["train", "val"], classes: Litera
         class_names,
         distinct_colors(classes),
         labels,
+        CONVENTION,
     )
+    seen = found.values_seen()
+    # By the other convention there is no 255, and 11, 25, ... are in use: the release has given up ids 12, 26, ...
+    shifted = [value for value in sorted(seen) if labels[value] < 0]
+    if VOID not in seen and (shifted or (0 in seen and len(found) >= 16)):
+        raise ValueError(
+            f"{masks}: the maps hold {shifted[0] if shifted else 0} and no 255, as where the values are the ids "
+            f"themselves and 0 is unlabeled; COCO-Stuff's release has {CONVENTION}: subtract 1, so that 0 becomes 255"
+        )
+    return found
 
 
 def coco_boxes(annotations: str | Path, images: str | Path) -> BoxSet:

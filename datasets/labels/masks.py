@@ -9,6 +9,7 @@ Masks and boxes are drawn on the pixels as stored, so images are read with `read
 orientation aside, where `skipless.datasets.images.read_image` would turn the picture under its labels.
 """
 
+import contextlib
 import io
 import os
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 from skipless.datasets.images import UnreadableImage, read_image
-from skipless.datasets.storage.decode import PILLOW_FORMATS
+from skipless.datasets.storage.decode import PILLOW_FORMATS, require_memory
+from skipless.datasets.storage.folder import read_file
 
 VOID = 255
 """Label of pixels that are ignored: neither trained on nor scored."""
@@ -44,6 +46,8 @@ class SegmentationSet:
     """uint8 [C, 3] RGB, to show labels with."""
     labels: np.ndarray
     """int16 [256], the label of each value in a file: 0..C-1, VOID where it is ignored, -1 where it must not occur."""
+    convention: str = ""
+    """What the values mean as the authors give them, for messages."""
 
     def __post_init__(self) -> None:
         """Raises FileNotFoundError where a file of the set is missing, naming the first and how many there are."""
@@ -67,7 +71,8 @@ class SegmentationSet:
             raise UnreadableImage(
                 self.masks[index],
                 f"{wrong.size} of {values.size} pixels hold {_ranges(np.unique(wrong))}, where {self.name} masks hold "
-                f"{_ranges(allowed)}; check that this is the label file of {self.name}",
+                f"{_ranges(allowed)}{self.convention and f' ({self.convention})'}; check that this is the label file "
+                f"of {self.name}",
             )
         return labels.astype(np.uint8)
 
@@ -87,6 +92,14 @@ class SegmentationSet:
             raise UnreadableImage(self.images[index], f"damaged image ({error or type(error).__name__})") from error
         self._require_size(index, mask, height, width)
         return mask
+
+    def values_seen(self, count: int = 32) -> set[int]:
+        """The values that so many masks hold, evenly spread over the set; of unreadable ones none."""
+        seen: set[int] = set()
+        for index in np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)).tolist():
+            with contextlib.suppress(UnreadableImage):  # reading it will say so
+                seen |= set(np.unique(read_values(self.masks[index])).tolist())
+        return seen
 
     def _require_size(self, index: int, mask: np.ndarray, height: int, width: int) -> None:
         if mask.shape != (height, width):
@@ -127,7 +140,7 @@ def read_values(path: str | Path) -> np.ndarray:
     meant.
     """
     try:
-        data = Path(path).read_bytes()
+        data = read_file(path)
     except OSError as error:
         raise UnreadableImage(path, error.strerror or str(error)) from error
     if not data:
@@ -142,6 +155,7 @@ def read_values(path: str | Path) -> np.ndarray:
         )
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as opened:
+            require_memory(*opened.size)
             return np.array(opened)
     except Exception as error:  # Pillow raises what its parsers raise: struct.error, SyntaxError, zlib.error, ...
         raise UnreadableImage(path, f"damaged or truncated PNG ({error or type(error).__name__})") from error

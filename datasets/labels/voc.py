@@ -45,8 +45,8 @@ def voc_segmentation(root: str | Path, split: str) -> SegmentationSet:
     SegmentationClassAug. This takes both usual layouts: SegmentationClassAug with the masks of all images, or with
     SBD's alone. SBD's own .mat files are not read.
 
-    Raises FileNotFoundError for a missing folder, list, image or mask, ValueError for a damaged list, and for a folder
-    of scenes.
+    Raises FileNotFoundError for a missing folder, list, image or mask, ValueError for a damaged list, for a folder of
+    scenes, and where the first masks that are looked at hold no class.
     """
     folder = _find_voc(root, 2012)
     lists = folder / "ImageSets" / "Segmentation"
@@ -71,7 +71,15 @@ def voc_segmentation(root: str | Path, split: str) -> SegmentationSet:
     )
     classes = ("background", *CLASSES)
     labels, colors = label_table(0, len(classes), void=[VOID]), voc_palette()[: len(classes)]
-    return SegmentationSet("voc12", split, names, _images(folder, names), masks, classes, colors, labels)
+    convention = "0 background, 1 to 20 classes, 255 void"
+    found = SegmentationSet("voc12", split, names, _images(folder, names), masks, classes, colors, labels, convention)
+    seen = found.values_seen()
+    if seen == {0, VOID}:
+        raise ValueError(
+            f"{masks[0].parent}: the masks hold 0 and 255 alone, so every object is void ({convention}): these are "
+            "masks of foreground, not VOC's classes"
+        )
+    return found
 
 
 def scenes_segmentation(root: str | Path, split: str) -> SegmentationSet:

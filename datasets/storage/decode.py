@@ -2,30 +2,36 @@
 
 import io
 import struct
+import warnings
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
+from skipless.common.memory import host_memory
+
 # What Pillow may try: the formats that are listed, and the ones that are commonly found under a wrong extension.
-PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+Image.MAX_IMAGE_PIXELS = None  # `require_memory` is the limit
+LARGE = 90_000_000  # pixels from which on an image is slow to read
 # OpenCV decodes JPEGs at a part of their size, several times faster.
 REDUCED = ((8, cv2.IMREAD_REDUCED_COLOR_8), (4, cv2.IMREAD_REDUCED_COLOR_4), (2, cv2.IMREAD_REDUCED_COLOR_2))
 
 
 def decode(data: bytes, min_side: int = 0) -> np.ndarray:
-    """Decode the bytes of a JPEG, PNG, WebP, BMP or GIF file, whatever its extension was, to uint8 [H, W, 3] RGB.
+    """Decode the bytes of a JPEG, PNG, WebP, BMP, GIF or TIFF file, whatever its extension was, to uint8 [H, W, 3] RGB.
 
     Turned upright by its EXIF orientation. Transparent images are laid over white, as a page would show them. Values of
     16 bits keep their upper 8: the full range 0..65535 is assumed, so data that use less of it (12-bit sensors) come
-    out dark and are better stretched where they are written. Color profiles are ignored; of animations, the first
-    frame.
+    out dark and are better stretched where they are written. Color profiles are ignored; of animations and of several
+    pages, the first.
 
     With `min_side` > 0 a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its short side stays at least `min_side`,
     which is several times faster for photographs of many megapixels.
 
-    Raises ValueError, saying why, for data that are truncated, damaged or no image. Damage inside a JPEG's compressed
+    Raises ValueError, saying why, for data that are truncated, damaged or no image, for floating-point values, and for
+    more pixels than this machine has memory for. Damage inside a JPEG's compressed
     data that leaves its structure whole cannot be told from a picture and is returned as decoded.
 
     JPEGs of one and three components go through OpenCV (about 1.4 times as fast as Pillow, same values). The rest goes
@@ -39,12 +45,31 @@ def decode(data: bytes, min_side: int = 0) -> np.ndarray:
             return image
     try:
         with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as opened:
+            require_memory(*opened.size)
             opened.load()
             return _upright_rgb(opened)
     except Image.UnidentifiedImageError:
-        raise ValueError("the content is not that of a JPEG, PNG, WebP, BMP or GIF image") from None
+        raise ValueError("the content is not that of a JPEG, PNG, WebP, BMP, GIF or TIFF image") from None
+    except NotSupported:
+        raise
     except Exception as error:  # Pillow raises what its parsers raise: struct.error, SyntaxError, zlib.error, ...
         raise ValueError(f"damaged or truncated image ({error or type(error).__name__})") from error
+
+
+class NotSupported(ValueError):
+    """An image that may be whole, but cannot be read here."""
+
+
+def require_memory(width: int, height: int) -> None:
+    """Raises NotSupported for an image whose pixels would take more than half of this machine's memory: a few bytes can
+    state any size. Warns once of large ones."""
+    needed = 12 * width * height  # as decoded and as RGB, of four and three bytes, and on the way from one to the other
+    if 2 * needed > host_memory():
+        raise NotSupported(
+            f"its {width:,} x {height:,} pixels take {needed / 1e9:,.0f} GB of memory to read: shrink it"
+        )
+    if width * height > LARGE:
+        warnings.warn("there are images of more than 90 megapixels, which take long to read: shrink them", stacklevel=2)
 
 
 class JpegHeader(NamedTuple):
@@ -71,7 +96,8 @@ def _decode_jpeg(data: bytes, min_side: int) -> np.ndarray | None:
     if header.components not in (1, 3):
         return None
     short = min(header.height, header.width)
-    flags = next((flag for factor, flag in REDUCED if 0 < min_side <= short // factor), cv2.IMREAD_COLOR)
+    factor, flags = next(((f, flag) for f, flag in REDUCED if 0 < min_side <= short // f), (1, cv2.IMREAD_COLOR))
+    require_memory(header.width // factor, header.height // factor)
     try:
         # OpenCV's own reading of the orientation misses it in some versions when XMP metadata come first.
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -125,6 +151,8 @@ def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
 
 def _upright_rgb(image: Image.Image) -> np.ndarray:
     ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F":
+        raise NotSupported("its values are floating-point numbers: write it again with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16-bit gray, whose conversion Pillow clips at 255
         high = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
         return cv2.cvtColor(high.astype(np.uint8), cv2.COLOR_GRAY2RGB)

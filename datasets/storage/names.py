@@ -1,13 +1,24 @@
 """Names of images: which ones count, kept in little memory, and the classes that their folders are."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import overload
 
 import numpy as np
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+OTHER_IMAGES = (
+    ".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".exr", ".hdr", ".tga", ".ppm", ".pgm", ".dng", ".cr2",
+    ".cr3", ".nef", ".arw", ".raw", ".dcm",
+)  # fmt: skip
+"""What is an image, too, and is not read: said, where it lies beside images."""
+# Folders in which data sets keep label masks: VOC's, ADE20K's, COCO-Stuff's, Cityscapes'.
+MASKS = (
+    "SegmentationClass", "SegmentationClassAug", "SegmentationObject", "annotations", "stuffthingmaps",
+    "stuffthingmaps_trainval2017", "gtFine", "gtCoarse",
+)  # fmt: skip
 
 
 class Names(Sequence[str]):
@@ -74,3 +85,34 @@ def dataset_name(path: Path) -> str:
     """A folder's name, or its parent's where it is only a split."""
     path = path.resolve()
     return path.parent.name if path.name in ("train", "val", "test") else path.stem
+
+
+def without_masks(names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Rows of the paths that are no label masks, int64 [n], and the folders of those that are: PNG files in a folder
+    that a data set calls so, beside other images. Masks alone are taken for images, as somebody asked for them."""
+    folders = [next((part for part in name.split("/")[:-1] if part in MASKS), "") for name in names]
+    mask = np.array([bool(folder) and name.endswith(".png") for name, folder in zip(names, folders, strict=True)], bool)
+    if mask.all():
+        return np.arange(len(names)), ()
+    return np.flatnonzero(~mask), tuple(sorted({folders[row] for row in np.flatnonzero(mask)}))
+
+
+def remarks(names: Sequence[str], masks: int, folders: Sequence[str], others: Counter[str]) -> list[str]:
+    """Sentences where the images may be others, or fewer, than were meant.
+
+    Args:
+        names: paths of the images; masks, folders: how many label masks were left out, and from which folders.
+        others: files of kinds that are not read, by extension.
+    """
+    said = []
+    if masks:
+        said.append(f"{masks:,} label masks in {', '.join(folders)} are left out")
+    if others:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(others.items()))
+        said.append(f"left out, as these kinds are not read: {kinds}; convert them to JPEG or PNG")
+    first = Counter(name.partition("/")[0] for name in names if "/" in name)
+    splits = [name for name in ("train", "training", "val", "valid", "validation", "test") if first[name]]
+    if len(splits) > 1:
+        counts = " and ".join(f"{first[name]:,} images of {name}/" for name in splits)
+        said.append(f"{counts} are all taken, what others measure on among them: for one alone give its folder")
+    return said

@@ -7,6 +7,7 @@ import urllib.request
 from typing import Any
 
 TRIES = 4
+MOST = 2**32  # bytes of a whole file: an index of shards has 50 for each image
 TIMEOUT = 60
 """Seconds without an answer from a web server."""
 
@@ -47,7 +48,10 @@ def _fetch_http(url: str, offset: int, size: int | None) -> bytes:
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as answer:
         if size is not None and answer.status != 206:
             raise Refused("the web server gives whole files only: it must support range requests")
-        return bytes(answer.read())
+        data = bytes(answer.read(MOST + 1 if size is None else size))
+        if size is None and len(data) > MOST:
+            raise Refused(f"it has more than {MOST / 1e9:.0f} GB")
+        return data
 
 
 def _fetch_other(url: str, offset: int, size: int | None) -> bytes:

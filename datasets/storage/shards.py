@@ -6,6 +6,7 @@
 
 import io
 import json
+import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from skipless.common.files import write_atomically
+from skipless.datasets.storage.folder import LARGEST
 from skipless.datasets.storage.names import Names
 from skipless.datasets.storage.remote import fetch, reason_of
 
@@ -32,6 +34,8 @@ class Shards(NamedTuple):
     """As in `ImageSource`."""
     table: np.ndarray
     """int64 [N, 4]: number of the shard, offset and size of the image in bytes, CRC-32 or -1 where it is not known."""
+    remarks: tuple[str, ...] = ()
+    """See `ImageSource`."""
 
 
 def write_index(folder: Path, shards: Shards, about: dict[str, Any]) -> None:
@@ -72,7 +76,14 @@ def read_index(place: str) -> tuple[Shards, dict[str, Any]]:
     except Exception as error:  # zipfile's, zlib's and numpy's own
         raise ValueError(f"{path}: damaged index, or none of shards ({error}); pack the images again") from error
     if remote:
-        return shards._replace(files=tuple(f"{place.rstrip('/')}/{name}" for name in shards.files)), about
+        shards = shards._replace(files=tuple(f"{place.rstrip('/')}/{name}" for name in shards.files))
+        if len(shards.table):  # whatever is wrong with the server is wrong with all of them, and found out now
+            try:
+                read_shard_member(shards.files, *shards.table[0].tolist())
+            except (OSError, ValueError) as error:
+                first = shards.files[int(shards.table[0, 0])]
+                raise ValueError(f"{first}: cannot read its first image ({reason_of(error)})") from None
+        return shards, about
     files = tuple(str(Path(place, name)) for name in shards.files)
     for file, size in zip(files, sizes, strict=True):
         if not Path(file).is_file():
@@ -87,6 +98,10 @@ def read_index(place: str) -> tuple[Shards, dict[str, Any]]:
 
 def _parse_index(data: bytes) -> tuple[Shards, list[int], dict[str, Any]]:
     """Shards by their file names, the sizes of these files, and what the index is about. Raises whatever it raises."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        unpacked = sum(info.file_size for info in archive.infolist())
+    if unpacked > max(2**26, 200 * len(data)):
+        raise ValueError(f"{len(data):,} bytes that unpack to {unpacked:,}")
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         if int(arrays["version"]) != VERSION:
             raise ValueError(f"it has version {arrays['version']}, and this program reads {VERSION}")
@@ -99,6 +114,8 @@ def _parse_index(data: bytes) -> tuple[Shards, list[int], dict[str, Any]]:
     if table.shape != (len(names), 4) or len(sizes) != len(files) or (labels is not None and len(labels) != len(names)):
         raise ValueError("its tables do not fit each other")
     outside = len(table) and (table[:, :3].min() < 0 or table[:, 0].max() >= len(files))
+    if len(table) and not outside:
+        outside = (table[:, 2] > LARGEST).any() or (table[:, 1] > sizes[table[:, 0]] - table[:, 2]).any()
     if labels is not None and len(labels) and not (labels.min() >= 0 and labels.max() < len(classes)):
         outside = True
     if outside or any("/" in name or "\\" in name for name in files):
@@ -112,6 +129,8 @@ def read_shard_member(files: Sequence[str], shard: int, offset: int, size: int, 
     Raises OSError, and ValueError for a shard that is truncated or is not the one that was listed.
     """
     place = files[shard]
+    if size > LARGEST:
+        raise ValueError(f"{place} has {size / 1e9:,.0f} GB at byte {offset:,}: no image")
     if "://" in place:
         data = fetch(place, offset, size)
     else:

@@ -7,10 +7,11 @@ The layout of headers is that of POSIX.1-2001 (pax), section "ustar Interchange 
 tarfile knows more of it, and is five times slower at listing.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,13 +22,21 @@ from skipless.datasets.storage.names import EXTENSIONS, Names, folder_classes, i
 from skipless.datasets.storage.shards import Shards
 
 BLOCK = 512
+BRACES = r"\{(\d{1,18})\.\.(\d{1,18})\}"
+MOST_TARS = 100_000
 # Hard and symbolic links, devices, folders, pipes: what their headers say of a size is not meant.
 WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a-{008..010}.tar` -> a-008.tar, a-009.tar, a-010.tar, as a shell does; several braces give all combinations."""
-    brace = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    """`a-{008..010}.tar` -> a-008.tar, a-009.tar, a-010.tar, as a shell does; several braces give all combinations.
+
+    Raises ValueError for more than MOST_TARS names.
+    """
+    count = math.prod(int(last) - int(first) + 1 for first, last in re.findall(BRACES, pattern))
+    if count > MOST_TARS:
+        raise ValueError(f"{pattern} names {count:,} tars: at most {MOST_TARS:,} are opened; check the range")
+    brace = re.search(BRACES, pattern)
     if brace is None:
         return [pattern]
     first, last = brace.groups()
@@ -38,7 +47,8 @@ def expand_braces(pattern: str) -> list[str]:
 
 def scan_shards(files: Sequence[str]) -> Shards:
     """List the images of tars that have no index, in their order: of every key the first file whose extension, all that
-    follows the key, is an image's. A name is SHARD.tar/PATH.
+    follows the key, is an image's; where it has none such, all files that end as images do: their names merely have
+    dots. A name is SHARD.tar/PATH.
 
     Classes are the numbers in `.cls` files where every image has one, else the folders inside the tars.
 
@@ -46,11 +56,15 @@ def scan_shards(files: Sequence[str]) -> Shards:
     """
     samples: list[Sample] = []
     table: list[tuple[int, int, int, int]] = []
+    left_out = 0
     for shard, place in enumerate(tqdm(files, desc="reading the headers of tars", unit="tar", disable=len(files) < 9)):
         if not Path(place).is_file():
             raise FileNotFoundError(f"{place}: no such tar")
         with open(place, "rb", buffering=0) as file:
-            images = [sample for sample in _samples(file, place) if sample.path]
+            images = []
+            for sample in _samples(file, place):
+                left_out += len(sample.dotted) if sample.path else 0
+                images += [sample] if sample.path else [replace(one, number=sample.number) for one in sample.dotted]
         samples += images
         table += [(shard, image.offset, image.size, -1) for image in images]
     paths, numbers = [image.path for image in samples], [image.number for image in samples]
@@ -62,7 +76,8 @@ def scan_shards(files: Sequence[str]) -> Shards:
         labels, classes = folder_classes(paths)
     places = np.array(table, np.int64).reshape(-1, 4)
     names = Names([f"{Path(files[shard]).name}/{path}" for (shard, *_), path in zip(table, paths, strict=True)])
-    return Shards(tuple(files), names, labels, classes, places)
+    said = f"{left_out:,} images belong to another image by WebDataset's naming (x.seg.png to x.jpg) and are left out"
+    return Shards(tuple(files), names, labels, classes, places, (said,) if left_out else ())
 
 
 @dataclass(slots=True)
@@ -76,6 +91,8 @@ class Sample:
     size: int = 0
     number: int = -1
     """Of its class, -1 where it has none."""
+    dotted: list["Sample"] = field(default_factory=list)
+    """Files with more dots in their names that end as images do: images by themselves, unless there is `path`."""
 
 
 def _samples(file: BinaryIO, place: str) -> Iterator[Sample]:
@@ -94,6 +111,8 @@ def _samples(file: BinaryIO, place: str) -> Iterator[Sample]:
             sample.number = int(text) if text.isdigit() else -1
         elif extension in EXTENSIONS and not sample.path and is_image(path):
             sample.path, sample.offset, sample.size = path, offset, size
+        elif is_image(path):
+            sample.dotted.append(Sample(key, path, offset, size))
     if sample is not None:
         yield sample
 

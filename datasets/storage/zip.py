@@ -4,16 +4,18 @@ import os
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from skipless.datasets.storage.names import is_image, plain
+from skipless.datasets.storage.folder import LARGEST
+from skipless.datasets.storage.names import OTHER_IMAGES, is_image, plain
 
 
-def list_archive(path: Path) -> tuple[list[str], np.ndarray]:
-    """Sorted names of the images in a zip archive, and int64 [N, 5]: offset of the local header, compressed size, size,
-    method, CRC-32.
+def list_archive(path: Path) -> tuple[list[str], np.ndarray, Counter[str]]:
+    """Sorted names of the images in a zip archive; int64 [N, 5]: offset of the local header, compressed size, size,
+    method, CRC-32; and how many files there are of kinds that are not read, by extension.
 
     Raises ValueError for what is no zip archive or a damaged one, and for images that are encrypted or compressed
     otherwise than by deflate.
@@ -37,7 +39,8 @@ def list_archive(path: Path) -> tuple[list[str], np.ndarray]:
                 "write the archive again, stored or with deflate"
             )
         table.append((info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC))
-    return names, np.array(table, np.int64).reshape(-1, 5)
+    others = Counter(os.path.splitext(name)[1].lower() for name in members if name.lower().endswith(OTHER_IMAGES))
+    return names, np.array(table, np.int64).reshape(-1, 5), others
 
 
 def read_zip_member(archive: Path, offset: int, compressed_size: int, size: int, method: int, crc: int) -> bytes:
@@ -46,6 +49,8 @@ def read_zip_member(archive: Path, offset: int, compressed_size: int, size: int,
 
     Python's zipfile would parse the whole directory again in every worker: seconds, and half a kilobyte a member.
     """
+    if max(size, compressed_size) > LARGEST:
+        raise ValueError(f"it has {max(size, compressed_size) / 1e9:,.1f} GB by the archive's directory: no image")
     with open(archive, "rb") as file:
         file.seek(offset)
         header = file.read(30)
@@ -55,7 +60,7 @@ def read_zip_member(archive: Path, offset: int, compressed_size: int, size: int,
         data = file.read(compressed_size)
     if method == zipfile.ZIP_DEFLATED:
         try:
-            data = zlib.decompress(data, -zlib.MAX_WBITS)
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)  # a bomb would go on
         except zlib.error as error:
             raise ValueError(f"damaged zip archive ({error})") from error
     if len(data) != size or zlib.crc32(data) != crc:

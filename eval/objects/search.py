@@ -17,9 +17,9 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from skipless.common import distributed
+from skipless.common.memory import host_memory
 from skipless.common.pixels import resample
 from skipless.common.processes import one_thread
-from skipless.common.provenance import host_memory
 from skipless.datasets.labels.boxes import BoxSet
 from skipless.eval.backbones import Backbone, FeatureKind, pad_to_patch
 from skipless.eval.features import data_sha256

@@ -142,7 +142,8 @@ class UnreadableImages:
 
     def __init__(self, images: ImageSource, share: float, path: Path):
         self.images, self.share, self.path = images, share, path
-        self.here: set[str] = set()
+        known = path.read_text().splitlines() if path.exists() else []  # by a run that is resumed
+        self.here: set[str] = set(known)
         self.everywhere: set[str] = set()
 
     def add(self, lines: list[str]) -> None:
@@ -167,3 +168,9 @@ class UnreadableImages:
                 f"data.max_unreadable ({self.share:g}) allows: {'; '.join(sorted(everywhere)[:5])}; "
                 f"{self.path} has all"
             )
+
+    def in_words(self) -> list[str]:
+        """A sentence, where there were any."""
+        if not self.everywhere:
+            return []
+        return [f"{len(self.everywhere):,} of {len(self.images):,} images could not be read: {self.path} lists them"]

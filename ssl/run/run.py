@@ -223,7 +223,9 @@ class Run:
         self.log.close()
         return self.folder
 
-    def finish(self, backbone: VisionTransformer, name: str, about: dict[str, Any]) -> Path:
+    def finish(
+        self, backbone: VisionTransformer, name: str, about: dict[str, Any], remarks: Sequence[str] = ()
+    ) -> Path:
         """Write backbone.safetensors and backbone.json, with `about` in it; the run's folder."""
         if self.first_process:
             facts = {
@@ -235,7 +237,7 @@ class Run:
                 "settings": plain(self.settings),
             }
             export_backbone(self.folder, backbone, facts)
-        self.say(f"done: {name} is {self.folder / 'backbone.safetensors'}")
+        self.say(*remarks, f"done: {name} is {self.folder / 'backbone.safetensors'}")
         self.log.close()
         return self.folder
 

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -46,6 +47,89 @@ def test_a_file_that_vanished_is_unreadable(tmp_path: Path) -> None:
     (tmp_path / "a.png").unlink()
     with pytest.raises(UnreadableImage, match="No such file"):
         images.read(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_pipes_devices_and_files_without_end_are_unreadable(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "images").mkdir()
+    for name, target in (("a", tmp_path / "pipe"), ("b", "/dev/zero"), ("c", tmp_path)):
+        (tmp_path / f"images/{name}.png").symlink_to(target)
+    with open(tmp_path / "images/d.png", "wb") as file:
+        file.truncate(2**40)
+    images = open_images(tmp_path / "images")
+    reasons = []
+    for index in range(len(images)):
+        with pytest.raises(UnreadableImage) as error:
+            images.read(index)
+        reasons.append(error.value.reason)
+    assert list(images.names) == ["a.png", "b.png", "d.png"]
+    assert reasons == ["not a regular file"] * 2 + ["the file has 1,100 GB, too many for an image"]
+
+
+def test_folders_linked_crosswise_are_refused(tmp_path: Path) -> None:
+    """Twelve that hold links to all the others: 12! ways through them."""
+    folders = [tmp_path / f"{number:02}" for number in range(12)]
+    for folder in folders:
+        save(folder / "a.png")
+    for folder in folders:
+        for other in folders:
+            if other != folder:
+                (folder / other.name).symlink_to(other)
+    with pytest.raises(ValueError, match="links lead to the same folders again and again"):
+        open_images(tmp_path)
+
+
+def test_a_zip_bomb_takes_no_memory(tmp_path: Path) -> None:
+    """200 MB of zeros, for which the directory states another size: too small, then too large."""
+    path = write_archive(tmp_path / "a.zip", {"a.png": bytes(200_000_000)})
+    data = path.read_bytes()
+    place = data.index(b"PK\x01\x02") + 24  # the directory's size of the member
+    for size, reason in ((1000, "its checksum does not match"), (2**32 - 2, r"it has 4\.3 GB by the archive's")):
+        path.write_bytes(data[:place] + size.to_bytes(4, "little") + data[place + 4 :])
+        images = open_images(path)
+        tracemalloc.start()
+        with pytest.raises(UnreadableImage, match=reason):
+            images.read(0)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+        tracemalloc.stop()
+
+
+def test_what_may_not_be_meant_is_said(tmp_path: Path) -> None:
+    for name in ("train/a.png", "train/b.tif", "val/c.GIF"):
+        save(tmp_path / "splits" / name)
+    for name in ("d.heic", "e.HEIC", "f.avif"):
+        (tmp_path / "splits" / "train" / name).touch()
+    images = open_images(tmp_path / "splits")
+    assert list(images.names) == ["train/a.png", "train/b.tif", "val/c.GIF"]
+    assert images.remarks == (
+        "left out, as these kinds are not read: 1 .avif, 2 .heic; convert them to JPEG or PNG",
+        "2 images of train/ and 1 images of val/ are all taken, what others measure on among them: for one alone give "
+        "its folder",
+    )
+    members = {path.relative_to(tmp_path / "splits").as_posix(): path for path in (tmp_path / "splits").rglob("*.*")}
+    write_archive(tmp_path / "splits.zip", {name: path.read_bytes() for name, path in members.items()})
+    assert open_images(tmp_path / "splits.zip").remarks == images.remarks
+    assert open_images(tmp_path / "splits/val").remarks == ()
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "a.heic").touch()
+    with pytest.raises(ValueError, match=r"no image found .*1 files of kinds that are not read: \.heic"):
+        open_images(tmp_path / "phone")
+
+
+def test_label_masks_beside_images_are_no_images(tmp_path: Path) -> None:
+    """VOC's folder: the monitor would take the folders for classes, and tell them apart."""
+    for name in ("JPEGImages/a.jpg", "SegmentationClass/a.png", "SegmentationObject/a.png", "annotations/b.jpg"):
+        save(tmp_path / "VOC2012" / name)
+    for root, folder in ((tmp_path, "VOC2012/"), (tmp_path / "VOC2012", "")):
+        images = open_images(root)
+        assert list(images.names) == [f"{folder}JPEGImages/a.jpg", f"{folder}annotations/b.jpg"]
+        assert images.remarks == ("2 label masks in SegmentationClass, SegmentationObject are left out",)
+    names = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.*g")}
+    archive = open_images(write_archive(tmp_path / "a.zip", names))
+    assert list(archive.names) == ["VOC2012/JPEGImages/a.jpg", "VOC2012/annotations/b.jpg"]
+    assert archive.read(1).shape == (6, 6, 3)
+    assert len(open_images(tmp_path / "VOC2012/SegmentationClass")) == 1
 
 
 def test_images_at_any_depth_sorted_whatever_the_case(tmp_path: Path) -> None:
@@ -193,7 +277,7 @@ def test_a_missing_path_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_images_names_the_extensions(tmp_path: Path) -> None:
-    (tmp_path / "a.tiff").write_bytes(b"")
+    (tmp_path / "a.txt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"no image found \(looked for \.jpg, \.jpeg, \.png, \.webp, \.bmp"):
         open_images(tmp_path)
     write_archive(tmp_path / "a.zip", {"a.txt": b""})

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler
@@ -311,7 +311,7 @@ def test_an_index_comes_back_as_it_was(
     tmp_path: Path, names: list[str], classes: list[str], data: st.DataObject
 ) -> None:
     (tmp_path / "a.tar").write_bytes(b"12345")
-    row = st.tuples(st.just(0), st.integers(0, 2**50), st.integers(0, 2**50), st.integers(-1, 2**32 - 1))
+    row = st.tuples(st.just(0), st.integers(0, 2), st.integers(0, 3), st.integers(-1, 2**32 - 1))
     table = np.array([data.draw(row) for _ in names], np.int64).reshape(-1, 4)
     labels = np.array([data.draw(st.integers(0, len(classes) - 1)) for _ in names], np.int64) if classes else None
     write_index(tmp_path, Shards(("elsewhere/a.tar",), Names(names), labels, tuple(classes), table), {"a": [1, None]})
@@ -370,11 +370,15 @@ def test_a_damaged_index_is_a_sentence(photos: Path, tmp_path: Path) -> None:
         {"table": content["table"][1:]},
         {"table": content["table"] + [[1, 0, 0, 0]]},
         {"table": content["table"] - [[0, 10**9, 0, 0]]},
+        {"table": content["table"] + [[0, 0, 10**12, 0]]},
+        {"table": content["table"] + [[0, 2**62, 2**62, 0]]},
+        {"file_sizes": content["file_sizes"] - 20480},
+        {"filling": np.zeros(10**9, np.uint8)},
         {"labels": content["labels"] + 1},
         {"name_ends": content["name_ends"][::-1]},
         {"file_bytes": np.frombuffer(b"../../../../etc/../a", np.uint8), "file_ends": np.array([0, 20])},
     ):
-        np.savez(path, **{**content, **change})
+        np.savez_compressed(path, **{**content, **change})
         with pytest.raises(ValueError, match=r"shards\.npz: damaged index"):
             open_images(tmp_path / "out")
 
@@ -454,6 +458,41 @@ def test_a_web_server_that_fails(photos: Path, tmp_path: Path, server: tuple[str
     os.truncate(tmp_path / "out/shard-000000.tar", 700)
     with pytest.raises(UnreadableImage, match=r"shard-000000\.tar is truncated"):
         found.read(0)
+
+
+def test_a_web_server_that_gives_no_images_is_found_out_when_it_is_opened(
+    photos: Path, tmp_path: Path, server: tuple[str, type[Server]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, handler = server
+    pack(photos, tmp_path / "out")
+    waited: list[float] = []
+    monkeypatch.setattr(remote.time, "sleep", waited.append)
+    index = (tmp_path / "out" / INDEX).read_bytes()
+    plain = Server.do_GET
+
+    def only_the_index(status: int) -> Callable[[Any], None]:
+        return lambda self: plain(self) if self.path.endswith(INDEX) else self.send_error(status)
+
+    for status in (500, 403):
+        monkeypatch.setattr(handler, "do_GET", only_the_index(status))
+        with pytest.raises(ValueError, match=rf"shard-000000\.tar: cannot read its first image \(HTTP {status}"):
+            open_images(f"{url}/out")
+    monkeypatch.setattr(handler, "do_GET", plain)
+    handler.ranges = False
+    with pytest.raises(ValueError, match=r"cannot read its first image \(the web server gives whole files only"):
+        open_images(f"{url}/out")
+    handler.ranges = True
+    tar = tmp_path / "out/shard-000000.tar"
+    tar.write_bytes(b"<html>" * tar.stat().st_size)
+    with pytest.raises(
+        ValueError, match=r"cannot read its first image \(.*is damaged, or the index is of other shards"
+    ):
+        open_images(f"{url}/out")
+    for content in (b"<html>", index[:-9]):
+        (tmp_path / "out" / INDEX).write_bytes(content)
+        with pytest.raises(ValueError, match=r"shards\.npz: damaged index"):
+            open_images(f"{url}/out")
+    assert sum(waited) < 5  # seconds
 
 
 def test_a_web_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """Object discovery as a user runs it, CorLoc and AP by hand, resuming, and whatever odd images there are."""
 
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -773,7 +772,7 @@ def test_ids_of_annotations_change_nothing(coco: Path, tmp_path: Path, ids: list
 def test_an_image_whose_graph_does_not_fit_into_memory_is_named(
     voc: Path, ckpt: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(os, "sysconf", lambda _: 4)  # 16 bytes in all
+    monkeypatch.setattr(search, "host_memory", lambda: 16)
     line = refusal(main, command(voc, ckpt), capsys)
     assert "patches, whose graph takes" in line
     assert "use --size" in line

@@ -323,7 +323,10 @@ def test_unreadable_images_are_listed_and_too_many_stop_the_run(photos: Path, tm
     shutil.copytree(photos, data)
     broken = sorted(data.rglob("*.png"))[3]
     broken.write_bytes(b"no picture")
-    train(data, tmp_path / "a", "--data.max_unreadable=0.1")
+    (data / "phone.heic").touch()
+    said = train(data, tmp_path / "a", "--data.max_unreadable=0.1")
+    assert "left out, as these kinds are not read: 1 .heic" in said
+    assert f"1 of 40 images could not be read: {tmp_path / 'a' / 'unreadable.txt'} lists them" in said
     assert broken.name in (tmp_path / "a" / "unreadable.txt").read_text()
     strict = run(data, tmp_path / "b")
     assert strict.returncode == 2

@@ -1,8 +1,6 @@
 """Where a number comes from: hardware, versions and commit."""
 
 import importlib.metadata
-import math
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -57,8 +55,3 @@ def _commit() -> str | None:
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def host_memory() -> float:
-    """Bytes of this machine's memory; infinite where the system does not say."""
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if hasattr(os, "sysconf") else math.inf

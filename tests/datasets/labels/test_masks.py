@@ -502,16 +502,43 @@ def test_what_ade20k_lacks_is_named(tmp_path: Path) -> None:
 def test_values_beyond_the_classes_are_refused(tmp_path: Path) -> None:
     fake_voc(tmp_path / "voc")
     save_mask(tmp_path / "voc/SegmentationClass/a.png", [21])
-    fake_coco_stuff(tmp_path / "val2017", tmp_path / "stuffthingmaps" / "val2017", [11, 182])
+    fake_coco_stuff(tmp_path / "val2017", tmp_path / "stuffthingmaps" / "val2017", [11, 182, 255])
     fake_ade(tmp_path / "ade", [151, 255])
     for images, words in (
         (voc_segmentation(tmp_path / "voc", "train"), "24 of 24 pixels hold 21, where voc12 masks hold 0-20, 255"),
-        (coco_stuff(tmp_path, "val", 27), "24 of 24 pixels hold 11, 182, where coco-stuff"),
-        (coco_stuff(tmp_path, "val", 171), "24 of 24 pixels hold 11, 182, where coco-stuff"),
+        (coco_stuff(tmp_path, "val", 27), "16 of 24 pixels hold 11, 182, where coco-stuff"),
+        (coco_stuff(tmp_path, "val", 171), "16 of 24 pixels hold 11, 182, where coco-stuff"),
         (ade20k(tmp_path / "ade", "val"), "24 of 24 pixels hold 151, 255, where ade20k masks hold 0-150"),
     ):
         with pytest.raises(UnreadableImage, match=words):
             images.read_mask(0)
+
+
+@pytest.mark.parametrize("values", [[67, 0, 9], [182, 0], [1, 2]])
+def test_maps_of_ids_are_not_taken_for_those_of_the_release(tmp_path: Path, values: list[int]) -> None:
+    """There 67 is the dining table; in the release, where the values are less by one, that id has been given up."""
+    maps = tmp_path / "stuffthingmaps" / "val2017"
+    fake_coco_stuff(tmp_path / "val2017", maps, values)
+    if values == [1, 2]:  # nothing tells, as long as there are few and none is unlabeled
+        coco_stuff(tmp_path, "val", 27)
+        for number in range(20):
+            save_image(tmp_path / "val2017" / f"{number}.jpg")
+            save_mask(maps / f"{number}.png", [0, 3], palette=False)
+    for classes in (27, 171):
+        with pytest.raises(ValueError, match=r"no 255, as where the values are the ids.*category id - 1.*subtract 1"):
+            coco_stuff(tmp_path, "val", classes)  # type: ignore[arg-type]
+    save_mask(maps / "000000000139.png", [66, 255, 0], palette=False)
+    found = coco_stuff(tmp_path, "val", 171)  # where the dining table is the 61st of the things
+    assert found.read_mask(found.names.index("000000000139"))[0, :3].tolist() == [60, VOID, 0]
+
+
+def test_masks_of_foreground_are_not_taken_for_vocs(tmp_path: Path) -> None:
+    fake_voc(tmp_path)
+    save_mask(tmp_path / "SegmentationClass/a.png", [0, 255])
+    with pytest.raises(ValueError, match=r"SegmentationClass: the masks hold 0 and 255 alone, .*1 to 20 classes"):
+        voc_segmentation(tmp_path, "train")
+    save_list(tmp_path / "ImageSets/Segmentation/both.txt", ["a", "b"])  # one without a class is not unusual
+    assert voc_segmentation(tmp_path, "both").read_mask(0)[0, :2].tolist() == [0, VOID]
 
 
 @pytest.mark.parametrize("opened", [ade20k, lambda root, split: coco_stuff(root, split, 27)])

@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from skipless.datasets.images import UnreadableImage, open_images, read_image
+from skipless.datasets.storage import decode as decode_module
 from skipless.datasets.storage.decode import decode
 
 HEIGHT, WIDTH = 48, 64
@@ -82,6 +84,11 @@ FORMATS = {
     "WebP with alpha": (encode(np.dstack([RGB, ALPHA]), "WEBP", lossless=True, exact=True), OVER_WHITE, 1),
     "BMP": (encode(RGB, "BMP"), RGB, 0),
     "GIF": (encode(PALETTE, "GIF"), PALETTE_RGB, 0),
+    "TIFF": (encode(RGB, "TIFF"), RGB, 0),
+    "TIFF compressed": (encode(RGB, "TIFF", compression="tiff_lzw"), RGB, 0),
+    "TIFF CMYK": (encode(Image.fromarray(RGB).convert("CMYK"), "TIFF"), RGB, 1),
+    "TIFF gray 16 bit": (encode(GRAY16, "TIFF"), np.dstack([GRAY16 / 257] * 3), 1),
+    "TIFF RGBA": (encode(np.dstack([RGB, ALPHA]), "TIFF"), OVER_WHITE, 1),
 }
 
 
@@ -204,16 +211,42 @@ def test_padding_after_the_end_of_a_jpeg_is_harmless() -> None:
         assert_near(decode(FORMATS["JPEG"][0] + tail), RGB, 8)
 
 
+def stated_size(form: str, width: int, height: int) -> bytes:
+    """A picture of a few pixels that says it has more: in PNG's first chunk, in JPEG's start of frame."""
+    data = bytearray(encode(RGB, form))
+    if form == "PNG":
+        data[16:24] = struct.pack(">II", width, height)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    else:
+        place = data.index(b"\xff\xc0") + 5
+        data[place : place + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("error")
+def test_images_of_many_megapixels_are_read() -> None:
+    """Pillow's own limit is 179 megapixels, and its warning begins at half of that."""
+    large = np.zeros((9_600, 9_600), np.uint8)
+    large[-1, -1] = 200
+    with pytest.warns(UserWarning, match="more than 90 megapixels"):
+        read = decode(cv2.imencode(".png", large)[1].tobytes())
+    assert (read.shape, read[-1, -1].tolist(), read[0, 0].tolist()) == ((9600, 9600, 3), [200] * 3, [0] * 3)
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
         (b"", "the file is empty"),
-        (b"<html>404 Not Found</html>", "the content is not that of a JPEG, PNG, WebP, BMP or GIF image"),
+        (b"<html>404 Not Found</html>", "the content is not that of a JPEG, PNG, WebP, BMP, GIF or TIFF image"),
         (b"\xff\xd8\xff\xd9", "image"),
         (b"\x89PNG\r\n\x1a\n", "image"),
+        (encode(Image.new("F", (4, 4), 0.5), "TIFF"), "its values are floating-point numbers"),
+        (stated_size("PNG", 400_000, 400_000), "its 400,000 x 400,000 pixels take 1,920 GB of memory to read"),
+        (stated_size("JPEG", 65_000, 65_000), "its 65,000 x 65,000 pixels take 51 GB of memory to read"),
     ],
 )
-def test_what_is_no_image_says_so(tmp_path: Path, data: bytes, reason: str) -> None:
+def test_what_is_no_image_says_so(tmp_path: Path, data: bytes, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_module, "host_memory", lambda: 16e9)
     (tmp_path / "a.jpg").write_bytes(data)
     with pytest.raises(UnreadableImage) as caught:
         open_images(tmp_path).read(0)

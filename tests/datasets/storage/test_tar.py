@@ -90,11 +90,22 @@ def test_foreign_shards(tmp_path: Path) -> None:
         assert found.classes == ("7", "12")
         assert found.labels is not None
         assert found.labels.tolist() == [0, 1, 0]
+        assert found.remarks[0].startswith("3 images belong to another image by WebDataset's naming")
     one = open_images(root / "008.tar")
     assert (list(one.names), one.labels) == (["008.tar/a/1.PNG"], None)
     assert one.place(0) == str(root / "008.tar/a/1.PNG")
     with pytest.raises(FileNotFoundError, match=r"009\.tar: no such tar"):
         open_images(f"{root}/{{007..009}}.tar")
+
+
+def test_names_with_dots_are_images(tmp_path: Path) -> None:
+    """By WebDataset's rule the key of all of these is IMG, or v1."""
+    names = ["IMG.2020.1.png", "IMG.2020.2.png", "v1.a.png", "v1.b.PNG"]
+    write_archive(tmp_path / "a.tar", {name: png(number) for number, name in enumerate(names)} | {"v1.cls": b"3"})
+    found = open_images(tmp_path / "a.tar")
+    assert list(found.names) == [f"a.tar/{name}" for name in names]
+    assert [int(found.read(index)[0, 0, 0]) for index in range(4)] == [0, 1, 2, 3]
+    assert found.remarks == ()
 
 
 def test_folders_in_tars_are_classes_where_no_numbers_are(tmp_path: Path) -> None:
@@ -120,7 +131,7 @@ def test_what_is_no_tar_or_a_part_of_one(tmp_path: Path) -> None:
         (tmp_path / "a.tar").write_bytes(wrong)
         with pytest.raises(ValueError, match=r"a\.tar: (truncated at byte|no tar header at byte)"):
             open_images(tmp_path)
-    for content in ({}, {"a.txt": b"x", "1.seg.png": b"x"}):
+    for content in ({}, {"a.txt": b"x", "1.seg.txt": b"x"}):
         write_archive(tmp_path / "a.tar", content)
         with pytest.raises(ValueError, match=r"no image found in these tars \(looked for KEY\.jpg"):
             open_images(tmp_path)
@@ -152,3 +163,9 @@ def test_a_scrambled_tar_gives_images_or_one_of_our_errors(tmp_path: Path, junk:
 )
 def test_braces(pattern: str, names: list[str]) -> None:
     assert expand_braces(pattern) == names
+
+
+@pytest.mark.parametrize("pattern", ["{000000000..999999999}.tar", "{0..9999}/{0..9999}.tar"])
+def test_a_range_without_end_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match=r"names [\d,]+ tars: at most 100,000 are opened"):
+        open_images(pattern)
