@@ -1,6 +1,7 @@
 # make demo    a short tour of pretraining and evaluation on synthetic images, on whatever machine this is
 # make test    the test suite (SKIPLESS_TEST_DATA=FOLDER adds the tests on real images, see CONTRIBUTING.md)
 # make lint    ruff and mypy
+# make docs    the documentation site, into build/site
 # make clean   remove the virtual environment and the caches
 #
 # The first call installs everything into .venv. To use an environment of your own instead: make test PY=python
@@ -11,7 +12,7 @@ EXTRA = $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 PY = .venv/bin/python
 ENVIRONMENT = $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -23,6 +24,9 @@ demo: $(ENVIRONMENT)
 # -P keeps the repository itself off the search path, so that a mistake in ssl/ is reported by its test and cannot stop pytest.
 test: $(ENVIRONMENT)
 	OMP_NUM_THREADS=1 $(PY) -P -m pytest -q -n 2 --dist loadfile --durations=5
+
+docs: $(ENVIRONMENT)
+	$(PY) -m mkdocs build
 
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check

@@ -206,7 +206,7 @@ def load_backbone(ckpt: str | Path, weights: Weights = "teacher") -> Backbone:
         ValueError: the file is damaged, would run code, or is no ViT of these families; it names the tensors.
         FileNotFoundError: there is no such file or folder.
 
-    Example:
+    Examples:
         >>> load_backbone("dino_deitsmall16_pretrain.pth").architecture  # doctest: +SKIP
         'ViT-S/16, 12 blocks, 384 wide, residual, 6 heads assumed'
     """

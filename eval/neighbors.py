@@ -57,7 +57,7 @@ def knn_predict(
     Returns:
         int64 [M]. Ties go to the lower class.
 
-    Example:
+    Examples:
         >>> knn_predict(np.array([[0.9, 0.86, 0.85]]), np.array([[1, 0, 0]]), classes=2)
         array([0])
     """

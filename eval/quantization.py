@@ -101,7 +101,7 @@ def round_to_bits(x: Tensor, largest: Tensor, bits: int) -> Tensor:
         largest: the magnitude that the largest integer stands for, broadcast against x; 0 gives 0.
         bits: 2 or more. The integers are -(2^(bits - 1) - 1) ... 2^(bits - 1) - 1: symmetric about 0.
 
-    Example:
+    Examples:
         >>> round_to_bits(torch.tensor([0.2, -1.0, 3.0]), torch.tensor(0.7), bits=4)
         tensor([ 0.2000, -0.7000,  0.7000])
     """

@@ -7,6 +7,7 @@ import inspect
 import pydoc
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -215,3 +216,14 @@ def test_changelog_has_functions_that_exist() -> None:
     assert len(rows("Functions")) > 20
     for _, new in rows("Functions"):
         assert pydoc.locate(f"skipless.{new}") is not None, new
+
+
+def test_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    """Every page and anchor that is linked to is there, and every module of the reference."""
+    pytest.importorskip("mkdocs", reason="the site needs mkdocs-material and mkdocstrings")
+    words = ["build", "--quiet", f"--config-file={ROOT}/mkdocs.yml", f"--site-dir={tmp_path}"]
+    done = subprocess.run([sys.executable, "-m", "mkdocs", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    reference = (tmp_path / "reference" / "index.html").read_text()
+    assert 'id="skipless.ssl.model.vit.VisionTransformer"' in reference
+    assert "Pretrain Vision Transformers" in (tmp_path / "index.html").read_text()

@@ -28,7 +28,7 @@ def describe_split(name: str, split: str, images: int, official: int | None = No
     Args:
         official: the split's true size; by default that of `COUNTS`, if it is there.
 
-    Example:
+    Examples:
         >>> describe_split("voc12", "val", 180)
         'voc12 val SUBSET, 180 of 1,449 images'
     """

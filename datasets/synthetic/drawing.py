@@ -340,7 +340,7 @@ def render_scene(rng: np.random.Generator, size: int = 128, label: int | None = 
     Raises:
         ValueError: `size` or `label` out of range.
 
-    Example:
+    Examples:
         >>> scene = render_scene(np.random.default_rng(0), size=64)
         >>> scene.image.shape, CLASSES[scene.objects[0].label - 1]
     """

@@ -14,7 +14,7 @@ def windows(height: int, width: int, size: int, stride: int) -> list[Window]:
 
     All windows of an image have one size: `size`, or the image's own side where that is smaller.
 
-    Example:
+    Examples:
         >>> windows(512, 700, 512, 341)
         [(0, 0, 512, 512), (0, 188, 512, 700)]
     """

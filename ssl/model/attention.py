@@ -24,7 +24,7 @@ def choose_backend(device: torch.device | str, setting: Backend = "auto") -> tup
     Raises:
         ValueError: `setting` is "xformers" where xformers cannot run.
 
-    Example:
+    Examples:
         >>> choose_backend("cpu")[0]
         'sdpa'
     """

@@ -46,7 +46,7 @@ def whiten_patches_(proj: nn.Conv2d, images: Tensor, seed: int = 0, ridge: float
     Raises:
         ValueError: no such layer; images without a whole patch, not floating-point, not finite, or all the same.
 
-    Example:
+    Examples:
         >>> proj = whiten_patches_(nn.Conv2d(3, 8, 4, 4), torch.rand(16, 3, 32, 32))
         >>> tuple(proj(torch.rand(2, 3, 8, 8)).shape)
         (2, 8, 2, 2)

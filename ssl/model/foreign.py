@@ -111,7 +111,7 @@ def remove_skips_(model: nn.Module) -> nn.Module:
         ValueError: no such model; a subclass of a known block, whose own forward would be lost; drop path or layer
             scale, which act on a branch beside a skip. The model is unchanged then.
 
-    Example:
+    Examples:
         >>> layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, norm_first=True, batch_first=True)
         >>> encoder = remove_skips_(nn.TransformerEncoder(layer, 6, enable_nested_tensor=False))
     """

@@ -85,7 +85,7 @@ def skipless_init_(
             for; a mirrored MLP is asked of layers whose shape or activation does not allow it; or a value is out of
             its range. The model is unchanged then.
 
-    Example:
+    Examples:
         >>> from skipless.ssl.model.vit import vit_small
         >>> model = skipless_init_(vit_small(residual=False), **PRESETS["paper-dino"])
     """
@@ -147,7 +147,7 @@ def choose_beta(
     Raises:
         ValueError: a residual model; or not even the largest candidate keeps that much.
 
-    Example:
+    Examples:
         beta = choose_beta(model, images, PRESETS["small"], seed=0)
         skipless_init_(model, **PRESETS["small"] | {"beta": beta}, seed=0)
     """

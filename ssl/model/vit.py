@@ -156,7 +156,7 @@ class VisionTransformer(nn.Module):
     Raises:
         ValueError: a setting that contradicts another one, naming both.
 
-    Example:
+    Examples:
         >>> model = VisionTransformer(dim=64, depth=2, heads=2, patch=8, residual=False, image_size=32)
         >>> [x.shape for x in model([torch.rand(2, 3, 32, 32), torch.rand(4, 3, 16, 16)])]
         [torch.Size([2, 17, 64]), torch.Size([4, 5, 64])]

@@ -13,7 +13,7 @@ def cosine(step: int, total: int, start: float, end: float, warmup: int = 0) -> 
     Args:
         step: from 0 to total - 1.
 
-    Example:
+    Examples:
         >>> [round(cosine(s, 7, start=1.0, end=0.0, warmup=3), 3) for s in range(7)]
         [0.0, 0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
     """

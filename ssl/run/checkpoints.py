@@ -104,7 +104,7 @@ def load_run_backbone(folder: str | Path) -> tuple[VisionTransformer, dict[str, 
     Raises:
         ValueError: the folder has no exported backbone, or a damaged one.
 
-    Example:
+    Examples:
         >>> backbone, about = load_run_backbone("runs/demo")  # doctest: +SKIP
     """
     folder = Path(folder)
