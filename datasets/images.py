@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from skipless.common.files import printable
 from skipless.datasets.storage.decode import decode
 from skipless.datasets.storage.folder import read_file, walk_images
 from skipless.datasets.storage.huggingface import Table, open_table
@@ -30,8 +31,7 @@ class UnreadableImage(ValueError):
     """An image that cannot be read: `path` says where it lies (printable), `reason` what is wrong with it."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
-        # Linux allows file names that are not UTF-8; written to a log as they are they would raise there.
-        self.path = str(path).encode(errors="backslashreplace").decode()
+        self.path = printable(path)
         self.reason = reason
         super().__init__(self.path, reason)
 

@@ -6,26 +6,26 @@
     python eval/discovery.py --method tokencut --ckpt runs/photos --data.name folder --data.root my_photos --out found
 
 Images keep their size, as published, and are padded with zeros at the right and the bottom to a multiple of the patch
-(MaskCut: squares of 480 pixels). LOST and TokenCut find one object an image; CorLoc is the share of images in which its
-box has an IoU of at least 0.5 with any true one; images without a true box are left out of it. MaskCut finds up to
-three; they are scored by COCO's AP without classes, in which every image counts.
+(MaskCut: squares of 480 pixels by Lanczos, without the CRF of its release). LOST and TokenCut find one object an image;
+CorLoc is the share of images in which its box has an IoU of at least 0.5 with any true one; images without a true box
+are left out of it. MaskCut finds up to three, scored by COCO's AP without classes, in which every image counts.
 
-With --out: discovery.json and discovery.md, detections.json (boxes and masks in COCO's result format) and pictures.png.
-Unreadable images of a folder are left out and listed; in a set with labels they are an error.
+With --out: discovery.json, discovery.md and pictures, discovery.png; and detections.json (boxes and masks in COCO's
+result format). Unreadable images of a folder are left out and listed; in a set with labels they are an error.
 An interrupted run with --out is continued by the same command. torchrun shares the images out.
 """
 
 import json
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from skipless.common import cli
 from skipless.common.files import write_text
 from skipless.datasets.labels.counts import BOX_COUNTS, describe_split
-from skipless.eval.backbones import FeatureKind, choose_block
+from skipless.eval.backbones import Backbone, FeatureKind, choose_block
 from skipless.eval.evaluation import EvaluationSettings, announce, finish, prepare
 from skipless.eval.objects.data import DataSettings, open_data
 from skipless.eval.objects.report import draw, report
@@ -33,6 +33,10 @@ from skipless.eval.objects.scores import detections, graph_report, score
 from skipless.eval.objects.search import Method, Search, find_objects
 
 PICTURES = 12
+FeatureChoice = Literal["auto", FeatureKind]
+# From CutLER's release, which refines masks by a CRF, and lets the sign of LAPACK's eigenvector decide whose corners
+# count.
+MASKCUT_DIFFERS = ("no-crf", "corners-by-seed")
 
 
 @dataclass
@@ -42,9 +46,9 @@ class Settings(EvaluationSettings):
     data: DataSettings
     method: Method = "tokencut"
     """lost (arXiv 2109.14279), tokencut (arXiv 2202.11539) or maskcut (CutLER, arXiv 2301.11320)."""
-    features: FeatureKind = "keys"
+    features: FeatureChoice = "auto"
     """What patches are compared by. keys is the published way; where the trained bias of the keys makes all patches
-    alike (the run warns of it), keys_without_bias."""
+    alike (the run warns of it), keys_without_bias. auto is that for the families of DINOv2, and keys for all others."""
     block: str = "last"
     """Block whose features are taken: last, or a number from 1."""
     every_block: bool = False
@@ -70,6 +74,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     """
     # In float32, as published: thresholds on cosines and signs of eigenvectors hang on small differences.
     context = prepare(settings, "discovery")
+    features = context.recorded["features"] = choose_features(settings.features, context.backbone)
     blocks = choose_block(settings.block, settings.every_block, context.backbone)
     size = check(settings, context.backbone.patch)
     images, annotations = open_data(settings.data)
@@ -80,15 +85,13 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         images, boxes, without = images.without_hard()
         dropped = {"dropped_boxes": boxes, "dropped_images": without}
         description += f", less {without:,} without an easy box"
-    protocol = protocol_id(settings, blocks[-1], size)
+    protocol = protocol_id(replace(settings, features=features), blocks[-1], size)
     announce(context, protocol, f"{description}; {sum(map(bool, map(len, images.boxes))):,} with boxes")
     if context.out:
         context.out.mkdir(parents=True, exist_ok=True)
 
     shown = np.linspace(0, len(images) - 1, min(PICTURES, len(images))).round().astype(int).tolist()
-    search = Search(
-        settings.method, settings.features, blocks, size, settings.tau, settings.batch_size, context.workers
-    )
+    search = Search(settings.method, features, blocks, size, settings.tau, settings.batch_size, context.workers)
     entries = find_objects(context.backbone, images, search, shown, context.out)
     unreadable = [entry["unreadable"] for entry in entries if "unreadable" in entry]
     entries = [entry for entry in entries if "unreadable" not in entry]
@@ -114,7 +117,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         ]
     files = {
         "detections.json": lambda path: write_text(path, json.dumps(detections(images, entries, last)) + "\n"),
-        "pictures.png": lambda path: draw(images, entries, last, shown, settings.method, path),
+        "discovery.png": lambda path: draw(images, entries, last, shown, settings.method, path),
     }
     result = finish(
         context, protocol, images, scores[last]["metric"], scores[last]["value"], details, report, files, official
@@ -123,6 +126,13 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         for log in context.out.glob("found-*.jsonl"):
             log.unlink()
     return result
+
+
+def choose_features(features: FeatureChoice, backbone: Backbone) -> FeatureKind:
+    """What auto means for a backbone: in DINOv2's weights the bias of the keys drowns what tells patches apart."""
+    if features != "auto":
+        return features
+    return "keys_without_bias" if backbone.family.startswith("DINOv2") else "keys"
 
 
 def check(settings: Settings, patch: int) -> int | None:
@@ -147,6 +157,8 @@ def check(settings: Settings, patch: int) -> int | None:
 def protocol_id(settings: Settings, block: int, size: int | None) -> str:
     """As in `voc07-tokencut`, with every departure from the published way named behind it."""
     parts = [f"{settings.data.name}-{settings.method}"]
+    if settings.method == "maskcut":
+        parts += MASKCUT_DIFFERS
     if settings.features != "keys":
         parts.append(settings.features)
     if settings.block != "last":

@@ -213,9 +213,9 @@ def finish(
         files = files or {}
         if context.out:
             context.out.mkdir(parents=True, exist_ok=True)
+            write_result(context.out / context.task, result, text)  # before drawing, which may fail
             for name, write in files.items():
                 write(context.out / name)
-            write_result(context.out / context.task, result, text)
         print("\n" + text, end="")
         if context.out:
             names = ", ".join([f"{context.task}.md", *files])

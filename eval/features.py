@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -212,8 +213,13 @@ def _fill_shards(
 
 
 def default_cache() -> Path:
-    """~/.cache/skipless/features. Safe to delete at any time."""
-    return Path.home() / ".cache" / "skipless" / "features"
+    """~/.cache/skipless/features, or in the folder of temporary files for a user without a home. Safe to delete at any
+    time."""
+    try:
+        cache = Path.home() / ".cache"
+    except RuntimeError:  # a container's user that no file knows
+        cache = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    return cache / "skipless" / "features"
 
 
 def _read_square(

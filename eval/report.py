@@ -26,12 +26,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from skipless.common import cli, distributed
-from skipless.common.files import write_text
+from skipless.common.files import printable, write_text
 from skipless.common.settings import LATER, plain
 from skipless.datasets.images import read_image
 from skipless.datasets.labels.classes import LabeledData
 from skipless.eval import clustering, discovery, knn, linear, retrieval, segmentation
-from skipless.eval.backbones import Backbone, FeatureKind, Precision, load_backbone, untrained, usable_precision
+from skipless.eval.backbones import Backbone, Precision, load_backbone, untrained, usable_precision
 from skipless.eval.classification import Pooling, untrained_vector
 from skipless.eval.dense import data as dense
 from skipless.eval.dense.quick import QuickSettings
@@ -83,8 +83,9 @@ class DiscoveryData(objects.DataSettings):
     """Data set."""
     root: str = ""
     """Folder, laid out as its authors ship it; left out, the tasks are left out."""
-    features: FeatureKind = "keys"
-    """What patches are compared by: keys, or keys_without_bias where a trained bias makes all keys alike."""
+    features: discovery.FeatureChoice = "auto"
+    """What patches are compared by: keys, or keys_without_bias where a trained bias makes all keys alike; auto is that
+    for the families of DINOv2."""
 
 
 @dataclass
@@ -189,7 +190,7 @@ def make_report(settings: Settings) -> Path:
                 run_quietly(task)
             result = measured(task, candidate.backbone)
             assert result is not None
-            result["pictures"] = folder / task.name / "pictures.png"
+            result["pictures"] = pictures_of(task.result, result)
             measurements.append(result)
         results[candidate.name] = measurements + collected(settings, candidate, measurements)
         for result in results[candidate.name]:
@@ -259,9 +260,9 @@ def planned(settings: Settings, candidate: Candidate, folder: Path) -> list[Task
         add("retrieval", retrieval, data=masks, size=s.size, **on_features)
         add("clustering", clustering, data=part(dense.SplitSettings, s), size=s.size, **on_features)
     if d.root:
-        boxes = part(objects.DataSettings, d)
+        boxes, features = part(objects.DataSettings, d), discovery.choose_features(d.features, candidate.backbone)
         for method in ("lost", "tokencut"):
-            add(method, discovery, data=boxes, method=method, features=d.features, every_block=True, **common)
+            add(method, discovery, data=boxes, method=method, features=features, every_block=True, **common)
     return [task for task in plan if task.name in settings.tasks]
 
 
@@ -316,8 +317,14 @@ def collected(settings: Settings, candidate: Candidate, known: list[dict[str, An
             continue  # another kind of file
         # Of several with one figure, the one that also has it block by block.
         if same and key not in seen and (key not in others or "every_block" in result["details"]):
-            others[key] = {**result, "pictures": path.parent / "pictures.png"}
+            others[key] = {**result, "pictures": pictures_of(path, result)}
     return list(others.values())
+
+
+def pictures_of(path: Path, result: dict[str, Any]) -> Path:
+    """The sheet of pictures beside a result; of earlier versions, all had one name."""
+    sheet = path.parent / f"{result['task']}.png"
+    return sheet if sheet.exists() else path.parent / "pictures.png"
 
 
 def pictured(settings: Settings) -> list[tuple[str, np.ndarray]]:
@@ -334,7 +341,7 @@ def pictured(settings: Settings) -> list[tuple[str, np.ndarray]]:
     else:
         raise ValueError("give --images: a folder, zip archive or image file to look at")
     rows = np.unique(np.linspace(0, len(files) - 1, settings.count).round().astype(int))
-    return [(files[row].name, read_image(files[row])) for row in rows.tolist()]
+    return [(printable(files[row].name), read_image(files[row])) for row in rows.tolist()]
 
 
 main = partial(cli.run, make_report, Settings, __doc__)

@@ -48,7 +48,7 @@ class Settings(FeatureSettings):
     """Settings of the other protocols. The defaults shown here are those of mmseg; another recipe brings its own."""
     _: KW_ONLY
     out: str | None = None
-    """Folder for segmentation.json, segmentation.md and pictures.png (and, except for quick, head.pt); by default
+    """Folder for segmentation.json, segmentation.md and segmentation.png (and, except for quick, head.pt); by default
     nothing is written."""
     cache: str | None = None
     """quick: folder for features; by default ~/.cache/skipless/features. Safe to delete."""

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from skipless.common.files import write_atomically
+from skipless.common.files import printable, write_atomically
 from skipless.datasets.labels.counts import COUNTS, describe_split
 from skipless.datasets.labels.masks import VOID, SegmentationSet
 from skipless.eval.evaluation import Context, finish, name_blocks
@@ -42,7 +42,7 @@ def finish_segmentation(
     published: str = "recipe",
 ) -> dict[str, Any]:
     """Write, print and return the result; see `finish` and `report`."""
-    files = {"pictures.png": partial(draw, images, predictions)}
+    files = {f"{context.task}.png": partial(draw, images, predictions)}
     official = COUNTS.get((images.name, images.split))
     in_words = partial(report, how=how, published=published)
     return finish(context, protocol, images, "mIoU", miou, details, in_words, files, official)
@@ -109,7 +109,7 @@ def draw(images: SegmentationSet, predictions: dict[int, np.ndarray], path: Path
             axis.imshow(picture, interpolation="nearest", extent=extent)
             if column == 0:
                 label_row(axis, ("image", "truth", "prediction")[offset])
-        axes[row, column].set_title(images.names[index], fontsize=8, pad=2)
+        axes[row, column].set_title(printable(images.names[index]), fontsize=8, pad=2)
     known = sorted(seen - {VOID})[:40]
     handles = [Patch(color=colors[label] / 255, label=images.classes[label]) for label in known]
     ncols = max(1, 2 * columns)

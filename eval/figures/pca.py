@@ -11,6 +11,7 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import r2_score
 
+from skipless.common.files import printable
 from skipless.eval.figures.pictures import label_row, picture_grid
 
 Foreground = Literal["none", "pca", "mask"]
@@ -254,7 +255,7 @@ def draw_columns(
         if across:
             label_row(axes[0, number], column.title)
         else:
-            axes[0, number].set_title(column.title, fontsize=9)
+            axes[0, number].set_title(printable(column.title), fontsize=9)
         components, masks = column.components, column.foreground
         if smooth:
             components = [cv2.GaussianBlur(c, (0, 0), smooth) for c in components]

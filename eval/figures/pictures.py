@@ -8,12 +8,13 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from skipless.common.files import write_atomically
+from skipless.common.files import printable, write_atomically
 from skipless.common.pixels import resample
 from skipless.datasets.images import open_images, read_image
 from skipless.eval.backbones import Backbone
 
 matplotlib.use("Agg")
+matplotlib.rcParams["text.parse_math"] = False  # $ in a name is a dollar
 matplotlib.rcParams["svg.hashsalt"] = "skipless"  # the same names in the same figure
 matplotlib.rcParams["pdf.fonttype"] = 42  # TrueType: IEEE and others refuse the Type 3 fonts that are the default
 
@@ -29,10 +30,10 @@ def pick_images(path: str | Path, count: int) -> list[tuple[str, np.ndarray]]:
     """
     path = Path(path).expanduser()
     if path.is_file() and path.suffix.lower() != ".zip":
-        return [(path.name, read_image(path))]
+        return [(printable(path.name), read_image(path))]
     source = open_images(path)
     rows = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int))
-    return [(Path(source.names[row]).name, source.read(int(row))) for row in rows.tolist()]
+    return [(printable(Path(source.names[row]).name), source.read(int(row))) for row in rows.tolist()]
 
 
 def fit(picture: np.ndarray, size: int, patch: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from skipless.common.files import write_atomically
+from skipless.common.files import printable, write_atomically
 from skipless.datasets.labels.boxes import BoxSet
 from skipless.eval.figures.pictures import label_row
 
@@ -102,7 +102,7 @@ def draw(images: BoxSet, entries: list[dict[str, Any]], block: int, shown: list[
         for (x0, y0, x1, y1), edge in boxes:
             frame = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=1.5)
             axes[row, column].add_patch(frame)
-        axes[row, column].set_title(images.images[index].name, fontsize=8, pad=2)
+        axes[row, column].set_title(printable(images.images[index].name), fontsize=8, pad=2)
         if column == 0:
             for offset, title in enumerate(titles):
                 label_row(axes[row + offset, 0], title)

@@ -24,10 +24,14 @@ from skipless.datasets.labels.boxes import BoxSet
 from skipless.eval.backbones import Backbone, FeatureKind, pad_to_patch
 from skipless.eval.features import data_sha256
 from skipless.eval.objects.localization import Localization, bounding_box, lost, maskcut, tokencut
+from skipless.eval.objects.scores import COMPLETE
 from skipless.eval.reading import Unreadable, read_batches_leniently
 
 SMALL_GRAPH = 1600
 """Patches up to which one thread is faster than several."""
+
+EARLY = 8
+"""Images after which graphs that say nothing are warned of."""
 
 Method = Literal["lost", "tokencut", "maskcut"]
 
@@ -63,6 +67,7 @@ def find_objects(
         "checkpoint": backbone.fingerprint(),
         "data": [data_sha256(images.images), images.upright],
         "settings": [search.method, search.features, search.blocks, search.size, search.tau],
+        **({"squares": "lanczos"} if search.method == "maskcut" else {}),
     }
     known: dict[int, dict[str, Any]] = {}
     for path in sorted(out.glob("found-*.jsonl")) if out else []:
@@ -73,7 +78,7 @@ def find_objects(
         os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
     rest = [index for index in range(len(images)) if index not in known]
     batches = _batches(images, rest, backbone.patch, search)[distributed.rank() :: distributed.world_size()]
-    loader = read_batches_leniently(partial(_read_picture, images, search.size), batches, search.workers)
+    loader = read_batches_leniently(partial(_read_picture, images, search), batches, search.workers)
     threshold: dict[str, Any] = {} if search.tau is None else {"tau": search.tau}
     locate = {"lost": lost, "tokencut": partial(tokencut, **threshold), "maskcut": partial(maskcut, **threshold)}
     mine: list[dict[str, Any]] = []
@@ -83,11 +88,27 @@ def find_objects(
             entries = _search_batch(backbone, images, batch, pictures, search, locate[search.method], shown)
             if log:
                 _append_log(log, identity, entries)
+            few = len(mine) < EARLY <= len(mine) + len(entries)
             mine += entries
             progress.update(len(batch))
+            if few and (sentence := complete_graphs(mine, search.features)) and distributed.rank() == 0:
+                progress.write(sentence)
     for part in distributed.gather_objects(mine):
         known |= {entry["index"]: entry for entry in part}
     return [known[index] for index in range(len(images))]
+
+
+def complete_graphs(entries: list[dict[str, Any]], features: FeatureKind) -> str:
+    """A warning where most of the graphs say nothing; else nothing."""
+    found = [entry["blocks"][-1]["edges"] for entry in entries if "blocks" in entry]
+    complete = sum(edges > COMPLETE for edges in found)
+    if 2 * complete <= len(found):
+        return ""
+    advice = "; stop, and try --features keys_without_bias" if features == "keys" else ""
+    return (
+        f"warning: in {complete} of the first {len(found)} images nearly all patches count as similar, and what is "
+        f"found there means little{advice}"
+    )
 
 
 def _search_batch(
@@ -232,8 +253,12 @@ def _padded(shape: Sequence[int], patch: int) -> tuple[int, int]:
     return -(-shape[0] // patch), -(-shape[1] // patch)
 
 
-def _read_picture(images: BoxSet, size: int | None, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+def _read_picture(images: BoxSet, search: Search, index: int) -> tuple[np.ndarray, tuple[int, int]]:
     """uint8 [H, W, 3] as the network takes it, and the original (H, W)."""
-    picture = images.read_image(index)
+    picture, size = images.read_image(index), search.size
     original = (picture.shape[0], picture.shape[1])
-    return (picture if size is None else resample(picture, size, size)), original
+    if size is None:
+        return picture, original
+    if search.method == "maskcut":  # as in CutLER's release
+        return np.array(Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS)), original
+    return resample(picture, size, size), original

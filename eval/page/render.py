@@ -21,7 +21,7 @@ import numpy as np
 from markupsafe import Markup
 from tqdm import tqdm
 
-from skipless.common.files import write_text
+from skipless.common.files import printable, write_text
 from skipless.datasets.images import read_image
 from skipless.eval.backbones import Backbone
 from skipless.eval.figures.pca import align, component_colors, pca_components
@@ -231,7 +231,7 @@ def curves(series: dict[str, list[dict[str, Any]]], metric: str, colors: dict[st
             marker = MARKERS[names.index(name) % len(MARKERS)]
             axis.plot(
                 x, [100 * e["value"] for e in entries], color=colors[name], marker=marker, markersize=4,
-                linewidth=1.5, label=name.replace("$", r"\$"),
+                linewidth=1.5, label=printable(name),
             )  # fmt: skip
             if all(entry["interval"] for entry in entries):
                 low, high = zip(*(entry["interval"] for entry in entries), strict=True)

@@ -1,7 +1,9 @@
 """Object discovery as a user runs it, CorLoc and AP by hand, resuming, and whatever odd images there are."""
 
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import refusal, run_group
+from helpers import write_voc as write_masks
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -29,11 +32,15 @@ from skipless.eval.metrics import bootstrap_interval
 from skipless.eval.objects import search
 from skipless.eval.objects.localization import Localization, box_in_pixels, lost, tokencut
 from skipless.eval.objects.scores import coco_ap, detections
+from skipless.eval.report import main as make_report
+from skipless.eval.segmentation import main as segment
+from skipless.eval.similarity import main as draw_similarity
 from skipless.ssl.model.vit import VisionTransformer
 
 PATCH = 8
 METHODS = ("lost", "tokencut", "maskcut")
-FILES = ["detections.json", "discovery.json", "discovery.md", "pictures.png"]
+IDS = {"lost": "lost", "tokencut": "tokencut", "maskcut": "maskcut/no-crf/corners-by-seed"}
+FILES = ["detections.json", "discovery.json", "discovery.md", "discovery.png"]
 # (width, height), objects (x0, y0, x1, y1 half-open, flags). 37 x 50 and 40 x 56 have one size after padding.
 HARD, CUT = "<difficult>1</difficult>", "<truncated>1</truncated>"
 Save = Callable[[dict[str, torch.Tensor]], Path]
@@ -259,7 +266,7 @@ def test_command_leaves_a_result_detections_and_pictures(
     assert sorted(path.name for path in out.iterdir()) == FILES
 
     result = json.loads((out / "discovery.json").read_text())
-    assert (result["task"], result["protocol"]) == ("discovery", f"coco-{method}/64px")
+    assert (result["task"], result["protocol"]) == ("discovery", f"coco-{IDS[method]}/64px")
     assert (result["dataset"], result["split"], result["images"]) == ("coco", "val2017", 4)
     assert (result["official_images"], result["seed"], result["processes"]) == (5000, 1, 1)
     assert result["checkpoint"]["path"] == str(ckpt)
@@ -283,7 +290,7 @@ def test_command_leaves_a_result_detections_and_pictures(
         assert details["interval_95"][0] <= result["value"] <= details["interval_95"][1]
 
     table = (out / "discovery.md").read_text()
-    assert f"**coco-{method}/64px** {100 * result['value']:.1f} {result['metric']}" in table
+    assert f"**coco-{IDS[method]}/64px** {100 * result['value']:.1f} {result['metric']}" in table
     assert "coco val2017 SUBSET, 4 of 5,000 images" in table
     assert "coco val2017 SUBSET, 4 of 5,000 images; 2 with boxes" in printed
     assert f"| 2 | {100 * result['value']:.1f} |" in table
@@ -302,7 +309,7 @@ def test_command_leaves_a_result_detections_and_pictures(
             assert mask.shape == (about["height"], about["width"])
             assert item["bbox"] == enclosing(mask)
         assert sum(decode(item["segmentation"]).astype(int) for item in items).max() == 1  # type: ignore[union-attr]
-    with Image.open(out / "pictures.png") as sheet:
+    with Image.open(out / "discovery.png") as sheet:
         sheet.load()
         assert min(sheet.size) > 200
 
@@ -365,7 +372,7 @@ def test_masks_of_resized_images_come_back_to_their_pixels(
 
     monkeypatch.setattr(search, "maskcut", whole)
     result = measure(tmp_path / "in", ckpt, "--method=maskcut", "--out", tmp_path / "square", name="folder")
-    assert (result["protocol"], result["details"]["image_size"]) == ("folder-maskcut", 480)
+    assert (result["protocol"], result["details"]["image_size"]) == ("folder-maskcut/no-crf/corners-by-seed", 480)
     assert found_in(tmp_path / "square")[0]["bbox"] == [0, 0, 10, 3]
 
 
@@ -475,10 +482,80 @@ def test_damaged_images_of_a_folder_are_left_out_and_listed(
     assert "b.jpg: the content is not that of a" in sentence_on_b
     assert [item["file_name"] for item in found_in(tmp_path / "out")] == ["a.jpg", "c.jpg"]
     assert "1 images could not be read" in capsys.readouterr().out
-    assert Image.open(tmp_path / "out" / "pictures.png").size[0] > 0
+    assert Image.open(tmp_path / "out" / "discovery.png").size[0] > 0
     for name in ("a", "c"):
         (tmp_path / "in" / f"{name}.jpg").write_bytes(b"no picture")
     assert "none of its 3 images can be read" in refusal(main, command(tmp_path / "in", ckpt, name="folder"), capsys)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_squares_are_made_as_published(
+    tmp_path: Path, ckpt: Path, monkeypatch: pytest.MonkeyPatch, undrawn: None, method: str
+) -> None:
+    """CutLER's release takes Pillow's Lanczos filter; the others have no squares, and get bicubic ones."""
+    (tmp_path / "in").mkdir()
+    photo = picture(61, 43, 0)
+    photo.save(tmp_path / "in" / "x.png")
+    seen: list[np.ndarray] = []
+    plain = Backbone.normalize
+    monkeypatch.setattr(Backbone, "normalize", lambda self, images: seen.append(images[0]) or plain(self, images))
+    measure(tmp_path / "in", ckpt, "--method", method, "--size=32", name="folder")
+    expected = {name: np.asarray(photo.resize((32, 32), Image.Resampling[name])) for name in ("LANCZOS", "BICUBIC")}
+    distance = {name: np.abs(seen[0].astype(int) - other).max() for name, other in expected.items()}
+    assert distance["LANCZOS"] == 0 if method == "maskcut" else distance["BICUBIC"] <= 2 < distance["LANCZOS"]
+
+
+def test_graphs_that_say_nothing_are_warned_of_after_a_few_images(
+    tmp_path: Path, save: Save, undrawn: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in DINOv2's weights, a large bias of the keys makes all patches alike; for them, it is left out."""
+    (tmp_path / "in").mkdir()
+    for number in range(10):
+        picture(48, 40, number).save(tmp_path / "in" / f"{number}.png")
+    biased = random_tensors()
+    for block in range(2):
+        biased[f"blocks.{block}.attn.qkv.bias"][192:384] = 100
+    result = measure(tmp_path / "in", save(biased), "--batch-size=4", name="folder")
+    said = capsys.readouterr().out
+    assert "warning: in 8 of the first 8 images nearly all patches count as similar" in said
+    assert said.index("the first 8 images") < said.index("10 images searched")
+    assert (result["settings"]["features"], result["details"]["nearly_complete_graphs"]) == ("keys", 10)
+    dinov2 = biased | {f"blocks.{block}.ls{n}.gamma": torch.ones(192) for block in range(2) for n in (1, 2)}
+    result = measure(tmp_path / "in", save(dinov2), name="folder")
+    assert result["protocol"] == "folder-tokencut/keys_without_bias"
+    assert (result["settings"]["features"], result["details"]["nearly_complete_graphs"]) == ("keys_without_bias", 0)
+    assert "of the first" not in capsys.readouterr().out
+    published = measure(tmp_path / "in", save(dinov2), "--features=keys", name="folder")
+    assert (published["protocol"], published["details"]["nearly_complete_graphs"]) == ("folder-tokencut", 10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow only Unicode in file names")
+@pytest.mark.parametrize("name", [b"caf\xe9.jpg", b"price $5$ _^{.jpg", b"a\nb\x1b[31m.jpg"])
+def test_names_that_are_no_text_are_searched_drawn_and_written(
+    ckpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: bytes
+) -> None:
+    (tmp_path / "in").mkdir()
+    picture(32, 24, 0).save(tmp_path / "in" / "a.jpg")
+    os.rename(tmp_path / "in" / "a.jpg", os.fsencode(tmp_path / "in") + b"/" + name)
+    (tmp_path / "in" / "damaged.jpg").touch()
+    main(command(tmp_path / "in", ckpt, "--out", tmp_path / "out", name="folder"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+    assert found_in(tmp_path / "out")[0]["file_name"] == os.fsdecode(name)
+    draw_similarity(list(map(str, ["--ckpt", ckpt, "--image", tmp_path / "in" / os.fsdecode(name), "--size=32",
+                                   "--out", tmp_path / "similar.png"])))  # fmt: skip
+    make_report(list(map(str, ["--ckpt", ckpt, "--images", tmp_path / "in" / os.fsdecode(name), "--device=cpu",
+                               "--size=32", "--out", tmp_path / "report"])))  # fmt: skip
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_results_of_two_tasks_share_a_folder(voc: Path, ckpt: Path, tmp_path: Path) -> None:
+    measure(voc, ckpt, "--out", tmp_path)
+    before = (tmp_path / "discovery.png").read_bytes()
+    segmented = write_masks(tmp_path / "masks", {"train": 4, "val": 2})
+    words = ["--ckpt", ckpt, "--data.name=voc12", "--data.root", segmented, "--protocol=quick", "--quick.size=32"]
+    segment(list(map(str, [*words, "--quick.epochs=1", "--device=cpu", "--cache", tmp_path / "c", "--out", tmp_path])))
+    assert (tmp_path / "segmentation.png").exists()
+    assert (tmp_path / "discovery.png").read_bytes() == before
 
 
 def test_another_result_in_out_is_not_overwritten(
@@ -638,7 +715,7 @@ def test_odd_images_are_searched_like_others(save: Save, tmp_path: Path, method:
         x, y, width, height = item["bbox"]
         assert 0 <= x < x + width <= 800
         assert 0 <= y < y + height <= 16
-    with Image.open(out / "pictures.png") as sheet:
+    with Image.open(out / "discovery.png") as sheet:
         sheet.load()
 
 
@@ -669,7 +746,7 @@ def test_a_key_bias_is_warned_of_and_can_be_left_out(
     measure(voc, ckpt, *flags, tmp_path / "unbiased")  # its bias is zero
     assert found_in(tmp_path / "without") == found_in(tmp_path / "unbiased")
     result = json.loads((tmp_path / "without" / "discovery.json").read_text())
-    assert result["protocol"].startswith(f"voc07-{method}/keys_without_bias")
+    assert result["protocol"].startswith(f"voc07-{IDS[method]}/keys_without_bias")
 
 
 @pytest.mark.parametrize(
@@ -813,6 +890,6 @@ def test_nan_is_not_searched(
 
 def test_the_published_settings_are_the_defaults() -> None:
     found = cli.parse(Settings, ["--ckpt=x", "--data.name=voc07", "--data.root=x"])
-    assert (found.method, found.features, found.block) == ("tokencut", "keys", "last")
+    assert (found.method, found.features, found.block) == ("tokencut", "auto", "last")
     assert (found.size, found.tau) == (None, None)
     assert (found.no_hard, found.every_block, found.untrained) == (False, False, False)

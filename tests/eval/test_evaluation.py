@@ -56,7 +56,7 @@ def knn(evaluation_of: Evaluations) -> Evaluation:
 def test_result_table_and_pictures(evaluation: Evaluation, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task, dense = evaluation.task, "--data.name=voc12" in evaluation.words
     result = evaluation.written(tmp_path / "out", "--seed=7", "--batch-size=3", "--workers=1")
-    files = {f"{task}.json", f"{task}.md"} | ({"pictures.png"} if dense else set())
+    files = {f"{task}.json", f"{task}.md"} | ({f"{task}.png"} if dense else set())
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
     assert (result["task"], result["split"], result["images"]) == (task, "val", 4 if dense else 9)
     assert result["metric"] == ("mIoU" if dense else "top-1")
@@ -69,7 +69,7 @@ def test_result_table_and_pictures(evaluation: Evaluation, tmp_path: Path, capsy
     assert f"**{result['protocol']}** {100 * result['value']:.1f} " in table
     assert table.strip() in capsys.readouterr().out
     if dense:
-        with Image.open(tmp_path / "out" / "pictures.png") as sheet:
+        with Image.open(tmp_path / "out" / f"{task}.png") as sheet:
             sheet.load()
             assert min(sheet.size) > 200
 

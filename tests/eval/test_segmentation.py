@@ -82,7 +82,7 @@ def test_mmseg_solves_colors_and_keeps_its_head(segmentation: Evaluation, tmp_pa
     assert result["protocol"] == "voc12-linear/mmseg (changed)"
     assert result["value"] > 0.8
     assert all(0.6 < entry["miou"] <= 1 for entry in result["details"]["every_block"])
-    files = ["head.pt", "pictures.png", "segmentation.json", "segmentation.md"]
+    files = ["head.pt", "segmentation.json", "segmentation.md", "segmentation.png"]
     assert sorted(path.name for path in out.iterdir()) == files
     assert torch.load(out / "head.pt", weights_only=True)["heads.1.2.weight"].shape == (21, 192, 1, 1)
 

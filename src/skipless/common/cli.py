@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import io
 import json
 import multiprocessing
 import re
@@ -95,6 +96,8 @@ def guard(command: Callable[[], object]) -> None:
 
     # Imported by whoever works with tensors; a command that does not shall not wait seconds for torch.
     distributed: Any = sys.modules.get("skipless.common.distributed")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of file names that are no text
     try:
         command()
         if distributed:

@@ -72,8 +72,14 @@ def holds_already(folder: Path, record: str, read: Callable[[Path], Any], wanted
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically."""
-    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    """Write a small text file atomically; of names that are no text, as in `printable`."""
+    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def printable(text: object) -> str:
+    """A text that can be written and drawn: Linux allows file names that are not UTF-8, and control characters."""
+    encoded = str(text).encode(errors="backslashreplace").decode()
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in encoded)
 
 
 def write_result(out: Path, result: Any, text: str) -> None:
