@@ -25,7 +25,7 @@ Where the algorithms leave the outcome open, it is the following, always:
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.linalg
@@ -55,13 +55,13 @@ Box = tuple[int, int, int, int]
 class Localization:
     """One object found in an image of h x w patches, and how far the graph it was found in can be trusted."""
 
-    mask: np.ndarray
+    mask: np.ndarray = field(repr=False)
     """bool [h, w]: the patches of the object."""
     box: Box
     """(x0, y0, x1, y1) of `mask`, in patches, half-open."""
     seed: int
     """The patch the object was grown from, row * w + column."""
-    map: np.ndarray
+    map: np.ndarray = field(repr=False)
     """float64 [h, w], for pictures. LOST: the degree of each patch, without itself. TokenCut and MaskCut: the second
     eigenvector, scaled to magnitude 1 at most, positive at the seed; zeros where the graph has none."""
     edges: float

@@ -12,7 +12,7 @@ one crop ends and the next begins.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -200,6 +200,7 @@ class VisionTransformer(nn.Module):
             "position_offset": position_offset, "position_antialias": position_antialias,
         }  # fmt: skip
         self.dim, self.depth, self.patch, self.registers = dim, depth, patch, registers
+        self.embed_dim = dim  # as timm and DINO call it
         self.position_offset, self.position_antialias = position_offset, position_antialias
         self.attention: Backend = attention
         self.checkpoint_activations = checkpoint_activations
@@ -266,18 +267,27 @@ class VisionTransformer(nn.Module):
         attention = 4 * tokens**2 * self.dim * self.depth
         return 2 * weights * tokens + attention + 2 * 3 * self.patch**2 * self.dim * patches
 
-    def forward(self, crops: Sequence[Tensor], hidden: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
-        """Tokens of a list of batches, one for each crop size, in one pass.
+    @overload
+    def forward(self, crops: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, crops: Sequence[Tensor], hidden: tuple[Tensor, Tensor] | None = None) -> list[Tensor]: ...
+
+    def forward(
+        self, crops: Tensor | Sequence[Tensor], hidden: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor | list[Tensor]:
+        """Tokens of a list of batches, one for each crop size, in one pass; or of one batch.
 
         Args:
-            crops: tensors [B_i, 3, H_i, W_i]; height and width multiples of the patch.
+            crops: tensors [B_i, 3, H_i, W_i], or one; height and width multiples of the patch.
             hidden: patches of the first batch that a token stands in for, see `embed`.
 
         Returns:
-            Tensors [B_i, 1 + R + N_i, D] after the final norm; token 0 is CLS, the last N_i are patches, rows first.
+            Tensors [B_i, 1 + R + N_i, D] after the final norm, or one; token 0 is CLS, the last N_i are patches, rows
+            first.
         """
         if isinstance(crops, Tensor):
-            raise TypeError("forward takes a list of batches, one for each crop size: model([images])")
+            return self([crops], hidden)[0]
         backend, _ = choose_backend(crops[0].device, self.attention)
         embedded = [self.embed(crops[0], hidden), *(self.embed(images) for images in crops[1:])]
         groups = tuple((t.shape[0], t.shape[1]) for t in embedded)
@@ -328,6 +338,34 @@ class VisionTransformer(nn.Module):
                 tokens = {"queries": q, "keys": k, "values": v}[kind].flatten(1).view_as(before)
             features[number] = BlockFeatures(tokens[:, 1 + self.registers :].unflatten(1, grid), tokens[:, 0])
         return [features[number] for number in numbers]
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """timm's name for the tokens after the final norm: [B, 3, H, W] -> [B, 1 + R + N, D]."""
+        return self(images)
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Any, ...]:
+        """Patches of several blocks as DINOv2's models give them; `features` says the same in other shapes.
+
+        Args:
+            x: images [B, 3, H, W].
+            n: the last n blocks, or the numbers of blocks, from 0.
+            reshape: patches as [B, D, h, w] instead of [B, h * w, D].
+            return_class_token: each as a pair with its CLS token [B, D].
+            norm: apply the final norm.
+        """
+        blocks = range(self.depth - n, self.depth) if isinstance(n, int) else n
+        layers = []
+        for features in self.features(x, list(blocks), norm=norm):
+            patches = features.patches.permute(0, 3, 1, 2) if reshape else features.patches.flatten(1, 2)
+            layers.append((patches.contiguous(), features.cls) if return_class_token else patches.contiguous())
+        return tuple(layers)
 
     def walk(self, tokens: Tensor) -> Iterator[tuple[Block, Tensor, Tensor]]:
         """The blocks in order, each computed when it is asked for.

@@ -17,6 +17,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(beside)
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        beside.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
