@@ -89,6 +89,11 @@ def profile(result: Result) -> str:
     return f"{1000 * total:.0f} ms a step, {100 * seconds[longest] / total:.0f} % in {longest}"
 
 
+def shares(result: Result) -> list[float]:
+    """Of masked tokens in the last block of each model, what depends on other patches."""
+    return [row["hidden"][-1] for row in result["details"]]
+
+
 def language_model(result: Result) -> str:
     """The best skipless and the best residual arm."""
     best = {
@@ -116,6 +121,12 @@ SPECIAL: dict[str, tuple[str, Callable[[Result], str]]] = {
     "start-up and memory": ("Start and memory of many small images", start_up),
     "train-step": ("The training step", train_step),
     "stdlib-bytes": ("A decoder on Python's standard library", language_model),
+    "masked tokens": (
+        "What masked tokens know of other patches",
+        lambda r: (
+            f"{100 * min(shares(r)):.1f} to {100 * max(shares(r)):.1f} % of the last block's, {len(shares(r))} models"
+        ),
+    ),
     "conditioning": (
         "Condition, rank and attention of every block",
         lambda r: f"{len(r['details'])} model{'s' * (len(r['details']) > 1)}, a table each",

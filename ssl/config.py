@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -26,6 +27,7 @@ from skipless.ssl.model.build import (
 )
 from skipless.ssl.model.initialization import PRESETS, choose_beta
 from skipless.ssl.monitor import MonitorSettings
+from skipless.ssl.objectives.gram import GramSettings
 from skipless.ssl.objectives.ibot import IBOTSettings
 from skipless.ssl.optim.optimizers import OptimizerSettings
 
@@ -71,6 +73,11 @@ class RunSettings:
         path = Path(self.out) / "checkpoints" / "last.pt"
         return path if self.resume and path.exists() else None
 
+    @property
+    def earlier(self) -> Path | None:
+        """Folder of the run that this one goes on from; None where it starts."""
+        return Path(self.out) if self.last_checkpoint else None
+
 
 @dataclass
 class DataSettings:
@@ -96,12 +103,16 @@ class Settings(RunSettings):
     crops: Crops = field(default_factory=Crops)
     dino: DINOSettings = field(default_factory=DINOSettings)
     ibot: IBOTSettings = field(default_factory=IBOTSettings)
+    gram: GramSettings = field(default_factory=GramSettings)
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
     epochs: int = 100
     batch_size: int = 256
     clip_grad: float = 3.0
     """Gradients whose norm over all parameters is larger are scaled down to it; 0 turns this off. (DINO clips each
     parameter's gradient by itself, which is weaker.)"""
+    extend: str | None = None
+    """Folder of a finished run to go on from, in a folder of its own: its student, teacher, centers and optimizer, for
+    `epochs` more epochs. Schedules start anew, as these settings say; crops may be larger."""
     compile: bool = False
     """Compile student and teacher (torch.compile), for GPUs: minutes at the start, fewer and larger kernels after.
     Attention is then torch's. (It has not run on a GPU yet.)"""
@@ -109,6 +120,18 @@ class Settings(RunSettings):
     """Shard parameters, gradients, optimizer state and teacher over all processes (FSDP2), for models that crowd or do
     not fit one GPU, as ViT-g does; smaller ones are better off without. Under torchrun. The
     loss curve is the same, checkpoints are folders; docs/scaling.md says when it pays."""
+
+    @property
+    def earlier(self) -> Path | None:
+        """Folder of the run whose weights this one starts with, before its own `out`; None where they are fresh."""
+        return super().earlier or (Path(self.extend) if self.extend else None)
+
+    @property
+    def position_size(self) -> int:
+        """Side of the images that the grid of positions fits, in pixels: of the global crops, or as it was before."""
+        if self.extend is None:
+            return self.crops.global_crops_size
+        return json.loads((Path(self.extend) / "backbone.json").read_text())["architecture"]["image_size"]
 
 
 S = TypeVar("S", bound=RunSettings)
@@ -131,8 +154,8 @@ def resolve(settings: S, images: Images, device: torch.device, image_size: int) 
         ValueError: the run that is resumed has no beta; no beta keeps the rank; no image can be read.
     """
     settings, notes = copy.deepcopy(settings), []
-    model, file, earlier = settings.model, Path(settings.out) / "settings.yaml", {}
-    if settings.last_checkpoint and file.exists():
+    model, earlier = settings.model, {}
+    if settings.earlier and (file := settings.earlier / "settings.yaml").exists():
         earlier = renamed(yaml.safe_load(file.read_text()))
     if settings.precision == "auto":
         settings.precision = earlier.get("precision", "auto")

@@ -102,6 +102,8 @@ class Outputs(NamedTuple):
     """[N, D], what the head read of them."""
     patch_logits: Tensor | None = None
     """[M, K'] of the patches that were asked for."""
+    patches: Tensor | None = None
+    """[N_0, n, D], patch tokens of the crops of the first size, where they were asked for."""
 
 
 class DINOModel(nn.Module):
@@ -132,7 +134,13 @@ class DINOModel(nn.Module):
         if patch_head is not None:
             self.patch_head = patch_head
 
-    def forward(self, crops: Sequence[Tensor], read: Tensor | None = None, hidden: Tensor | None = None) -> Outputs:
+    def forward(
+        self,
+        crops: Sequence[Tensor],
+        read: Tensor | None = None,
+        hidden: Tensor | None = None,
+        patches: bool = False,
+    ) -> Outputs:
         """All crops in one pass, and some patches of the largest.
 
         Args:
@@ -140,18 +148,20 @@ class DINOModel(nn.Module):
             read: int64 [M], of the n patches of each crop of the first size, counted through all N_0 * n of them:
                 those that a head reads too.
             hidden: bool [N_0, n], those whose place the mask token takes.
+            patches: whether to give the patch tokens, too.
         """
         tokens = self.backbone(crops, None if hidden is None else (hidden, self.mask_token))
         patches_from = 1 + self.backbone.registers
         pooled = torch.cat([t[:, 0] if self.pool == "cls" else t[:, patches_from:].mean(dim=1) for t in tokens])
+        of_patches = tokens[0][:, patches_from:] if patches else None
         if read is None:
-            return Outputs(self.head(pooled), pooled)
+            return Outputs(self.head(pooled), pooled, None, of_patches)
         crop = read // (tokens[0].shape[1] - patches_from)
-        patches = tokens[0].flatten(0, 1).index_select(0, read + (crop + 1) * patches_from)
+        chosen = tokens[0].flatten(0, 1).index_select(0, read + (crop + 1) * patches_from)
         if hasattr(self, "patch_head"):
-            return Outputs(self.head(pooled), pooled, self.patch_head(patches))
-        logits, patch_logits = self.head(torch.cat([pooled, patches])).split([len(pooled), len(patches)])
-        return Outputs(logits, pooled, patch_logits)
+            return Outputs(self.head(pooled), pooled, self.patch_head(chosen), of_patches)
+        logits, patch_logits = self.head(torch.cat([pooled, chosen])).split([len(pooled), len(chosen)])
+        return Outputs(logits, pooled, patch_logits, of_patches)
 
 
 def build_dino(

@@ -26,9 +26,8 @@ from skipless.common import cli, distributed
 from skipless.datasets.images import ImageSource, open_images
 from skipless.ssl.config import Settings, check, check_size, resolve
 from skipless.ssl.data.crops import Crops
-from skipless.ssl.data.device_crops import crops_on_device
+from skipless.ssl.data.device_crops import where_made
 from skipless.ssl.data.loader import StepBatches, UnreadableImages, crop_loader, loader_workers, micro_batches
-from skipless.ssl.data.masks import Masks
 from skipless.ssl.dino import DINOModel, build_dino, make_teacher, update_teacher
 from skipless.ssl.model.build import build_backbone
 from skipless.ssl.monitor import CollapseAlarm, Monitor
@@ -54,18 +53,18 @@ def pretrain(cfg: Settings) -> Path:
     monitor = Monitor(cfg.monitor, images, size, cfg.model.pool, device, workers)
 
     torch.manual_seed(cfg.seed)
-    backbone = build_backbone(cfg.model, size, cfg.seed, None if cfg.last_checkpoint else images)
+    backbone = build_backbone(cfg.model, cfg.position_size, cfg.seed, None if cfg.earlier else images)
     student = build_dino(backbone, cfg.dino, cfg.model.pool, cfg.ibot.on, cfg.ibot.out_dim).to(device)
     distributed.sync(student)
     teacher = make_teacher(student)
+    schedule = DINOSchedule(cfg.optimizer, cfg.dino, cfg.epochs, cfg.batch_size, len(images))
+    objective = Objective(cfg, student.backbone, schedule.steps_per_epoch, device)
     student_parallel = parallelize(student, device, cfg.precision, cfg.shard, cfg.compile)  # DDP, FSDP2 or nothing
     teacher_parallel = parallelize(teacher, device, cfg.precision, cfg.shard, cfg.compile)
-    objective = Objective(cfg.dino, cfg.ibot, 2 + cfg.crops.local_crops_number, device)
     optimizer = make_optimizer(student, cfg.optimizer)
-    schedule = DINOSchedule(cfg.optimizer, cfg.dino, cfg.epochs, cfg.batch_size, len(images))
     parts = {"student": student, "teacher": teacher, **objective.parts, "optimizer": optimizer}
     run = Run(cfg, schedule, device, cfg.data.path, {"images": len(images)}, parts)
-    start = run.resume(may_change=("monitor.", "crops.device", "compile"))
+    start = run.resume(may_change=("monitor.", "crops.device", "compile"), extend=cfg.extend)
 
     order = StepBatches(len(images), cfg.batch_size, cfg.accumulate, cfg.seed, start, schedule.steps)
     masks = cfg.ibot.masks(size // cfg.model.patch)
@@ -73,8 +72,7 @@ def pretrain(cfg: Settings) -> Path:
     unreadable = UnreadableImages(images, cfg.data.max_unreadable, run.folder / "unreadable.txt")
     meter = Meter(objective.names, cfg.batch_size // cfg.accumulate, flops_per_image(student, cfg.crops), device)
     alarm, ln_k = CollapseAlarm(cfg.dino.out_dim, schedule.warmup), math.log(cfg.dino.out_dim)
-    where = f"on {device}" if crops_on_device(cfg.crops, device) else "by the loader"
-    run.open(start, f"{len(images):,} images of {images.origin}", student.backbone, f"; crops: made {where}")
+    run.open(start, f"{len(images):,} images of {images.origin}", student.backbone, where_made(cfg.crops, device))
     run.say(*images.remarks, *monitor.introduction(), *notes)
 
     def measure_teacher(step: int) -> None:
@@ -88,14 +86,15 @@ def pretrain(cfg: Settings) -> Path:
         now = schedule.at(step)
         set_rates(optimizer, now.lr, now.weight_decay, now.last_layer_frozen)
         distributed.seed_step(cfg.seed, step, schedule.steps)
+        objective.start_step(step, partial(full_backbone, teacher))
         for batch, last in micro_batches(batches, cfg.accumulate):
-            crops, hidden = make_crops(batch), batch.get("masks", Masks()).to(device)
+            crops, larger, hidden = make_crops(batch)
             with torch.no_grad(), student_parallel.autocast:
                 targets = teacher_parallel.forward(crops[:1], hidden.read)  # the two global crops of every image
             with student_parallel.sync_gradients(last):
                 with student_parallel.autocast:
-                    outputs = student_parallel.forward(crops, hidden.read, hidden.patches)
-                loss, *values = objective(outputs, targets, hidden, now.teacher_temperature)
+                    outputs = student_parallel.forward(crops, hidden.read, hidden.patches, cfg.gram.on)
+                loss, *values = objective(outputs, targets, hidden, larger, now.teacher_temperature)
                 (loss / cfg.accumulate).backward()
             meter.add(*values)
             unreadable.add(batch["unreadable"])
@@ -149,20 +148,44 @@ def check_and_resolve(cfg: Settings, images: ImageSource, device: torch.device) 
         )
     if cfg.ibot.on and cfg.ibot.from_epoch >= cfg.epochs:
         raise ValueError(f"ibot.from_epoch is {cfg.ibot.from_epoch} in a run of {cfg.epochs} epochs: lower it")
+    if cfg.extend is not None:
+        check_extends(cfg.extend, cfg.out)
     if cfg.dino.freeze_last_layer >= cfg.epochs:
         raise ValueError(
             f"dino.freeze_last_layer is {cfg.dino.freeze_last_layer:g} in a run of "
             f"{cfg.epochs} epochs; the last layer would never learn: lower it, or raise epochs"
         )
+    if cfg.crops.gram_teacher_crops_size:
+        check_size("crops.gram_teacher_crops_size", cfg.crops.gram_teacher_crops_size, cfg.model.patch)
+    if cfg.gram.on and cfg.gram.from_epoch >= cfg.epochs:
+        raise ValueError(f"gram.from_epoch is {cfg.gram.from_epoch} in a run of {cfg.epochs} epochs: lower it")
+    if cfg.crops.gram_teacher_crops_size and not cfg.gram.on:
+        raise ValueError("crops.gram_teacher_crops_size is set, and gram.loss_weight is 0: give both or none")
     check_size("crops.global_crops_size", cfg.crops.global_crops_size, cfg.model.patch)
     if cfg.crops.local_crops_number:
         check_size("crops.local_crops_size", cfg.crops.local_crops_size, cfg.model.patch)
     if cfg.monitor.every_epochs and cfg.monitor.size:
         check_size("monitor.size", cfg.monitor.size, cfg.model.patch)
     cfg, notes = resolve(cfg, images, device, cfg.crops.global_crops_size)
+    if cfg.extend is not None:
+        rate = cfg.optimizer.lr * cfg.batch_size / 256
+        notes.append(
+            f"goes on from {cfg.extend} for {cfg.epochs} more epochs, counted from 0: learning rate up to {rate:g} in "
+            f"{cfg.optimizer.warmup_epochs:g} epochs and down to {cfg.optimizer.min_lr:g}; the teacher's momentum "
+            f"rises from {cfg.dino.momentum_teacher:g} to 1, its temperature is {cfg.dino.teacher_temp:g}"
+        )
     if cfg.compile:
         cfg.model.attention = "sdpa"  # xformers' kernels would cut the graph
     return cfg, notes
+
+
+def check_extends(folder: str, out: str) -> None:
+    """Raise ValueError where a folder holds no finished run, or is the new run's own."""
+    missing = [name for name in ("backbone.json", "checkpoints/last.pt") if not (Path(folder) / name).exists()]
+    if missing:
+        raise ValueError(f"extend is {folder}, which has no {missing[0]}: give the folder of a finished run")
+    if Path(folder).resolve() == Path(out).resolve():
+        raise ValueError(f"extend and out are both {folder}: give the longer run a folder of its own as --out")
 
 
 def flops_per_image(student: DINOModel, crops: Crops) -> float:

@@ -248,6 +248,18 @@ def tiny_vit(dim: int = 24, depth: int = 2, image_size: int = 32, **options: Any
     return VisionTransformer(dim, depth, heads, patch=8, image_size=image_size, **options)
 
 
+def make_objective(**settings: Any) -> Any:
+    """The objective of such settings, for a `tiny_vit`, two local crops and four steps an epoch, on the CPU."""
+    import torch
+
+    from skipless.ssl.config import DataSettings, Settings
+    from skipless.ssl.data.crops import Crops
+    from skipless.ssl.objectives.objective import Objective
+
+    cfg = Settings(out="", data=DataSettings(""), crops=Crops(local_crops_number=2), **settings)
+    return Objective(cfg, tiny_vit(), 4, torch.device("cpu"))
+
+
 def tiny_backbone() -> Any:
     """The `Backbone` of a `tiny_vit`."""
     from skipless.eval.backbones import Backbone

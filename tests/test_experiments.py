@@ -20,6 +20,7 @@ ROOT = helpers.ROOT
 run_py = helpers.load(ROOT / "experiments/run.py")
 index_py = helpers.load(ROOT / "experiments/index.py")
 tables_py = helpers.load(ROOT / "experiments/tables.py")
+masked_py = helpers.load(ROOT / "experiments/masked_tokens.py")
 # A training of milliseconds: its figure is given by its flags, and the seed adds a hundredth.
 FAKE = """
 import argparse, json, pathlib, sys
@@ -240,3 +241,21 @@ def test_index_of_results_is_what_the_command_writes_and_names_them_all() -> Non
     assert index == index_py.index(ROOT / "results"), "run `python experiments/index.py`"
     for path in (ROOT / "results").rglob("*.json"):
         assert f"]({path.with_suffix('.md').relative_to(ROOT / 'results')})" in index
+
+
+def test_a_masked_token_depends_on_other_patches_through_attention_alone() -> None:
+    images, mask = torch.randn(6, 3, 32, 32), torch.arange(16)[None] < 5
+    model = helpers.tiny_vit()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.proj.weight.normal_()
+    attending = masked_py.dependence(model, images, mask)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.proj.weight.zero_()
+    alone = masked_py.dependence(model, images, mask)
+    assert max(alone["hidden"]) < 1e-6 < 0.01 < min(attending["hidden"])
+    with torch.no_grad():
+        tokens = model([images])[0][:, 1:][:, ~mask[0]].double().numpy()
+    by_hand = tokens.var(axis=0, ddof=1).sum() / (tokens**2).mean(axis=0).sum()
+    assert alone["visible"][-1] == pytest.approx(by_hand, rel=1e-3)

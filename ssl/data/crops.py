@@ -19,13 +19,14 @@ Pillow's approximation by three box filters of the same standard deviation.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from skipless.common.pixels import crop_box, resample, uniform
@@ -55,6 +56,9 @@ class Crops:
     trains on the two global crops alone."""
     local_crops_scale: tuple[float, float] = (0.05, 0.4)
     """Range of a local crop's area, as a share of the image's; its end is usually the start of `global_crops_scale`."""
+    gram_teacher_crops_size: int | None = None
+    """Side in pixels of the global crops that Gram's teacher sees, if it is to see more of them (DINOv3: twice their
+    side); by default it sees the student's."""
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     """Strength of the changes of brightness, contrast, saturation (factors from 1 - x to 1 + x) and hue (shift of up to
     x turns of the color circle, at most 0.5). Lower them where color tells objects apart, as in microscopy."""
@@ -74,6 +78,11 @@ class Crops:
     decodes JPEGs there too (nvJPEG) and leaves the loader little to do. auto: by the loader without CUDA; with CUDA the
     loader decodes and the device makes the crops, if those of a test picture come out as they should. They are the
     same, to a tenth of a gray level on average. (What runs on CUDA is tested on a CPU; it has not run on a GPU.)"""
+
+    @property
+    def sizes(self) -> int:
+        """How many sizes of crops the student sees."""
+        return 2 if self.local_crops_number else 1
 
     def __post_init__(self) -> None:
         def check(name: str, fits: bool, rule: str) -> None:
@@ -147,7 +156,8 @@ def apply_view(image: np.ndarray, view: View, size: int) -> np.ndarray:
 
 
 def multicrop(image: np.ndarray, crops: Crops, rng: np.random.Generator) -> list[np.ndarray]:
-    """Random views of one image: [global 1, global 2, local 1, ...], each uint8 [S, S, 3] of its own size S.
+    """Random views of one image: [global 1, global 2, local 1, ...], each uint8 [S, S, 3] of its own size S. With
+    `gram_teacher_crops_size` the two global ones are repeated at that size, at the end.
 
     `image`: uint8 [H, W, 3] RGB of any size, left as it is. Draws from `rng` alone: the same state gives the same
     views.
@@ -155,7 +165,17 @@ def multicrop(image: np.ndarray, crops: Crops, rng: np.random.Generator) -> list
     rows, columns = image.shape[:2]
     views = draw_views(crops, rows, columns, rng)
     sizes = [crops.global_crops_size] * 2 + [crops.local_crops_size] * crops.local_crops_number
-    return [apply_view(image, view, size) for view, size in zip(views, sizes, strict=True)]
+    return [apply_view(image, view, size) for view, size in zip(views, sizes, strict=True)] + [
+        apply_view(image, view, size) for view, size in larger_views(views, crops)
+    ]
+
+
+def larger_views(views: Sequence[View], crops: Crops) -> list[tuple[View, int]]:
+    """What Gram's teacher sees of the two global crops, and its side; nothing where it sees those themselves."""
+    size = crops.gram_teacher_crops_size
+    if size is None:
+        return []
+    return [(view._replace(sigma=view.sigma * size / crops.global_crops_size), size) for view in views[:2]]
 
 
 def draw_jitter(
@@ -258,11 +278,14 @@ class Sample:
     """Of the image the views show: not the one asked for where that was unreadable."""
     unreadable: list[str]
     """`path: reason` of images passed over on the way."""
+    larger: list[np.ndarray] = field(default_factory=list)
+    """The two global crops once more, with more pixels, see `gram_teacher_crops_size`."""
 
 
 def smallest_side(crops: Crops) -> int:
     """Short side at which the smallest square crops of a square image need no enlarging."""
-    sides = [crops.global_crops_size / math.sqrt(crops.global_crops_scale[0])]
+    largest = max(crops.global_crops_size, crops.gram_teacher_crops_size or 0)
+    sides = [largest / math.sqrt(crops.global_crops_scale[0])]
     if crops.local_crops_number:
         sides.append(crops.local_crops_size / math.sqrt(crops.local_crops_scale[0]))
     return math.ceil(max(sides))
@@ -309,19 +332,25 @@ class CropDataset(Dataset[Sample]):
             self.images, index, lambda position: self.images.read(position, self.min_side)
         )
         rng = np.random.default_rng((self.seed, epoch, index))
-        return Sample(multicrop(image, self.crops, rng), position, unreadable)
+        views, count = multicrop(image, self.crops, rng), 2 + self.crops.local_crops_number
+        return Sample(views[:count], position, unreadable, views[count:])
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     """Samples of a batch, view by view.
 
-    Returns {"global": uint8 [2, B, G, G, 3], "local": uint8 [L, B, S, S, 3] or None without local crops,
-    "index": int64 [B], "unreadable": list of `path: reason`}.
+    Returns {"global": uint8 [2, B, G, G, 3], "local": uint8 [L, B, S, S, 3] or None without local crops, "larger":
+    the same of those of Gram's teacher, "index": int64 [B], "unreadable": list of `path: reason`}.
     """
-    columns = list(zip(*(sample.views for sample in samples), strict=True))
+
+    def stacked(views: list[list[np.ndarray]]) -> Tensor | None:
+        columns = [np.stack(column) for column in zip(*views, strict=True)]
+        return torch.from_numpy(np.stack(columns)) if columns else None
+
     return {
-        "global": torch.from_numpy(np.stack([np.stack(column) for column in columns[:2]])),
-        "local": torch.from_numpy(np.stack([np.stack(column) for column in columns[2:]])) if columns[2:] else None,
+        "global": stacked([sample.views[:2] for sample in samples]),
+        "local": stacked([sample.views[2:] for sample in samples]),
+        "larger": stacked([sample.larger for sample in samples]),
         "index": torch.tensor([sample.index for sample in samples], dtype=torch.int64),
         "unreadable": [line for sample in samples for line in sample.unreadable],
     }

@@ -44,6 +44,11 @@ def crops_on_device(crops: Crops, device: torch.device) -> bool:
     return crops.device == "device" or (crops.device == "auto" and device.type == "cuda" and makes_same_crops(device))
 
 
+def where_made(crops: Crops, device: torch.device) -> str:
+    """The same in words, for the line about the machine at the start of a run."""
+    return f"; crops: made {f'on {device}' if crops_on_device(crops, device) else 'by the loader'}"
+
+
 @lru_cache(maxsize=8)
 def makes_same_crops(device: torch.device) -> bool:
     """Whether the crops that this device makes of a test picture are those of crops.py, to a gray level on average.
@@ -305,23 +310,25 @@ def make_views(
         products: Of the matrix products. float16 holds pixels and blur kernels exactly, and weights of the resizing
             within 1/4096 of their size: at most a quarter of a gray level, before rounding.
 
-    Returns `dtype` [2 * B, 3, G, G] and, where there are local crops, [L * B, 3, S, S], view by view.
+    Returns `dtype` [2 * B, 3, G, G] and, where there are local crops, [L * B, 3, S, S], view by view; with
+    `gram_teacher_crops_size`, the global crops of that size at the end.
     """
     on_device = parameters.to(images[0].device, non_blocking=True)
-    groups = [(crops.global_crops_size, slice(0, 2)), (crops.local_crops_size, slice(2, None))][
-        : 2 if crops.local_crops_number else 1
-    ]
+    groups = [(crops.global_crops_size, slice(0, 2)), (crops.local_crops_size, slice(2, None))][: crops.sizes]
+    if crops.gram_teacher_crops_size:
+        groups.append((crops.gram_teacher_crops_size, slice(0, 2)))
     made: list[list[Tensor]] = [[] for _ in groups]
     most = CHUNK.get(images[0].device.type, CHUNK["cpu"])
     for rows in _chunks([(image.shape[1], image.shape[2]) for image in images], crops, most):
         canvas = make_canvas(images[rows], products)
-        for (size, views), parts in zip(groups, made, strict=True):
+        for number, ((size, views), parts) in enumerate(zip(groups, made, strict=True)):
+            scale = size / crops.global_crops_size if number == crops.sizes else 1  # of the blur
             drawn = on_device[rows, views].transpose(0, 1)
             pixels = resample(canvas, drawn, size)
             table, host = drawn.flatten(0, 1), parameters[rows, views].transpose(0, 1).flatten(0, 1)
             pixels = color_jitter(pixels, table, torch.bincount(hue_slot(host), minlength=5).tolist())
             pixels = torch.where(_as_pixels(table[:, 13]) > 0, luma(pixels).add_(0.5).floor_()[:, :, None], pixels)
-            pixels = gaussian_blur(pixels, table[:, 14], crops.blur_sigma[1], products)
+            pixels = gaussian_blur(pixels, scale * table[:, 14], scale * crops.blur_sigma[1], products)
             inverted = (_as_pixels(table[:, 15]) > 0) & (pixels >= 128)
             pixels = torch.where(inverted, 255 - pixels, pixels)
             parts.append(standardize(pixels.transpose(1, 2), dtype).unflatten(0, drawn.shape[:2]))
@@ -330,7 +337,8 @@ def make_views(
 
 def _chunks(sizes: Sequence[tuple[int, int]], crops: Crops, most: int) -> Iterator[slice]:
     """Neighboring images whose canvas and views have at most `most` values each; at least one image."""
-    views = max(2 * crops.global_crops_size**2, crops.local_crops_number * crops.local_crops_size**2)
+    largest = max(crops.global_crops_size, crops.gram_teacher_crops_size or 0)
+    views = max(2 * largest**2, crops.local_crops_number * crops.local_crops_size**2)
     first = height = width = 0
     for number, (rows, columns) in enumerate(sizes):
         height, width = max(height, rows), max(width, columns)

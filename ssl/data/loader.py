@@ -24,7 +24,7 @@ from skipless.ssl.data.device_crops import (
     crops_on_device,
     decodes_jpegs,
 )
-from skipless.ssl.data.masks import masked
+from skipless.ssl.data.masks import Masks, masked
 
 Batch = TypeVar("Batch")
 
@@ -103,28 +103,35 @@ def crop_loader(
     device: torch.device,
     bf16: bool = False,
     draw_masks: Callable[..., np.ndarray] | None = None,
-) -> tuple[DataLoader[Any], Callable[[dict[str, Any]], list[Tensor]]]:
-    """The micro-batches of all steps, and what makes the crops of one on the device: [views * B, 3, S, S], normalized,
-    globals first, locals second if there are any. With `bf16` crops that are made on a GPU are bf16. With `draw_masks`
-    (see `MaskedDataset`) a batch has `masks`."""
+) -> tuple[DataLoader[Any], Callable[[dict[str, Any]], tuple[list[Tensor], Tensor, Masks]]]:
+    """The micro-batches of all steps, and what makes three things of one, on the device.
+
+    These are its crops [views * B, 3, S, S], normalized, globals first, locals second if there are any; the global ones
+    as Gram's teacher sees them; and masks, which are there with `draw_masks` (see `MaskedDataset`). With `bf16` crops
+    that are made on a GPU are bf16.
+    """
 
     def loader(dataset: Dataset[Any], collate: Callable[..., Any]) -> DataLoader[Any]:
         if draw_masks is not None:
             dataset, collate = masked(dataset, collate, draw_masks, batches.seed)
         return step_loader(dataset, batches, workers, device, collate)
 
+    def normalized(batch: dict[str, Any]) -> list[Tensor]:
+        views = [batch[name] for name in ("global", "local", "larger") if batch[name] is not None]
+        return [normalize(view.to(device, non_blocking=True)) for view in views]
+
+    def prepare(batch: dict[str, Any]) -> tuple[list[Tensor], Tensor, Masks]:
+        made = make(batch)
+        return made[: crops.sizes], (made[crops.sizes :] or made)[0], batch.get("masks", Masks()).to(device)
+
     if crops_on_device(crops, device):
         jpegs = crops.device == "device" and decodes_jpegs(device)
         on_device = DeviceCropDataset(images, crops, batches.seed, jpegs=jpegs)
         dtype = torch.bfloat16 if bf16 and device.type == "cuda" else torch.float32
-        make_crops = DeviceCrops(on_device, device, dtype)
-        return loader(on_device, collate_images), make_crops
-
-    def normalized(batch: dict[str, Any]) -> list[Tensor]:
-        views = [batch["global"]] + ([batch["local"]] if batch["local"] is not None else [])
-        return [normalize(view.to(device, non_blocking=True)) for view in views]
-
-    return loader(CropDataset(images, crops, batches.seed), collate), normalized
+        make: Callable[[dict[str, Any]], list[Tensor]] = DeviceCrops(on_device, device, dtype)
+        return loader(on_device, collate_images), prepare
+    make = normalized
+    return loader(CropDataset(images, crops, batches.seed), collate), prepare
 
 
 def micro_batches(batches: Iterator[Batch], accumulate: int) -> Iterator[tuple[Batch, bool]]:

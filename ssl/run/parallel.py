@@ -98,7 +98,7 @@ class Bf16Weights(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         """What the network gives."""
-        parameters, copies = dict(self.network.named_parameters()), {}
+        parameters, copies = dict(self.network.named_parameters()), dict[str, Tensor]()
         for names in self.groups.values():
             copies.update(zip(names, _Bf16Copies.apply(*(parameters[name] for name in names)), strict=True))
         return torch.func.functional_call(self.network, copies, inputs)

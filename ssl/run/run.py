@@ -27,6 +27,11 @@ from skipless.ssl.run.parallel import is_sharded
 # Settings, and groups of them, that a resumed run may have others of.
 FREE = ("out", "device", "wandb", "keep", "log_every", "save_every_epochs", "accumulate")
 FREE_GROUPS = ("data.", "model.attention", "model.checkpoint")
+# Settings that an extended run has to share: the shapes of networks and of the optimizer's state depend on them.
+SHAPING = (
+    "model.pool", "dino.out_dim", "dino.hidden_dim", "dino.bottleneck_dim", "dino.norm_last_layer", "ibot.out_dim",
+    "optimizer.name", "optimizer.max_precondition_dim", "shard",
+)  # fmt: skip
 
 
 class Run:
@@ -57,33 +62,52 @@ class Run:
 
     # Where it starts --------------------------------------------------------------------------------------------------
 
-    def resume(self, may_change: Sequence[str] = ()) -> int:
+    def resume(self, may_change: Sequence[str] = (), extend: str | None = None) -> int:
         """Load the last checkpoint, if the run is to be resumed and has one, and return the step to go on from.
 
         Args:
             may_change: settings, or groups of them ending in a dot, that a resumed run may have others of.
+            extend: folder of another run, whose last checkpoint is loaded where this one has none; the step is then 0.
 
         Raises:
             ValueError: the checkpoint is damaged, or of another architecture, other images or other settings.
         """
         path = self.settings.last_checkpoint
-        if path is None:
-            return 0
-        state = load_checkpoint(path)
-        self._check_same(path, state, may_change)
-        whole = set(self.parts)
+        if path is not None:
+            state = load_checkpoint(path)
+            self._check_architecture(path, state)
+            self._check_same(path, state, may_change)
+            self._load(path, state)
+            self.seconds_before = state["seconds"]
+            return state["step"]
+        if extend is not None:
+            path = Path(extend) / "checkpoints" / "last.pt"
+            state = load_checkpoint(path)
+            self._check_architecture(path, state)
+            old, new = LATER | flat(state["settings"]), flat(plain(self.settings))
+            if differing := _differing(old, {name: new[name] for name in SHAPING}):
+                raise ValueError(f"{path} cannot be extended with other settings: {differing}; use its own")
+            if (old["ibot.loss_weight"] > 0) != (new["ibot.loss_weight"] > 0):
+                raise ValueError(
+                    f"{path} cannot be extended with ibot.loss_weight {new['ibot.loss_weight']:g}, as it is of a run "
+                    f"with {old['ibot.loss_weight']:g}: the mask token is there from the start of a run, or not at all"
+                )
+            self._load(path, state)
+        return 0
+
+    def _load(self, path: Path, state: dict[str, Any]) -> None:
+        whole = self.parts.keys() & state.keys()
         if self.sharded:
             load_shards(path.parent, self.parts["student"], self.parts["teacher"], self.parts["optimizer"])
-            whole &= state.keys()
         for name in whole:
             self.parts[name].load_state_dict(state[name])
-        self.seconds_before = state["seconds"]
-        return state["step"]
 
-    def _check_same(self, path: Path, state: dict[str, Any], may_change: Sequence[str]) -> None:
+    def _check_architecture(self, path: Path, state: dict[str, Any]) -> None:
         architecture = self.parts["student"].backbone.architecture
         if differing := _differing(state["architecture"], architecture):
             raise ValueError(f"{path} is of another architecture: {differing}; use its settings or another --out")
+
+    def _check_same(self, path: Path, state: dict[str, Any], may_change: Sequence[str]) -> None:
         if state["images"] != self.data["images"]:
             raise ValueError(
                 f"{path} is of a run on {state['images']:,} images, and {self.source} has {self.data['images']:,}; "

@@ -155,6 +155,46 @@ def test_koleo_knows_a_micro_batch_of_a_process(photos: Path, tmp_path: Path) ->
     assert np.all(np.array(one) > np.array(micro))  # neighbors are nearer
 
 
+GRAM = ["--gram.loss_weight=2", "--crops.gram_teacher_crops_size=48", "--ibot.loss_weight=1"]
+
+
+def test_a_finished_run_is_extended_with_larger_crops_and_gram(photos: Path, tmp_path: Path) -> None:
+    """And the extension is the same killed and resumed, on two processes, with crops made on the device."""
+    base, out = tmp_path / "base", tmp_path / "longer"
+    train(photos, base, "--ibot.loss_weight=1", *ONE_EPOCH)
+    more = ["--extend", base, "--crops.global_crops_size=40", *GRAM, "--epochs=2", "--dino.freeze_last_layer=0"]
+    said = train(photos, out, *more)
+    assert f"goes on from {base} for 2 more epochs" in said
+    assert "learning rate up to 0.000625 in 1 epochs" in said  # 0.02 * 8 / 256
+    first, then = last(base)["teacher"], load_run_backbone(out)[0]
+    assert then.architecture["image_size"] == 32
+    state = torch.load(out / "checkpoints" / "step-5.pt", weights_only=True)
+    for name, tensor in state["gram"].items():  # the teacher that the run began with
+        assert torch.equal(tensor, first[name.replace("teacher.", "backbone.", 1)]), name
+    assert min(logged(out, "gram")) > 0
+    assert logged(out, "lr")[:2] == [0, pytest.approx(0.000625 / 4)]
+
+    killed = shutil.copytree(out, tmp_path / "killed", symlinks=True)
+    for name in ("backbone.json", "backbone.safetensors", "checkpoints/step-10.pt", "checkpoints/last.pt"):
+        (killed / name).unlink()
+    (killed / "checkpoints" / "last.pt").symlink_to("step-5.pt")
+    assert "from step 5" in train(photos, killed, *more, "--resume")
+    assert_same_weights(killed, out)
+    run_group(COMMAND, words(photos, tmp_path / "two", *more, "--crops.device=device"))
+    np.testing.assert_allclose(logged(tmp_path / "two", "gram"), logged(out, "gram"), rtol=0.1)
+    np.testing.assert_allclose(logged(tmp_path / "two", "loss"), logged(out, "loss"), atol=0.05)
+
+    for wrong, part in (
+        (["--extend", tmp_path / "none"], "which has no backbone.json"),
+        (["--extend", base, "--ibot.loss_weight=0"], "the mask token"),
+        (["--extend", base, "--ibot.loss_weight=1", "--dino.out_dim=16"], "out_dim is 32 there and 16 here"),
+        (["--extend", base, "--ibot.loss_weight=1", "--model.dim=64"], "another architecture: dim is 32 there"),
+    ):
+        done = run(photos, tmp_path / "refused", *wrong)
+        assert part in error_line(done.stderr)
+        assert not (tmp_path / "refused").exists()
+
+
 def test_two_processes_balance_and_measure_as_one(photos: Path, tmp_path: Path) -> None:
     """Sinkhorn-Knopp over the whole batch, and the k-NN monitor over all images."""
     more = ["--dino.balancing=sinkhorn", *PATCHES, "--monitor.every_epochs=1", "--precision=bf16", *ONE_EPOCH]

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from skipless.ssl.config import DataSettings, Settings
 from skipless.ssl.data.masks import Masks, collate_masks
 from skipless.ssl.dino import DINOHead, DINOLoss, DINOModel, DINOSettings, make_teacher, update_teacher
 from skipless.ssl.model.vit import VisionTransformer
+from skipless.ssl.objectives.gram import GramSettings
 from skipless.ssl.objectives.ibot import IBOTSettings
 from skipless.ssl.objectives.objective import Objective
 from skipless.ssl.optim.optimizers import OptimizerSettings, make_optimizer, set_rates
@@ -52,7 +54,9 @@ def test_a_step_never_waits_for_the_device(optimizer: str, masks: bool) -> None:
     student = DINOModel(backbone, DINOHead(32, 16, hidden=24, bottleneck=8), masks=masks).cuda()
     ibot, device = IBOTSettings(loss_weight=float(masks)), torch.device("cuda")
     dino = DINOSettings(out_dim=16, koleo_loss_weight=0.1 * masks)
-    teacher, objective = make_teacher(student), Objective(dino, ibot, 5, device)
+    cfg = Settings(out="", data=DataSettings(""), dino=dino, ibot=ibot, gram=GramSettings(loss_weight=2.0 * masks))
+    cfg.crops.local_crops_number, cfg.precision = 3, "bf16"
+    teacher, objective = make_teacher(student), Objective(cfg, backbone, 4, device)
     drawn = [ibot.draw(4, 0, np.random.default_rng(seed)) for seed in range(2)]
     on_host = collate_masks(drawn) if masks else Masks()
     on_host = Masks(*(None if t is None else t.pin_memory() for t in on_host))
@@ -67,8 +71,9 @@ def test_a_step_never_waits_for_the_device(optimizer: str, masks: bool) -> None:
                 hidden = on_host.to(device)
                 with torch.no_grad():
                     targets = teacher(crops[:1], hidden.read)
-                outputs = student(crops, hidden.read, hidden.patches)
-            objective(outputs, targets, hidden, 0.04)[0].backward()
+                outputs = student(crops, hidden.read, hidden.patches, masks)
+            objective.start_step(step, lambda: teacher.backbone)
+            objective(outputs, targets, hidden, crops[0], 0.04)[0].backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             rule.step()
             rule.zero_grad(set_to_none=True)

@@ -41,6 +41,11 @@ LATER: dict[str, Any] = {
     "ibot.mask_sample_probability": 0.5,
     "ibot.mask_ratio_min_max": [0.1, 0.5],
     "ibot.from_epoch": 0,
+    "gram.loss_weight": 0.0,
+    "gram.from_epoch": 0,
+    "gram.every_epochs": 0,
+    "crops.gram_teacher_crops_size": None,
+    "extend": None,
 }
 
 

@@ -5,13 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_vit
+from helpers import make_objective, tiny_vit
 
 from skipless.ssl.data.masks import Masks, collate_masks
 from skipless.ssl.dino import DINOHead, DINOModel, DINOSettings, build_dino, make_teacher
 from skipless.ssl.objectives import ibot
 from skipless.ssl.objectives.ibot import IBOTLoss, IBOTSettings
-from skipless.ssl.objectives.objective import Objective
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -119,11 +118,11 @@ def test_a_step_without_any_mask_is_dinos() -> None:
     student = build_dino(tiny_vit(), settings, "mean", masks=True, patch_prototypes=6)
     crops = [torch.randn(4, 3, 32, 32), torch.randn(4, 3, 16, 16)]
     none = collate_masks([np.zeros((2, 16), bool)] * 2)
-    objective = Objective(settings, IBOTSettings(loss_weight=1.0, out_dim=6), 4, torch.device("cpu"))
+    objective = make_objective(dino=settings, ibot=IBOTSettings(loss_weight=1.0, out_dim=6))
     targets = make_teacher(student)(crops[:1], none.read)
-    loss, *values = objective(student(crops, none.read, none.patches), targets, none, 0.04)
-    alone = Objective(settings, IBOTSettings(), 4, torch.device("cpu"))
-    assert loss == alone(student(crops), targets, Masks(), 0.04)[0]
+    loss, *values = objective(student(crops, none.read, none.patches), targets, none, crops[0], 0.04)
+    alone = make_objective(dino=settings)
+    assert loss == alone(student(crops), targets, Masks(), crops[0], 0.04)[0]
     assert dict(zip(objective.names, values, strict=True))["ibot"] == 0
     loss.backward()
     assert all(p.grad is not None for p in student.parameters() if p.requires_grad)

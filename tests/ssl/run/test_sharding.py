@@ -23,6 +23,7 @@ SMALL = [
     "--crops.global_crops_size=32", "--crops.local_crops_size=16", "--crops.local_crops_number=2", "--dino.out_dim=33",
     "--dino.hidden_dim=32", "--dino.bottleneck_dim=16", "--dino.momentum_teacher=0.9", "--dino.freeze_last_layer=0.5",
     "--optimizer.warmup_epochs=1", "--optimizer.lr=0.02", "--batch_size=8", "--epochs=2", "--log_every=1",
+    "--ibot.loss_weight=1", "--gram.loss_weight=2",
     "--monitor.every_epochs=1", "--monitor.conditioning=true", "--device=cpu", "--data.workers=0", "--precision=fp32",
 ]  # fmt: skip
 
