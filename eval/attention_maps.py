@@ -71,7 +71,7 @@ def draw(settings: Settings) -> None:
         point = parse_point(settings.query, *pictures[0].shape[:2])
     backbone = load_backbone(settings.ckpt, settings.weights).to(device)
     (block,) = choose_block(settings.block, False, backbone)
-    fed = [backbone.normalize(fit(picture, settings.size, backbone.patch)[None]) for picture in pictures]
+    fed = [backbone.normalize(fit(picture, settings.size, backbone)[None]) for picture in pictures]
     query: Query = "mean" if settings.query == "mean" else "cls"
     if point is not None:
         (height, width), side = pictures[0].shape[:2], backbone.patch

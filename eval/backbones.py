@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from skipless.common.memory import host_memory
 from skipless.common.pixels import MEAN, STD
 from skipless.common.precision import autocast, describe, has_bf16
 from skipless.ssl.model.build import filled_backbone, listed
@@ -60,6 +61,7 @@ POSITIONS = {"DINO": (0.1, False), "DINOv2": (0.1, False), "DINOv2 with register
 NOT_BACKBONE = ("head.", "head_dist.", "mask_token", "dino_head.", "ibot_head.")
 LARGEST_JSON = 2**22  # bytes; a description has hundreds
 
+MOST_PATCHES = 2**16  # of one image: a square of 3,584 pixels for patches of 14
 TIMM_TOLERANCE = 1e-3  # of the difference to timm's own features, relative to their standard deviation
 
 
@@ -137,8 +139,24 @@ class Backbone:
         )
 
     def multiple_below(self, size: int) -> int:
-        """The largest multiple of the patch that is no larger than a side in pixels; one patch at least."""
-        return max(size // self.patch, 1) * self.patch
+        """The largest multiple of the patch that is no larger than a side in pixels. Raises ValueError where there is
+        none."""
+        if size < self.patch:
+            raise ValueError(f"size is {size}, less than one patch of {self.path}, which has {self.patch} pixels")
+        return size // self.patch * self.patch
+
+    def require_room(self, what: object, height: int, width: int) -> None:
+        """Raises ValueError for an image whose patches, each of them compared with each, take more memory than there
+        is, or hours. (The system would kill the run without a word.)"""
+        patches = -(-height // self.patch) * -(-width // self.patch)
+        device = self.model.pos_embed.device
+        on_gpu = device.type == "cuda"
+        memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else host_memory()
+        if patches > MOST_PATCHES or 8 * patches**2 > memory:
+            raise ValueError(
+                f"{what}: {width} x {height} pixels are {patches:,} patches; to compare each with each takes "
+                f"{8 * patches**2 / 1e9:.0f} GB of memory: give a smaller --size, or smaller images"
+            )
 
     def normalize(self, images: np.ndarray | Tensor) -> Tensor:
         """uint8 [B, H, W, 3] RGB -> float32 [B, 3, H, W] on the model's device."""

@@ -287,8 +287,12 @@ def _nearest(size: int, patch: int) -> str:
 def data_sha256(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        status = path.stat()
-        digest.update(os.fsencode(os.path.abspath(path)) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        try:
+            status = path.stat()
+            state = f"{status.st_size}\0{status.st_mtime_ns}"
+        except OSError:  # a link to nowhere, say: reading it will say so
+            state = "none"
+        digest.update(os.fsencode(os.path.abspath(path)) + f"\0{state}\n".encode())
     return digest.hexdigest()
 
 

@@ -63,7 +63,9 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     """
     require_faiss()
     context = prepare(settings, "knn")
-    settings = replace(settings, pool=context.recorded["pool"])
+    # What is measured, and the id names: patches may not divide the size that was asked for.
+    size = context.backbone.multiple_below(settings.size)
+    settings = replace(settings, pool=context.recorded["pool"], size=size)
     train, val = open_splits(settings.data)
     if max(settings.k) > len(train):
         raise ValueError(

@@ -97,7 +97,9 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used.
     """
     context = prepare(settings, "linear")
-    settings = replace(settings, pool=context.recorded["pool"])
+    # What is measured, and the id names: patches may not divide the size that was asked for.
+    size = context.backbone.multiple_below(settings.size)
+    settings = replace(settings, pool=context.recorded["pool"], size=size)
     choices = context.choices
     train, val = open_splits(settings.data)
     if len(train) < 2:

@@ -50,7 +50,7 @@ def segmentation_scores(confusion: Tensor) -> SegmentationScores:
     """
     confusion = confusion.double().cpu()
     if confusion.sum() == 0:
-        raise ValueError("no pixel has a label to compare with: every mask is void")
+        raise ValueError("no pixel has a label to compare with: every mask that is scored is void")
     hits = confusion.diag()
     iou = hits / (confusion.sum(0) + confusion.sum(1) - hits)
     return SegmentationScores(float(iou.nanmean()), iou.tolist(), float(hits.sum() / confusion.sum()))

@@ -234,8 +234,9 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     """
     require_faiss()
     context = prepare(settings, "quantization")
-    settings = replace(settings, pool=context.recorded["pool"])
     backbone = context.backbone
+    size = backbone.multiple_below(settings.size)
+    settings = replace(settings, pool=context.recorded["pool"], size=size)
     train, val = open_splits(settings.data)
     if settings.k > len(train):
         raise ValueError(f"k is {settings.k}, and {train.name} {train.split} has {len(train):,} images: give fewer")
@@ -246,7 +247,6 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     protocol += f"/{settings.size}px" if settings.size != 224 else ""
     announce(context, protocol, *warnings(backbone, settings.pool, train, val))
 
-    size = backbone.multiple_below(settings.size)
     largest = largest_inputs(backbone, backbone.normalize(central_squares(train, CALIBRATION_IMAGES, size)))
     details: dict[str, Any] = layer_errors(backbone, backbone.normalize(central_squares(val, 16, size)), largest)
     contexts = {"float": context}

@@ -39,7 +39,7 @@ from skipless.eval.evaluation import EvaluationSettings, differing_settings
 from skipless.eval.figures.pictures import pick_images
 from skipless.eval.objects import data as objects
 from skipless.eval.page.render import write_page
-from skipless.eval.page.tables import latex_table, markdown_table, table_of
+from skipless.eval.page.tables import latex_table, markdown_table, table_of, usable
 
 T = TypeVar("T")
 
@@ -290,12 +290,14 @@ def measured(task: Task, backbone: Backbone) -> dict[str, Any] | None:
     if not task.result.exists():
         return None
     try:
-        result: dict[str, Any] = json.loads(task.result.read_text())
+        result: dict[str, Any] = json.loads(task.result.read_bytes())
         same = result["checkpoint"]["sha256"] == backbone.sha256
         differing = differing_settings(result["settings"], plain(task.settings))
         # What had no effect is not recorded; where the checkpoint lies does not matter.
         differing = [name for name in differing if name in LATER | result["settings"] and name != "ckpt"]
-    except (ValueError, KeyError, TypeError):
+        if reason := usable(result):
+            raise ValueError(reason)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{task.result} is damaged or no result: delete it, and it is measured again") from None
     if not same or differing:
         why = f"other settings ({', '.join(differing)})" if differing else "other weights"
@@ -309,12 +311,15 @@ def collected(settings: Settings, candidate: Candidate, known: list[dict[str, An
     others: dict[tuple[str, str, str], dict[str, Any]] = {}
     for path in (path for folder in settings.collect for path in sorted(Path(folder).expanduser().rglob("*.json"))):
         try:
-            result = json.loads(path.read_text())
+            result = json.loads(path.read_bytes())
             same = result["checkpoint"]["sha256"] == candidate.backbone.sha256 and result["value"] is not None
             same = same and result["settings"].get("weights", "teacher") == settings.weights
-            key = (result["protocol"], result["dataset"], result["split"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
             continue  # another kind of file
+        if same and (reason := usable(result)):
+            print(f"warning: {printable(path)} is left out, as it is a damaged result: {reason}")
+            continue
+        key = (result["protocol"], result["dataset"], result["split"]) if same else ("", "", "")
         # Of several with one figure, the one that also has it block by block.
         if same and key not in seen and (key not in others or "every_block" in result["details"]):
             others[key] = {**result, "pictures": pictures_of(path, result)}

@@ -7,6 +7,7 @@ block before and after training, on which hardware, in how much time.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,49 +20,57 @@ from skipless.datasets.storage.names import dataset_name
 NAMES = {"knn": "k-NN top-1, %", "mean_share": "mean share", "effective_rank": "effective rank"}
 
 
-def summarize(runs: list[Path]) -> list[dict[str, Any]]:
-    """A result for each run: its settings and provenance, and what the monitor measured before and after training.
+def summarize(runs: list[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """A result for each finished run: its settings and provenance, and what the monitor measured before and after
+    training; and a sentence for each of the others.
 
     Raises:
-        ValueError: a folder that is no finished run, or one that was not monitored.
+        ValueError: none of the folders is a finished run that was monitored.
     """
-    results = []
+    results, left_out = [], []
     for run in runs:
-        if not (run / "backbone.json").exists():
-            raise ValueError(f"{run} is no finished pretraining run: it has no backbone.json")
-        about = json.loads((run / "backbone.json").read_text())
-        entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        measured = [entry for entry in entries if "monitor/knn" in entry]
-        if not measured:
-            raise ValueError(f"{run} was not monitored: its images had no class folders, or the monitor was off")
-        if measured[-1]["step"] != about["step"]:
-            raise ValueError(f"{run} was last measured at step {measured[-1]['step']}, not at its end, {about['step']}")
-        curve = [
-            {"epoch": m["epoch"], "knn": m["monitor/knn"][-1], "best_knn": max(m["monitor/knn"])} for m in measured
-        ]
-        states = {
-            when: {name: entry[f"monitor/{name}"] for name in NAMES}
-            for when, entry in (("untrained", measured[0]), ("trained", measured[-1]))
-        }
-        settings = about.pop("settings")
-        path = Path(settings["data"]["path"]).resolve()
-        # Names, not places: a result must read the same on every machine.
-        settings["data"]["path"], settings["out"] = "/".join(path.parts[-2:]), run.name
-        results.append(
-            {
-                "task": "pretraining",
-                "protocol": f"knn-monitor/{settings['monitor']['k']}-nn-{about['pool']}",
-                "dataset": dataset_name(path),
-                "metric": "top-1",
-                "value": states["trained"]["knn"][-1],
-                "name": run.name,
-                "details": {**states, "curve": curve, "final_loss": [e["loss"] for e in entries if "loss" in e][-1]},
-                "settings": settings,
-                "seed": settings["seed"],
-                **about,
-            }
-        )
-    return results
+        try:
+            results.append(_result(run))
+        except (ValueError, OSError, KeyError, TypeError, IndexError) as error:
+            reason = str(error) if type(error) is ValueError else f"{run} holds damaged files ({error!r})"
+            left_out.append(reason)
+    if not results:
+        raise ValueError("; ".join(left_out) or "give the folder of one run or more")
+    return results, left_out
+
+
+def _result(run: Path) -> dict[str, Any]:
+    """The result of one run. Raises ValueError for one that is not finished or was not monitored to its end."""
+    if not (run / "backbone.json").exists():
+        raise ValueError(f"{run} is no finished pretraining run: it has no backbone.json")
+    about = json.loads((run / "backbone.json").read_text())
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = [entry for entry in entries if "monitor/knn" in entry]
+    if not measured:
+        raise ValueError(f"{run} was not monitored: its images had no class folders, or the monitor was off")
+    if measured[-1]["step"] != about["step"]:
+        raise ValueError(f"{run} was last measured at step {measured[-1]['step']}, not at its end, {about['step']}")
+    curve = [{"epoch": m["epoch"], "knn": m["monitor/knn"][-1], "best_knn": max(m["monitor/knn"])} for m in measured]
+    states = {
+        when: {name: entry[f"monitor/{name}"] for name in NAMES}
+        for when, entry in (("untrained", measured[0]), ("trained", measured[-1]))
+    }
+    settings = about.pop("settings")
+    path = Path(settings["data"]["path"]).resolve()
+    # Names, not places: a result must read the same on every machine.
+    settings["data"]["path"], settings["out"] = "/".join(path.parts[-2:]), run.name
+    return {
+        "task": "pretraining",
+        "protocol": f"knn-monitor/{settings['monitor']['k']}-nn-{about['pool']}",
+        "dataset": dataset_name(path),
+        "metric": "top-1",
+        "value": states["trained"]["knn"][-1],
+        "name": run.name,
+        "details": {**states, "curve": curve, "final_loss": [e["loss"] for e in entries if "loss" in e][-1]},
+        "settings": settings,
+        "seed": settings["seed"],
+        **about,
+    }
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -98,15 +107,17 @@ class Settings:
     """One table from the logs of runs."""
 
     runs: tuple[str, ...]
-    """Folders of finished runs."""
+    """Folders of runs; those that are not finished are left out, and named."""
     out: str | None = None
     """Where to write the result, without its ending; by default nowhere."""
 
 
 def write_summary(settings: Settings) -> None:
     """Print the table, and write it and the results where `settings.out` says."""
-    results = summarize([Path(run) for run in settings.runs])
+    results, left_out = summarize([Path(run) for run in settings.runs])
     text = table(results)
+    for sentence in left_out:
+        print(f"left out: {sentence}", file=sys.stderr)
     if settings.out:
         write_result(Path(settings.out), results, text)
     print(text, end="")

@@ -87,6 +87,11 @@ def quick(
     heads = train_heads(train_features, kept, shares, choices, settings, seed, context.device)
     rows = np.flatnonzero(held_out)
     choosing = score_heads(heads, train_features, train, rows, train_rows, choices, "choosing")
+    if not choosing.confusions.any():
+        raise ValueError(
+            f"{train.name} {train.split}: the {len(rows)} images that are held out to choose the learning rate have no "
+            f"labeled pixel ({train.names[int(train_rows[rows[0]])]} is one of them); use other ones"
+        )
     mious = np.array([segmentation_scores(c).miou for c in choosing.confusions]).reshape(len(choices), -1)
     best = np.nanargmax(mious, axis=1).tolist()
     chosen = [head.only(rate) for head, rate in zip(heads, best, strict=True)]

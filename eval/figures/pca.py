@@ -200,6 +200,9 @@ def fit_column(
             inside = foreground_masks(members)
         elif masks is not None:
             inside = [_mask_at(masks[i], f.shape[0], f.shape[1]) for i, f in zip(group, members, strict=True)]
+        if sum(m.size for m in inside) < 3:
+            count = sum(m.size for m in inside)
+            raise ValueError(f"{title}: there are {count} patches, and three colors need three: give a larger --size")
         if sum(int(m.sum()) for m in inside) < 3:
             raise ValueError(f"{title}: fewer than three patches are foreground; use --foreground none")
         column.components += pca_components(members, inside)

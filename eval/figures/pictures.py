@@ -36,11 +36,12 @@ def pick_images(path: str | Path, count: int) -> list[tuple[str, np.ndarray]]:
     return [(printable(Path(source.names[row]).name), source.read(int(row))) for row in rows.tolist()]
 
 
-def fit(picture: np.ndarray, size: int, patch: int) -> np.ndarray:
+def fit(picture: np.ndarray, size: int, backbone: Backbone) -> np.ndarray:
     """A picture resized to a short side of about `size` pixels, its proportions kept up to the rounding of both sides
-    to multiples of the patch: uint8 [h * patch, w * patch, 3]."""
-    factor = size / min(picture.shape[:2])
+    to multiples of the patch: uint8 [h * patch, w * patch, 3]. Raises ValueError where that would be too large."""
+    factor, patch = size / min(picture.shape[:2]), backbone.patch
     height, width = (max(1, round(side * factor / patch)) * patch for side in picture.shape[:2])
+    backbone.require_room(f"a picture of {picture.shape[1]} x {picture.shape[0]} pixels, resized", height, width)
     return resample(picture, height, width)
 
 
@@ -50,7 +51,7 @@ def patch_features(backbone: Backbone, picture: np.ndarray, size: int, blocks: S
     Raises:
         ValueError: features that are NaN or infinite.
     """
-    fed = backbone.normalize(fit(picture, size, backbone.patch)[None])
+    fed = backbone.normalize(fit(picture, size, backbone)[None])
     features = [f.patches[0].float().cpu().numpy() for f in backbone.features(fed, blocks)]
     for block, grid in zip(blocks, features, strict=True):
         if not np.isfinite(grid).all():

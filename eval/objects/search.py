@@ -17,7 +17,6 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from skipless.common import distributed
-from skipless.common.memory import host_memory
 from skipless.common.pixels import resample
 from skipless.common.processes import one_thread
 from skipless.datasets.labels.boxes import BoxSet
@@ -147,7 +146,7 @@ def _search_group(
     """Entries of images of one padded size: index, pixels as the network takes them, original height and width."""
     patch = backbone.patch
     for index, picture, _ in group:
-        _require_memory(images.images[index], picture.shape, backbone)
+        backbone.require_room(images.images[index], *picture.shape[:2])
     padded = [pad_to_patch(backbone.normalize(picture[None]), patch) for _, picture, _ in group]
     features = backbone.features(torch.cat(padded), search.blocks, search.features)
     entries: list[dict[str, Any]] = [
@@ -178,21 +177,6 @@ def _search_group(
             if block == search.blocks[-1] and index in shown:
                 entry["map"] = objects[0].map.round(4).tolist()
     return entries
-
-
-def _require_memory(path: Path, shape: tuple[int, ...], backbone: Backbone) -> None:
-    """Raises ValueError where the graph of one image, N x N numbers of 8 bytes, would not fit: the system would kill
-    the run without a word."""
-    rows, columns = _padded(shape, backbone.patch)
-    patches = rows * columns
-    device = backbone.model.pos_embed.device
-    on_gpu = device.type == "cuda"
-    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else host_memory()
-    if 8 * patches**2 > memory:
-        raise ValueError(
-            f"{path}: {shape[1]} x {shape[0]} pixels are {patches:,} patches, whose graph takes "
-            f"{8 * patches**2 / 1e9:.0f} GB of memory; use --size, or smaller images"
-        )
 
 
 def _pixels(mask: np.ndarray, fed: Sequence[int], original: Sequence[int], patch: int) -> np.ndarray:

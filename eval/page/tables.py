@@ -1,7 +1,11 @@
 """The table of a report: protocols in rows, checkpoints in columns; as data, in Markdown and in LaTeX."""
 
+import math
+import re
 from dataclasses import dataclass, replace
 from typing import Any
+
+from skipless.common.files import printable
 
 ORDER = ("knn", "linear", "segmentation", "retrieval", "clustering", "discovery")
 
@@ -103,7 +107,8 @@ def markdown_table(table: Table) -> str:
     ]
     for row in table.rows:
         cells = ["" if c is None else f"**{c.text()}**" if c.best else c.text() for c in row.cells]
-        lines.append(f"| {row.protocol} | {row.data} | {row.metric} | " + " | ".join(cells) + " |")
+        about = " | ".join(map(_plain, (row.protocol, row.data, row.metric)))
+        lines.append(f"| {about} | " + " | ".join(cells) + " |")
     return "\n".join(
         [
             *lines,
@@ -122,7 +127,7 @@ def latex_table(table: Table) -> str:
         special = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}"}
         special |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
         special |= {"±": r"$\pm$", "–": "--", "†": r"$^\dagger$"}
-        return "".join(special.get(character, character) for character in text)
+        return "".join(special.get(character, character) for character in printable(text))
 
     lines = [
         "% \\usepackage{booktabs}",
@@ -149,4 +154,33 @@ def _marked(cells: list[Cell | None]) -> tuple[Cell | None, ...]:
 
 
 def _plain(text: str) -> str:
-    return text.replace("|", "\\|")
+    """A name as it stands in a cell of Markdown: without a meaning of its own."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", printable(text))
+
+
+def usable(result: Any) -> str:
+    """What keeps a result, as read from a file, from being shown; nothing where it is as the evaluations write them."""
+    try:
+        details, value = result["details"], result["value"]
+        intervals = [
+            details.get("interval_95"),
+            *(entry.get("interval_95") for entry in details.get("every_block", [])),
+        ]
+        numbers = [0.0 if value is None else value, result["seconds"], result["images"], details.get("std") or 0.0]
+        for entry in details.get("every_block", []):
+            numbers += [entry["block"], entry.get("top1", entry.get("miou", entry.get("value"))) or 0.0]
+        for low, high in filter(None, intervals):
+            numbers += [low, high]
+        for name in ("task", "protocol", "dataset", "split"):
+            if not isinstance(result[name], str):
+                return f"its {name} is {result[name]!r}"
+        if wrong := [
+            x for x in numbers if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x)
+        ]:
+            return f"it holds {wrong[0]!r} in the place of a number"
+        for name, keys in (("settings", ()), ("versions", ()), ("checkpoint", ("path", "sha256"))):
+            if not isinstance(result[name], dict) or not all(isinstance(result[name][key], str) for key in keys):
+                return f"its {name} is {result[name]!r}"
+        return "" if {"hardware", "seed", "commit", "metric"} <= set(result) else "it lacks what a result has"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"it lacks {error}" if isinstance(error, KeyError) else str(error)

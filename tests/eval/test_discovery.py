@@ -25,7 +25,7 @@ from skipless.datasets.labels.coco import coco_boxes
 from skipless.datasets.labels.counts import describe_split
 from skipless.datasets.labels.voc import voc_boxes
 from skipless.datasets.synthetic.dataset import write_scenes
-from skipless.eval import discovery
+from skipless.eval import backbones, discovery
 from skipless.eval.backbones import Backbone, load_backbone
 from skipless.eval.discovery import Settings, evaluate, main
 from skipless.eval.metrics import bootstrap_interval
@@ -849,10 +849,10 @@ def test_ids_of_annotations_change_nothing(coco: Path, tmp_path: Path, ids: list
 def test_an_image_whose_graph_does_not_fit_into_memory_is_named(
     voc: Path, ckpt: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(search, "host_memory", lambda: 16)
+    monkeypatch.setattr(backbones, "host_memory", lambda: 16)
     line = refusal(main, command(voc, ckpt), capsys)
-    assert "patches, whose graph takes" in line
-    assert "use --size" in line
+    assert "patches; to compare each with each takes" in line
+    assert "give a smaller --size" in line
 
 
 def test_nan_is_not_searched(

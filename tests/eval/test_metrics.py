@@ -57,7 +57,7 @@ def test_class_that_is_only_predicted_counts_as_zero_and_one_that_is_nowhere_is_
 
 def test_nothing_but_void_has_no_score() -> None:
     truth = torch.full((3, 3), VOID)
-    with pytest.raises(ValueError, match="every mask is void"):
+    with pytest.raises(ValueError, match="every mask that is scored is void"):
         segmentation_scores(confusion_matrix(truth, torch.zeros(3, 3, dtype=torch.long), 2))
 
 

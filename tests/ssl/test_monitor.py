@@ -157,7 +157,8 @@ def test_summary_tells_first_and_last_measurement(tmp_path: Path) -> None:
     ]
     lines = [measured[0], {"step": 1, "epoch": 0.5, "loss": 3.0}, measured[1], {"step": 4, "loss": 2.0}, measured[2]]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (result,) = summarize([run])
+    (result,), left_out = summarize([tmp_path, run])
+    assert left_out == [f"{tmp_path} is no finished pretraining run: it has no backbone.json"]
     assert result["value"] == 0.25
     assert result["details"]["untrained"]["knn"] == [0.2, 0.1]
     assert result["details"]["final_loss"] == 2.0

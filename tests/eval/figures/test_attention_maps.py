@@ -156,7 +156,7 @@ def test_the_figure_has_every_head(tmp_path: Path) -> None:
     backbone = load_backbone(tmp_path)
     shares = []
     for picture in (pictures[0], pictures[4]):  # the first and the last
-        images = backbone.normalize(fit(picture, 32, 8)[None])
+        images = backbone.normalize(fit(picture, 32, backbone)[None])
         shares.append(100 * attention_by_hand(backbone.model, images, 1)[0, :, 0, 0])
     assert len(cls_shares(tmp_path / "figures/heads.svg")) == 3
     np.testing.assert_allclose(cls_shares(tmp_path / "figures/heads.svg"), torch.stack(shares).mean(0), atol=0.51)

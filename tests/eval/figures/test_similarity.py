@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics.pairwise import cosine_similarity
 
+from skipless.eval.backbones import Backbone
 from skipless.eval.figures.pictures import fit
 from skipless.eval.figures.similarity import patch_similarity
+from skipless.ssl.model.vit import VisionTransformer
 
 
 @given(st.integers(0, 999), st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), st.data())
@@ -40,4 +42,7 @@ def test_a_patch_outside_of_the_grid_is_an_error(row: int, column: int) -> None:
     ],
 )
 def test_sizes_are_rounded_to_patches(shape: tuple[int, int], size: int, patch: int, expected: tuple[int, int]) -> None:
-    assert fit(np.zeros((*shape, 3), np.uint8), size, patch).shape == (*expected, 3)
+    backbone = Backbone(VisionTransformer(24, 1, 2, patch=patch, image_size=patch), "x", "skipless", "0")
+    assert fit(np.zeros((*shape, 3), np.uint8), size, backbone).shape == (*expected, 3)
+    with pytest.raises(ValueError, match=r"6000 x 30 pixels, resized: .* patches; to compare each with each"):
+        fit(np.zeros((30, 6000, 3), np.uint8), 100 * patch, backbone)
