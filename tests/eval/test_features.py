@@ -426,7 +426,7 @@ def test_image_is_named_where_its_reader_does_not_name_it(
 
 def test_missing_image_is_named(backbone: Backbone, photos: list[Path], tmp_path: Path) -> None:
     photos[7].unlink()
-    with pytest.raises(FileNotFoundError, match=r"7\.png"):
+    with pytest.raises(ValueError, match=r"7\.png: No such file"):
         run(backbone, photos, tmp_path / "cache")
 
 
