@@ -4,13 +4,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import color_pictures, tiny_vit, write_voc
+from helpers import ROOT, NullGPU, color_pictures, load, tiny_vit, write_voc
 from hypothesis import settings
 from PIL import Image
 
 # A machine may be as busy as it likes.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+@pytest.fixture(scope="session")
+def null_gpu(tmp_path_factory: pytest.TempPathFactory) -> NullGPU:
+    """Skips, with the reason, where it cannot be built."""
+    builder = load(ROOT / "tests/nullgpu/build.py")
+    try:
+        return NullGPU(builder.build(tmp_path_factory.mktemp("nullgpu")))
+    except builder.Unavailable as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -112,16 +113,55 @@ def run_group(
     module: str, words: Sequence[object], processes: int = 2, succeed: bool = True, **where: Any
 ) -> list[Done]:
     """Run `main` of a module in several processes of one group, as torchrun would; all must `succeed`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-    env |= {"MASTER_PORT": port, **where.pop("env", {})}
-    group = [start(module, words, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, **where) for r in range(processes)]
+    env = where.pop("env", {})
+    group = [start(module, words, env=member | env, **where) for member in _group(processes)]
     ended = [running.wait() for running in group]
     for done in ended:
         assert done.returncode == 0 or not succeed, done.stderr
     return ended
+
+
+@dataclass
+class NullGPU:
+    """A GPU that does nothing; see tests/nullgpu/build.py."""
+
+    environment: dict[str, str]
+
+    def run(
+        self, commands: Mapping[str, Sequence[str]], folder: Path, processes: int = 1, timeout: float = 400
+    ) -> list[dict[str, Any]]:
+        """Run commands, as {name: [module, flag, ...]}, one after the other; in several processes of one group, each
+        with a GPU, if so many are asked for.
+
+        Returns:
+            For each process {name: {"status": exit code, "printed": text, "kernels": launches, ...}}, with all that
+            site/nullgpu.py counts. A wait for the device within a step of training ends a command with status 1.
+        """
+        given = folder / f"{'-'.join(commands)}.json"
+        given.write_text(json.dumps(dict(commands)))
+        done = [given.with_suffix(f".{rank}.json") for rank in range(processes)]
+        self.run_script(Path(__file__).parent / "nullgpu/site/commands.py", processes, timeout, [given], done)
+        return [json.loads(path.read_text()) for path in done]
+
+    def run_script(
+        self, script: Path, processes: int, timeout: float, words: Sequence[object], own: Sequence[object]
+    ) -> None:
+        """Run a script to its end, with words for all processes and one of their own for each."""
+        env = os.environ | self.environment | {"NULL_GPUS": str(processes), "OMP_NUM_THREADS": "1"}
+        groups = _group(processes) if processes > 1 else [{}]
+        command = [sys.executable, "-P", str(script), *map(str, words)]
+        running = [
+            subprocess.Popen([*command, str(last)], env=env | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            for last, more in zip(own, groups, strict=True)
+        ]
+        for process in running:
+            try:
+                printed, _ = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                for each in running:
+                    each.kill()
+                raise
+            assert process.returncode == 0, printed.decode()
 
 
 def load(script: Path) -> ModuleType:
@@ -331,6 +371,15 @@ def photo(height: int = 90, width: int = 120, seed: int = 0) -> np.ndarray:
     ]
     mixed = layers[0] * 0.6 + layers[1] * 0.3 + layers[2] * 0.3
     return cv2.normalize(mixed, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+
+
+def _group(processes: int) -> list[dict[str, str]]:
+    """What torchrun would tell each process of a group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    return [env | {"MASTER_PORT": port, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
 
 
 def _main(module: str, words: list[str], folder: str, cwd: str, env: dict[str, str], session: bool) -> None:

@@ -1,0 +1,77 @@
+"""Run commands of skipless one after the other on the null GPU: python commands.py COMMANDS.json DONE.json
+
+A wait for the device within a step of training is an error, from the setting of its learning rate until the question
+whether the run is interrupted: outside lie log lines, checkpoints and the monitor. So is it in a command's first steps,
+but not in soap's very first, which waits for its eigenbases.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nullgpu
+import torch
+
+from skipless.ssl import pretrain, supervised
+from skipless.ssl.run.run import Run
+
+_steps = 0  # that may still wait
+
+
+def refuse_waits() -> None:
+    """Make waits within steps errors."""
+
+    def begin(set_rates: Callable[..., None]) -> Callable[..., None]:
+        def began(*arguments: Any, **more: Any) -> None:
+            global _steps
+            set_rates(*arguments, **more)
+            torch.cuda.set_sync_debug_mode("default" if _steps > 0 else "error")
+            _steps -= 1
+
+        return began
+
+    def ended(run: Run) -> bool:
+        torch.cuda.set_sync_debug_mode("default")
+        return interrupted(run)
+
+    interrupted, Run.interrupted = Run.interrupted, ended  # type: ignore[method-assign]
+    for module in (pretrain, supervised):
+        module.set_rates = begin(module.set_rates)
+
+
+def run(module: str, words: list[str]) -> dict[str, Any]:
+    """A command's exit code, what it printed, and what the GPU had to do for it."""
+    global _steps
+    _steps = 2 if "WORLD_SIZE" in os.environ else int("--optimizer.name=soap" in words)
+    printed, status = io.StringIO(), 0
+    nullgpu.reset()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            importlib.import_module(module).main(words)
+    except SystemExit as ending:
+        status = int(ending.code or 0)
+    except BaseException:
+        printed.write(traceback.format_exc())
+        status = 1
+    torch.cuda.set_sync_debug_mode("default")
+    return {"status": status, "printed": printed.getvalue(), **nullgpu.counts()}
+
+
+def main(commands: Path, done: Path) -> None:
+    """Write what each command did as soon as it has ended."""
+    refuse_waits()
+    results: dict[str, Any] = {}
+    for name, (module, *words) in json.loads(commands.read_text()).items():
+        results[name] = run(module, words)
+        done.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
