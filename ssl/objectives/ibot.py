@@ -65,7 +65,7 @@ class IBOTLoss(nn.Module):
     """Cross-entropy between the teacher's and the student's distribution at every hidden patch (eq. 2 of iBOT).
 
     Averaged over the hidden patches of a crop and then over all global crops, those without a mask included, as DINOv2
-    does: with half of the crops masked, it starts at half of ln K. The teacher's logits are centred, by their own mean
+    does: with half of the crops masked, it starts at half of ln K. The teacher's logits are centered, by their own mean
     over hidden patches, or balanced by Sinkhorn-Knopp over the hidden patches of a micro-batch on all processes.
 
     Args:
