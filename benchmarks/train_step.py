@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from measuring import MeasuringSettings, markdown, on_device, publish, temporary_gb, timed, with_recipe
@@ -51,6 +51,8 @@ class Settings(MeasuringSettings):
     """Images a step; by default the recipe's."""
     steps: int = 10
     """Steps of each case a round."""
+    optimizers: tuple[Literal["adamw", "soap", "muon"], ...] = ("adamw", "soap")
+    """Which; a GPU's time may be limited."""
     check: int = 200
     """Steps whose losses are compared."""
     threads: int | None = None
@@ -123,7 +125,7 @@ def time_cases(settings: Settings, recipe: Pretraining, device: torch.device) ->
     cases = [
         Case(settings, device, residual, optimizer, way)
         for residual in (True, False)
-        for optimizer in ("adamw", "soap")
+        for optimizer in settings.optimizers
         for way in ("plain", "library", *more)
     ]
     crops = random_crops(recipe, device)
@@ -148,7 +150,7 @@ def table(details: dict[str, Any]) -> list[str]:
         "",
         *markdown(rows),
     ]
-    for model in ("residual", "skipless"):
+    for model in ("residual", "skipless") if {"adamw", "soap"} <= {optimizer for _, optimizer, _ in cases} else ():
         times = cases[model, "soap", "library"]["mean_ms"] / cases[model, "adamw", "library"]["mean_ms"]
         lines += ["", f"SOAP's average step, {model}: {times:.2f} times AdamW's."]
     if details["curves"]["library"]:
