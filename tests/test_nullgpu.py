@@ -1,5 +1,6 @@
 """The commands on a GPU that does nothing (tests/nullgpu/build.py): torch's CUDA code runs, figures mean nothing."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ TINY = [
 CROPS = ["--crops.global_crops_size=32", "--crops.local_crops_size=16", "--crops.local_crops_number=2"]
 # The monitor's eigenvalues would be checked for convergence, against memory as it happens to be.
 DINO = [*TINY, *CROPS, "--monitor.every_epochs=0", "--dino.out_dim=32", "--dino.freeze_last_layer=1"]
-# Of bf16, so that attention is what it is in a training run.
+HAS_XFORMERS = importlib.util.find_spec("xformers") is not None
+# Of bf16, so that attention is what it is in a training run: xformers where it is installed.
 RUNS = {
     "adamw": ["--optimizer.name=adamw", "--accumulate=2"],
     "soap": ["--optimizer.name=soap", "--crops.device=cpu"],
     "muon": ["--optimizer.name=muon", "--model.residual=true", "--dino.balancing=sinkhorn"],
+    "varlen": ["--model.attention=varlen"],
     "sdpa, fp32": ["--model.attention=sdpa", "--precision=fp32"],
 }
 FAST = ["--device=cuda", "--workers=0"]
@@ -59,6 +62,31 @@ def test_training_on_one_gpu_never_waits_within_a_step(name: str, alone: dict[st
     assert done["products"] > 50
     assert logged(folder / name, "loss")
     assert (folder / name / "backbone.safetensors").exists()
+
+
+def test_the_log_says_which_attention_runs_and_why(alone: dict[str, Any]) -> None:
+    packed = "one call for all crop sizes"
+    chosen = (
+        f"xformers, {packed}; " if HAS_XFORMERS else f"torch's varlen attention, {packed}: xformers is not installed"
+    )
+    assert f"attention: {chosen}" in alone["adamw"]["printed"]
+    assert f"attention: torch's varlen attention, {packed}; " in alone["varlen"]["printed"]
+
+
+def test_attention_is_chosen_by_trying(null_gpu: NullGPU, folder: Path) -> None:
+    if not HAS_XFORMERS:
+        pytest.skip("xformers is not installed: pip install -c constraints.txt xformers nvidia-cuda-runtime-cu12")
+    done = null_gpu.run({"backends": ["backends", str(folder / "chosen.json")]}, folder)[0]["backends"]
+    assert done["status"] == 0, done["printed"]
+    chosen = json.loads((folder / "chosen.json").read_text())
+    assert chosen["no runtime"][0] == "varlen"
+    assert "xformers does not load (libcudart.so.12" in chosen["no runtime"][1]
+    assert chosen["bf16"] == ["xformers", "xformers, one call for all crop sizes"]
+    for name, kind, channels in (("bf16, 20", "bfloat16", 20), ("fp64", "float64", 64)):
+        assert chosen[name][0] == "sdpa"
+        refused = f"does not take {kind} with {channels} channels a head on compute capability 9.0"
+        assert f"xformers {refused}" in chosen[name][1]
+        assert f"torch's varlen attention {refused}" in chosen[name][1]
 
 
 @pytest.mark.parametrize("task", list(EVALUATIONS))

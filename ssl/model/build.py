@@ -69,7 +69,7 @@ class ModelSettings:
     drop_path: float = 0.0
     """Stochastic depth; DINO uses 0.1. Residual models only."""
     attention: Backend = "auto"
-    """auto takes xformers on CUDA where it is installed, torch's SDPA elsewhere."""
+    """auto takes the first that works: on CUDA xformers, then torch's varlen attention; SDPA elsewhere."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from skipless.common.precision import for_checkpoint
-from skipless.ssl.model.attention import Backend, Groups, attention, choose_backend
+from skipless.ssl.model.attention import Backend, Groups, attention
 
 Kind = Literal["tokens", "keys", "queries", "values"]
 
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
         return q, k, v
 
-    def forward(self, x: Tensor, groups: Groups, backend: Literal["xformers", "sdpa"]) -> Tensor:
+    def forward(self, x: Tensor, groups: Groups, backend: Backend) -> Tensor:
         return self.proj(attention(*self.split(x), groups, backend))
 
 
@@ -114,11 +114,11 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, round(dim * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
-    def forward(self, x: Tensor, groups: Groups, backend: Literal["xformers", "sdpa"]) -> Tensor:
+    def forward(self, x: Tensor, groups: Groups, backend: Backend) -> Tensor:
         x = self.attend(x, groups, backend)
         return self._join(x, self.ls2(self.mlp(self.norm2(x))), groups)
 
-    def attend(self, x: Tensor, groups: Groups, backend: Literal["xformers", "sdpa"]) -> Tensor:
+    def attend(self, x: Tensor, groups: Groups, backend: Backend) -> Tensor:
         """The first half of a block, [T, D] -> [T, D]: what its MLP gets, before `norm2`."""
         return self._join(x, self.ls1(self.attn(self.norm1(x), groups, backend)), groups)
 
@@ -150,7 +150,7 @@ class VisionTransformer(nn.Module):
             positions: bicubic, not antialiased, with DINO's scale factor ((h + 0.1) / n, (w + 0.1) / n) used as given.
         position_offset, position_antialias: 0.1 and False are DINO's way, and that of DINOv2 without registers;
             0.0 and True that of DINOv2 with registers, which interpolates to the exact size.
-        attention: "auto", "xformers" or "sdpa", see `skipless.ssl.model.attention`.
+        attention: "auto", "xformers", "varlen" or "sdpa", see `skipless.ssl.model.attention`.
         checkpoint_activations: recompute each block in the backward pass: a third more time, much less memory.
 
     Raises:
@@ -288,16 +288,15 @@ class VisionTransformer(nn.Module):
         """
         if isinstance(crops, Tensor):
             return self([crops], hidden)[0]
-        backend, _ = choose_backend(crops[0].device, self.attention)
         embedded = [self.embed(crops[0], hidden), *(self.embed(images) for images in crops[1:])]
         groups = tuple((t.shape[0], t.shape[1]) for t in embedded)
         x = torch.cat([t.flatten(0, 1) for t in embedded])
         again: dict[str, Any] = {} if x.is_cuda else {"context_fn": for_checkpoint}
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, groups, backend, use_reentrant=False, **again)
+                x = checkpoint(block, x, groups, self.attention, use_reentrant=False, **again)
             else:
-                x = block(x, groups, backend)
+                x = block(x, groups, self.attention)
         x = self.norm(x)
         split = x.split([b * length for b, length in groups])
         return [t.unflatten(0, group) for t, group in zip(split, groups, strict=True)]
@@ -376,11 +375,10 @@ class VisionTransformer(nn.Module):
         Yields:
             The block, and the tokens [B, N, D] that enter and leave it.
         """
-        backend, _ = choose_backend(tokens.device, self.attention)
         groups = ((tokens.shape[0], tokens.shape[1]),)
         for block in self.blocks:
             assert isinstance(block, Block)
-            before, tokens = tokens, block(tokens.flatten(0, 1), groups, backend).unflatten(0, groups[0])
+            before, tokens = tokens, block(tokens.flatten(0, 1), groups, self.attention).unflatten(0, groups[0])
             yield block, before, tokens
 
 

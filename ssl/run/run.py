@@ -18,7 +18,7 @@ from skipless.common.provenance import provenance
 from skipless.common.settings import LATER, flat, plain
 from skipless.ssl.config import RunSettings
 from skipless.ssl.model.attention import choose_backend
-from skipless.ssl.model.vit import VisionTransformer
+from skipless.ssl.model.vit import Attention, VisionTransformer
 from skipless.ssl.optim.schedules import Schedule
 from skipless.ssl.run.checkpoints import export_backbone, load_checkpoint, load_shards, save_checkpoint, save_shards
 from skipless.ssl.run.logging import RunLog
@@ -145,7 +145,10 @@ class Run:
         )
         processes = distributed.world_size()
         precision = describe(self.device, settings.precision == "bf16")
-        attention = choose_backend(self.device, settings.model.attention)[1]
+        layer = next(module for module in network.modules() if isinstance(module, Attention))
+        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        channels = layer.qkv.in_features // layer.num_heads
+        attention = choose_backend(self.device, settings.model.attention, dtype, channels)[1]
         self.say(
             f"{processes} process{'es' if processes > 1 else ''} on {self.device}; {precision}; "
             f"attention: {attention}{more}"

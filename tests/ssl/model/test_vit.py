@@ -250,7 +250,10 @@ def test_bad_input_is_named() -> None:
 
 
 def test_backend_choice_says_why() -> None:
-    assert choose_backend("cpu") == ("sdpa", "torch SDPA, one call per crop size: xformers runs on CUDA only")
+    assert choose_backend("cpu") == (
+        "sdpa",
+        "torch SDPA, one call per crop size: xformers runs on CUDA only; torch's varlen attention runs on CUDA only",
+    )
     assert choose_backend("cuda", "sdpa")[0] == "sdpa"
     with pytest.raises(ValueError, match="xformers runs on CUDA only"):
         choose_backend("cpu", "xformers")

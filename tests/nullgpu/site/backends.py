@@ -1,0 +1,20 @@
+"""Which attention is chosen for what, and why: commands.py runs it as the command `backends FILE`."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from skipless.ssl.model import attention
+
+CASES = {"bf16": (torch.bfloat16, 64), "bf16, 20": (torch.bfloat16, 20), "fp64": (torch.float64, 64)}
+
+
+def main(words: list[str]) -> None:
+    """Choose without the runtime of CUDA 12, then with it."""
+    runtime, attention.RUNTIME = attention.RUNTIME, "nowhere"
+    chosen = {"no runtime": attention.choose_backend("cuda")}
+    attention.RUNTIME = runtime
+    attention._hindrance.cache_clear()
+    chosen |= {name: attention.choose_backend("cuda", "auto", *case) for name, case in CASES.items()}
+    Path(words[0]).write_text(json.dumps(chosen))
