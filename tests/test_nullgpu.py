@@ -105,3 +105,13 @@ def test_two_gpus(way: str, null_gpu: NullGPU, folder: Path, photos: Path) -> No
         assert done[way]["collectives"] > 10
     assert logged(folder / way, "loss")
     assert (folder / way / "backbone.safetensors").exists()
+
+
+def test_an_error_ends_its_process_though_others_wait_and_waiting_is_gloos(null_gpu: NullGPU, folder: Path) -> None:
+    done = [folder / f"ending.{rank}.json" for rank in range(2)]
+    null_gpu.run_script(Path(__file__).parent / "nullgpu/site/ending.py", 2, 100, [], done)
+    failed, left = (json.loads(path.read_text()) for path in done)
+    assert (failed["status"], left["status"]) == (2, 1)
+    for ended in (failed, left):
+        assert ended["before"] > 0
+        assert ended["after"] == ended["before"]

@@ -1,6 +1,7 @@
 /* cuBLAS, cuBLASLt and NCCL, as far as their calls return something; build.py makes the rest. */
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <cublasLt.h>
 #include <cublas_v2.h>
@@ -65,6 +66,12 @@ ncclResult_t ncclCommCuDevice(const ncclComm_t c, int *device) { *device = 0; DO
 ncclResult_t ncclCommGetAsyncError(ncclComm_t c, ncclResult_t *error) { *error = ncclSuccess; DONE; }
 const char *ncclGetErrorString(ncclResult_t error) { return "null"; }
 const char *ncclGetLastError(ncclComm_t c) { return "null"; }
+
+/* As with a peer that sits in a collective, where NULL_STUCK is set. */
+#define LEAVE { while (of_environment("NULL_STUCK", 0)) pause(); DONE; }
+ncclResult_t ncclCommFinalize(ncclComm_t c) LEAVE
+ncclResult_t ncclCommDestroy(ncclComm_t c) LEAVE
+ncclResult_t ncclCommAbort(ncclComm_t c) LEAVE
 
 #define COLLECTIVE { null_count(COLLECTIVES); DONE; }
 ncclResult_t ncclAllReduce(

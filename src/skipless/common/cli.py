@@ -10,6 +10,7 @@ later wins. In flag names - and _ are the same; `--flag` alone sets a true-or-fa
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -17,9 +18,11 @@ import inspect
 import io
 import json
 import multiprocessing
+import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
@@ -98,24 +101,38 @@ def guard(command: Callable[[], object]) -> None:
     distributed: Any = sys.modules.get("skipless.common.distributed")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of file names that are no text
+    status = 0
     try:
         command()
         if distributed:
             distributed.wait_for_all()
     except BrokenPipeError:  # whoever read the output has read enough
         sys.stderr.close()
-        sys.exit(141)
+        status = 141
     except (ValueError, OSError, ArgumentError) as error:
         who = f" (process {distributed.rank()})" if distributed and distributed.rank() else ""
         print(f"error{who}: {sentence(error)}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from what was saved; for training, with --resume", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+    except Exception:
+        if not (distributed and distributed.world_size() > 1):
+            raise
+        traceback.print_exc()
+        status = 1
     finally:
         _end_loader_workers()
-        if distributed:
-            distributed.stop()
+    if distributed and status and distributed.world_size() > 1:
+        # The others may wait for this process in a collective, and leaving the group would then wait for them.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
+                stream.flush()
+        os._exit(status)
+    if distributed:
+        distributed.stop()
+    if status:
+        sys.exit(status)
 
 
 def sentence(error: BaseException) -> str:

@@ -51,12 +51,12 @@ def wait_for_all() -> None:
     Gloo's threads have then let go of the tensors of the last exchange. DistributedDataParallel keeps these threads
     alive beyond `stop`, and one that lets go of a tensor while the interpreter ends aborts the process.
     """
-    if world_size() > 1:
-        dist.barrier()
+    any_process(False)  # torch's barrier would be NCCL's, which waits for the devices
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one: after success alone, since this may wait for processes that still sit
+    in a collective."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
