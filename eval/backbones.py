@@ -45,6 +45,7 @@ from skipless.common.precision import autocast, describe, has_bf16
 from skipless.ssl.model.build import filled_backbone, listed
 from skipless.ssl.model.initialization import PRESETS, skipless_init_
 from skipless.ssl.model.vit import BlockFeatures, VisionTransformer
+from skipless.ssl.run.folder import last_checkpoint
 
 Weights = Literal["teacher", "student"]
 FeatureKind = Literal["tokens", "keys", "keys_without_bias", "queries", "values"]
@@ -239,6 +240,8 @@ def load_backbone(ckpt: str | Path, weights: Weights = "teacher") -> Backbone:
         if weights != "teacher":
             raise ValueError(f"{path} exports its teacher; give {path / 'checkpoints' / 'last.pt'} for its {weights}")
         path = path / "backbone.safetensors"
+    if path.name == "last.pt":
+        path = last_checkpoint(path.parent) or path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; give a file, the folder of a run, or timm:NAME")
     if path.suffix not in (".pt", ".pth", ".safetensors"):

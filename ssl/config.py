@@ -30,6 +30,7 @@ from skipless.ssl.monitor import MonitorSettings
 from skipless.ssl.objectives.gram import GramSettings
 from skipless.ssl.objectives.ibot import IBOTSettings
 from skipless.ssl.optim.optimizers import OptimizerSettings
+from skipless.ssl.run.folder import last_checkpoint
 
 
 @dataclass(kw_only=True)
@@ -70,8 +71,7 @@ class RunSettings:
     @property
     def last_checkpoint(self) -> Path | None:
         """The checkpoint that the run goes on from; None where it starts."""
-        path = Path(self.out) / "checkpoints" / "last.pt"
-        return path if self.resume and path.exists() else None
+        return last_checkpoint(Path(self.out) / "checkpoints") if self.resume else None
 
     @property
     def earlier(self) -> Path | None:
@@ -223,7 +223,7 @@ def check(settings: RunSettings, images: int, source: str, root: Path, device: t
         raise ValueError(f"out is {out}, which is a file; give a folder")
     if out.exists() and root.is_dir() and out.samefile(root):
         raise ValueError(f"out is the folder of the images, {out}; give the run a folder of its own")
-    if any((out / name).exists() for name in ("checkpoints/last.pt", "backbone.json")) and not settings.resume:
+    if not settings.resume and (last_checkpoint(out / "checkpoints") or (out / "backbone.json").exists()):
         raise ValueError(f"{out} already holds a run; add --resume to continue it, or give another --out")
 
 

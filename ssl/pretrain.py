@@ -181,9 +181,8 @@ def check_and_resolve(cfg: Settings, images: ImageSource, device: torch.device) 
 
 def check_extends(folder: str, out: str) -> None:
     """Raise ValueError where a folder holds no finished run, or is the new run's own."""
-    missing = [name for name in ("backbone.json", "checkpoints/last.pt") if not (Path(folder) / name).exists()]
-    if missing:
-        raise ValueError(f"extend is {folder}, which has no {missing[0]}: give the folder of a finished run")
+    if not (Path(folder) / "backbone.json").exists():
+        raise ValueError(f"extend is {folder}, which has no backbone.json: give the folder of a finished run")
     if Path(folder).resolve() == Path(out).resolve():
         raise ValueError(f"extend and out are both {folder}: give the longer run a folder of its own as --out")
 

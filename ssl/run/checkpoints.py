@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from skipless.ssl.model.build import filled_backbone
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.optim.optimizers import Optimizer
 from skipless.ssl.optim.sharded import ShardedOptimizer
+from skipless.ssl.run.folder import older_beside, point_last_at, whole_checkpoints
 from skipless.ssl.run.parallel import assemble
 
 SHARDED = ("student", "teacher", "optimizer")  # what of a sharded run's state is written in parts
@@ -41,25 +43,25 @@ _INDEX_NAMES = {
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `folder`/step-N.pt, point last.pt at it, and delete all but the `keep` newest."""
+    """Write `folder`/step-N.pt, point last.pt at it, and delete all but the `keep` newest up to it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step}.pt"
     write_atomically(path, lambda beside: torch.save(state, beside))
     point_last_at(folder, path.name)
     for unfinished in folder.glob(".step-*.pt.*"):  # of a process that was killed while it wrote
         unfinished.unlink()
-    by_step = sorted(folder.glob("step-*.pt"), key=lambda p: int(p.stem.removeprefix("step-")))
-    for old in by_step[:-keep]:
-        old.unlink()
+    _delete_old(path, keep)
     return path
 
 
-def point_last_at(folder: Path, name: str) -> None:
-    """Make `folder`/last.pt a link to `name` in the same folder, atomically."""
-    link = folder / ".last.pt"
-    link.unlink(missing_ok=True)
-    link.symlink_to(name)
-    os.replace(link, folder / "last.pt")
+def _delete_old(saved: Path, keep: int) -> None:
+    """Keep the checkpoint that was just saved, `keep` - 1 before it, and any that a run took further before."""
+    whole = whole_checkpoints(saved.parent)
+    for old in whole[: max(0, whole.index(saved) + 1 - keep)]:
+        if old.is_dir():
+            _delete(old)
+        else:
+            old.unlink()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -73,11 +75,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():
+                raise ValueError(f"the checksum of {damaged} in it is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{path} cannot be read as a checkpoint ({reason}); it is damaged or of another kind"
+            f"{path} cannot be read as a checkpoint ({reason}); it is damaged or of another kind{older_beside(path)}"
         ) from None
     if not isinstance(state, dict) or not {"student", "shards"} & state.keys():
         raise ValueError(f"{path} is no checkpoint of a pretraining run: it has no student; give one from checkpoints/")
@@ -159,9 +164,7 @@ def save_shards(folder: Path, step: int, state: dict[str, Any], keep: int) -> Pa
             _delete(path)
         os.rename(beside, path)
         point_last_at(folder, f"{path.name}/state.pt")
-        by_step = sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
-        for old in by_step[:-keep]:
-            _delete(old)
+        _delete_old(path, keep)
     distributed.any_process(False)  # no process ends, and with it the job, before the folder has its name
     return path
 
@@ -173,15 +176,15 @@ def _delete(path: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def load_shards(folder: Path, student: DINOModel, teacher: DINOModel, optimizer: Optimizer) -> None:
-    """Fill sharded models and their optimizer from the last checkpoint in `folder`, written by any number of processes.
+def load_shards(path: Path, student: DINOModel, teacher: DINOModel, optimizer: Optimizer) -> None:
+    """Fill sharded models and their optimizer from the checkpoint whose state.pt is given, of any number of processes.
 
     Raises:
         ValueError: files are missing, damaged, of another model, or hold something else than tensors.
     """
     import torch.distributed.checkpoint as dcp
 
-    folder = (folder / "last.pt").resolve().parent
+    folder = path.resolve().parent
     _fill_state(student, optimizer)
     state = {"student": student.state_dict(), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict()}
     try:
@@ -195,6 +198,7 @@ def load_shards(folder: Path, student: DINOModel, teacher: DINOModel, optimizer:
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise ValueError(
             f"{folder} cannot be read as a sharded checkpoint ({reason}); it is damaged or of another kind"
+            f"{older_beside(path)}"
         ) from None
     if isinstance(optimizer, ShardedOptimizer):
         optimizer.load_state_dict(state["optimizer"])

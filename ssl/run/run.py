@@ -21,6 +21,7 @@ from skipless.ssl.model.attention import choose_backend
 from skipless.ssl.model.vit import Attention, VisionTransformer
 from skipless.ssl.optim.schedules import Schedule
 from skipless.ssl.run.checkpoints import export_backbone, load_checkpoint, load_shards, save_checkpoint, save_shards
+from skipless.ssl.run.folder import in_place_of_last, last_checkpoint
 from skipless.ssl.run.logging import RunLog
 from skipless.ssl.run.parallel import is_sharded
 
@@ -59,6 +60,7 @@ class Run:
         self.first_process = distributed.rank() == 0
         self.seconds_before, self.began = 0.0, time.perf_counter()
         self.signaled = False
+        self.remarks: list[str] = []  # of what was found before the log was open
 
     # Where it starts --------------------------------------------------------------------------------------------------
 
@@ -78,10 +80,13 @@ class Run:
             self._check_architecture(path, state)
             self._check_same(path, state, may_change)
             self._load(path, state)
+            self.remarks += in_place_of_last(path)
             self.seconds_before = state["seconds"]
             return state["step"]
         if extend is not None:
-            path = Path(extend) / "checkpoints" / "last.pt"
+            path = last_checkpoint(Path(extend) / "checkpoints")
+            if path is None:
+                raise ValueError(f"extend is {extend}, which has no checkpoint: give the folder of a finished run")
             state = load_checkpoint(path)
             self._check_architecture(path, state)
             old, new = LATER | flat(state["settings"]), flat(plain(self.settings))
@@ -98,7 +103,7 @@ class Run:
     def _load(self, path: Path, state: dict[str, Any]) -> None:
         whole = self.parts.keys() & state.keys()
         if self.sharded:
-            load_shards(path.parent, self.parts["student"], self.parts["teacher"], self.parts["optimizer"])
+            load_shards(path, self.parts["student"], self.parts["teacher"], self.parts["optimizer"])
         for name in whole:
             self.parts[name].load_state_dict(state[name])
 
@@ -153,6 +158,7 @@ class Run:
             f"{processes} process{'es' if processes > 1 else ''} on {self.device}; {precision}; "
             f"attention: {attention}{more}"
         )
+        self.say(*self.remarks)
         for number in (signal.SIGTERM, signal.SIGUSR1):  # which schedulers send before they end a job
             signal.signal(number, self._note_signal)
 

@@ -513,6 +513,15 @@ def test_damaged_checkpoint_is_named(photos: Path, copied: Path) -> None:
     assert "last.pt cannot be read as a checkpoint" in error_line(done.stderr)
 
 
+def test_a_folder_copied_without_links_is_still_a_run(photos: Path, copied: Path, reference: Path) -> None:
+    back_to_step_15(copied)
+    (copied / "checkpoints" / "last.pt").unlink()
+    assert "already holds a run" in error_line(run(photos, copied).stderr)
+    said = train(photos, copied, "--resume")
+    assert "last.pt is missing: goes on from step-15.pt" in said
+    assert_same_weights(copied, reference)
+
+
 def field_names(kind: type, prefix: str = "") -> list[str]:
     hints = typing.get_type_hints(kind)
     names: list[str] = []
