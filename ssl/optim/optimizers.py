@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from skipless.ssl.optim.sharded import ShardedOptimizer
-from skipless.ssl.optim.soap import SOAP
+from skipless.ssl.optim.soap import SOAP, STACK
 
 Optimizer = torch.optim.Optimizer | ShardedOptimizer
 
@@ -147,50 +147,71 @@ class Muon(torch.optim.Optimizer):
         """Move all parameters that have a gradient."""
         for group in self.param_groups:
             parts = group["parts"] if group["matrices"] else [0] * len(group["params"])
-            for parameter, cut in zip(group["params"], parts, strict=True):
-                if parameter.grad is None:
-                    continue
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                update = self._orthogonal(parameter, cut) if cut else self._adam(parameter, *group["betas"])
-                parameter.add_(update, alpha=-group["lr"])
+            moved = [(p, cut) for p, cut in zip(group["params"], parts, strict=True) if p.grad is not None]
+            if not moved:
+                continue
+            parameters = [parameter for parameter, _ in moved]
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            if group["matrices"]:
+                updates = self._orthogonal(parameters, [cut for _, cut in moved])
+            else:
+                updates = self._adam(parameters, *group["betas"])
+            torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 
-    def _orthogonal(self, parameter: Tensor, parts: int) -> Tensor:
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
-        if not state:
-            state["momentum"] = torch.zeros_like(gradient)
-        state["momentum"].lerp_(gradient, 1 - self.MOMENTUM)
-        matrices = gradient.lerp(state["momentum"], self.MOMENTUM).chunk(parts)
-        return 0.2 * max(matrices[0].shape) ** 0.5 * torch.cat([orthogonalize(matrix) for matrix in matrices])
+    def _orthogonal(self, parameters: list[Tensor], parts: list[int]) -> list[Tensor]:
+        """All matrices of one shape are orthogonalized together."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        momenta = [self._state(parameter, "momentum")["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
+        updates = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)
+        alike: dict[torch.Size, list[Tensor]] = {}
+        for update, cut in zip(updates, parts, strict=True):
+            for matrix in update.chunk(cut):  # views, which become what is orthogonal
+                alike.setdefault(matrix.shape, []).append(matrix)
+        for shape, matrices in alike.items():
+            most = max(1, STACK // shape.numel())
+            for few in (matrices[i : i + most] for i in range(0, len(matrices), most)):
+                stack = orthogonalize(torch.stack(few)).mul_(0.2 * max(shape) ** 0.5)
+                torch._foreach_copy_(few, stack.unbind())
+        return list(updates)
 
-    def _adam(self, parameter: Tensor, beta1: float, beta2: float) -> Tensor:
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
-        if not state:
-            state |= {
-                "step": torch.tensor(0.0),
-                "mean": torch.zeros_like(gradient),
-                "square": torch.zeros_like(gradient),
-            }
-        state["step"] += 1
-        state["mean"].lerp_(gradient, 1 - beta1)
-        state["square"].lerp_(gradient.square(), 1 - beta2)
-        step = float(state["step"])  # a tensor for the sake of checkpoints in parts, on the CPU
-        root = (state["square"] / (1 - beta2**step)).sqrt_().add_(self.EPS)
-        return state["mean"] / root.mul_(1 - beta1**step)
+    def _adam(self, parameters: list[Tensor], beta1: float, beta2: float) -> list[Tensor]:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        states = [self._state(parameter, "mean", "square") for parameter in parameters]
+        means, squares = ([state[name] for state in states] for name in ("mean", "square"))
+        steps = []
+        for state in states:
+            state.setdefault("step", torch.tensor(0.0)).add_(1)
+            steps.append(float(state["step"]))  # a tensor for the sake of checkpoints in parts, on the CPU
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - beta2)
+        roots = torch._foreach_div(squares, [1 - beta2**step for step in steps])
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, self.EPS)
+        torch._foreach_mul_(roots, [1 - beta1**step for step in steps])
+        return list(torch._foreach_div(means, roots))
+
+    def _state(self, parameter: Tensor, *names: str) -> dict[str, Tensor]:
+        """A parameter's state; in its first step, zeros under these names."""
+        state = self.state[parameter]
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros_like(parameter)
+        return state
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """Roughly U V^T of a matrix with the singular value decomposition U S V^T: five Newton-Schulz steps, whose
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Roughly U V^T of matrices with the singular value decomposition U S V^T: five Newton-Schulz steps, whose
     coefficients bring most singular values to 0.7..1.2 fast, rather than all to 1 (Jordan et al., see `Muon`).
 
-    [height, width] -> the same shape and dtype; computed in bf16 on CUDA. Zero stays zero.
+    [..., height, width] -> the same shape and dtype; computed in bf16 on CUDA. Zero stays zero.
     """
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / x.norm().clamp_min(1e-7)
+    x = matrices.reshape(-1, *matrices.shape[-2:])
+    x = x.bfloat16() if x.is_cuda else x
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return (x.T if tall else x).to(matrix.dtype)
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).to(matrices.dtype).reshape(matrices.shape)

@@ -188,6 +188,22 @@ def test_muon_agrees_with_torchs_on_one_matrix() -> None:
         twin.data.copy_(weight.data)
 
 
+def test_muon_takes_all_matrices_of_a_shape_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries, keys, values and projections; both layers of the MLPs."""
+    shapes: list[tuple[int, ...]] = []
+
+    def watched(matrices: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(matrices.shape))
+        return orthogonalize(matrices)
+
+    monkeypatch.setattr("skipless.ssl.optim.optimizers.orthogonalize", watched)
+    backbone = VisionTransformer(16, 3, 2, patch=8, image_size=16)
+    for parameter in backbone.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    make_optimizer(backbone, OptimizerSettings(name="muon")).step()
+    assert sorted(shapes) == [(3, 16, 64), (3, 64, 16), (12, 16, 16)]
+
+
 def test_muon_state_goes_through_a_file(tmp_path: Path) -> None:
     def steps(student: torch.nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
         for step in range(first, last):
