@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from helpers import NullGPU, logged
+from PIL import Image
 
 TINY = [
     "--device=cuda", "--batch_size=8", "--epochs=2", "--log_every=3", "--model.dim=64", "--model.depth=2",
@@ -24,6 +25,12 @@ RUNS = {
     "varlen": ["--model.attention=varlen"],
     "sdpa, fp32": ["--model.attention=sdpa", "--precision=fp32"],
 }
+# As many blocks, views and images as the recipes have on a GPU; their sizes do not change how much is launched.
+RECIPE = [
+    "--device=cuda", "--batch_size=128", "--epochs=2", "--data.workers=0", "--model.dim=96", "--model.depth=12",
+    "--model.heads=3", "--optimizer.name=adamw", "--optimizer.warmup_epochs=1", "--dino.out_dim=64",
+    "--dino.hidden_dim=64", "--dino.freeze_last_layer=1", "--monitor.every_epochs=0", "--crops.device=device",
+]  # fmt: skip
 FAST = ["--device=cuda", "--workers=0"]
 # Those of dense features check their predictions, which a kernel that does nothing leaves as memory happens to be.
 EVALUATIONS = {
@@ -47,6 +54,11 @@ def alone(null_gpu: NullGPU, folder: Path, photos: Path, color_classes: Path, ti
     commands = {name: pretraining(photos, folder / name, *more) for name, more in RUNS.items()}
     supervised = [f"--data.root={color_classes}", "--data.name=arrays", "--augmentation.size=16", *TINY]
     commands["supervised"] = ["skipless.ssl.supervised", f"--out={folder / 'supervised'}", *supervised]
+    many = folder / "many"
+    many.mkdir()
+    for i in range(128):
+        Image.new("RGB", (32, 32), (i, 2 * i, 255 - i)).save(many / f"{i}.bmp")
+    commands["recipe"] = ["skipless.ssl.pretrain", f"--data.path={many}", f"--out={folder / 'recipe'}", *RECIPE]
     for task, more in EVALUATIONS.items():
         where = [f"--ckpt={tiny_run}", f"--data.root={color_classes}", f"--out={folder / task}"]
         where += [f"--cache={folder / 'cache'}"]
@@ -60,8 +72,17 @@ def test_training_on_one_gpu_never_waits_within_a_step(name: str, alone: dict[st
     assert done["status"] == 0, done["printed"]
     assert done["kernels"] > 500
     assert done["products"] > 50
+    assert done["step"]["waits"] == 0
     assert logged(folder / name, "loss")
     assert (folder / name / "backbone.safetensors").exists()
+
+
+def test_a_step_launches_no_more_than_it_may(alone: dict[str, Any]) -> None:
+    assert alone["recipe"]["status"] == 0, alone["recipe"]["printed"]
+    step = alone["recipe"]["step"]
+    assert 100 < step["aside"] <= 1200  # crops, on a stream of their own
+    assert 500 < step["kernels"] - step["aside"] + step["products"] <= 900
+    assert step["memsets"] + step["on_device"] + step["to_device"] <= 200
 
 
 def test_the_log_says_which_attention_runs_and_why(alone: dict[str, Any]) -> None:

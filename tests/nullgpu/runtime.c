@@ -17,7 +17,7 @@
 #define DONE return cudaSuccess
 
 /* Counters, in the order of site/nullgpu.py. */
-enum { KERNELS, WAITS, TO_HOST, TO_DEVICE, PRODUCTS, MEMSETS, ON_DEVICE, COLLECTIVES, COUNTERS };
+enum { KERNELS, WAITS, TO_HOST, TO_DEVICE, PRODUCTS, MEMSETS, ON_DEVICE, COLLECTIVES, ASIDE, COUNTERS };
 static unsigned long counters[COUNTERS];
 unsigned long *null_counters(void) { return counters; }
 void null_count(int which) { __sync_fetch_and_add(&counters[which], 1); }
@@ -167,7 +167,11 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) { 
 const char *cudaGetErrorString(cudaError_t error) { return "null"; }
 const char *cudaGetErrorName(cudaError_t error) { return "null"; }
 
-/* Kernels. */
+/* Kernels, those of other streams than the standard one also by themselves. */
+static void launched(cudaStream_t s) {
+    null_count(KERNELS);
+    if (s) null_count(ASIDE);
+}
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *kernel) {
     memset(a, 0, sizeof *a);
     a->maxThreadsPerBlock = 1024, a->numRegs = 32, a->binaryVersion = a->ptxVersion = 90;
@@ -180,15 +184,15 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, const void *ke
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
     int *n, const void *kernel, int block, size_t shared, unsigned flags) { *n = 2; DONE; }
 cudaError_t cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **values, size_t shared, cudaStream_t s) {
-    null_count(KERNELS);
+    launched(s);
     DONE;
 }
 cudaError_t __cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **values, size_t shared, cudaStream_t s) {
-    null_count(KERNELS);
+    launched(s);
     DONE;
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *kernel, void **values) {
-    null_count(KERNELS);
+    launched(config->stream);
     DONE;
 }
 cudaError_t __cudaGetKernel(void **kernel, const void *function) { *kernel = (void *)function; DONE; }

@@ -23,6 +23,7 @@ from skipless.ssl import pretrain, supervised
 from skipless.ssl.run.run import Run
 
 _steps = 0  # that may still wait
+_step: dict[str, int] = {}  # what the GPU had done when a step began, and then for that step
 
 
 def refuse_waits() -> None:
@@ -34,11 +35,13 @@ def refuse_waits() -> None:
             set_rates(*arguments, **more)
             torch.cuda.set_sync_debug_mode("default" if _steps > 0 else "error")
             _steps -= 1
+            _step.update(nullgpu.counts())
 
         return began
 
     def ended(run: Run) -> bool:
         torch.cuda.set_sync_debug_mode("default")
+        _step.update({name: count - _step[name] for name, count in nullgpu.counts().items()})
         return interrupted(run)
 
     interrupted, Run.interrupted = Run.interrupted, ended  # type: ignore[method-assign]
@@ -47,7 +50,7 @@ def refuse_waits() -> None:
 
 
 def run(module: str, words: list[str]) -> dict[str, Any]:
-    """A command's exit code, what it printed, and what the GPU had to do for it."""
+    """A command's exit code, what it printed, and what the GPU had to do for it and for its last step."""
     global _steps
     _steps = 2 if "WORLD_SIZE" in os.environ else int("--optimizer.name=soap" in words)
     printed, status = io.StringIO(), 0
@@ -61,7 +64,7 @@ def run(module: str, words: list[str]) -> dict[str, Any]:
         printed.write(traceback.format_exc())
         status = 1
     torch.cuda.set_sync_debug_mode("default")
-    return {"status": status, "printed": printed.getvalue(), **nullgpu.counts()}
+    return {"status": status, "printed": printed.getvalue(), **nullgpu.counts(), "step": dict(_step)}
 
 
 def main(commands: Path, done: Path) -> None:
