@@ -61,7 +61,7 @@ def plain_features(backbone: Backbone, paths: list[Path], size: int) -> None:
             v2.Normalize(MEAN, STD),
         ]
     )
-    device = backbone.model.pos_embed.device
+    device = backbone.device
     for path in paths:
         with torch.inference_mode(), Image.open(path) as image:
             pixels = transform(image.convert("RGB"))[None].to(device)

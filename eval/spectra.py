@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skipless.ssl.model.statistics import PRECISION, branch_inputs, scaled_output
-from skipless.ssl.model.vit import Block, VisionTransformer
+from skipless.ssl.model.vit import Block, Mlp, VisionTransformer
 
 # What counts as a small singular value, as a part of the largest.
 SMALL = 0.01
@@ -213,6 +213,8 @@ def mlp_singular_values(block: Block, tokens: Tensor, skip: bool = False) -> Sin
         tokens: the MLP's normalized input, [N, D].
         skip: of K + I in place of K.
     """
+    if not isinstance(block.mlp, Mlp):
+        raise ValueError("gated MLPs (SwiGLU) are not supported by this measure")
     first, second = block.mlp.fc1.weight.double(), scaled_output(block.mlp.fc2.weight, block.ls2)
     with torch.enable_grad():
         hidden = F.linear(tokens.double(), first, block.mlp.fc1.bias.double()).detach().requires_grad_()

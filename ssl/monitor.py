@@ -263,7 +263,7 @@ def _describe(
     backbone: VisionTransformer, images: LabeledImages, pool: Pool, workers: int, statistics: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Features [depth, N, D], labels [N] and (mean share, effective rank) [N, depth, 2] of all images."""
-    device = backbone.pos_embed.device
+    device = backbone.norm.weight.device
     mine = torch.utils.data.Subset(images, range(rank(), len(images), world_size()))
     loader = DataLoader(
         mine, batch_size=64, num_workers=workers, collate_fn=_readable, worker_init_fn=leave_signals_to_main

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from skipless.eval.backbones import Backbone
 from skipless.eval.figures.pictures import mark_point, picture_grid
+from skipless.ssl.model.vit import rotate
 
 Query = Literal["cls", "mean"] | tuple[int, int]
 
@@ -41,18 +42,21 @@ def attention_maps(
     model = backbone.model
     numbers = [range(model.depth)[block] for block in blocks]
     b, grid = len(images), (images.shape[2] // model.patch, images.shape[3] // model.patch)
+    rotation = model.rotation([(b, *grid)])
     attention = {}
-    walk = zip(range(max(numbers) + 1), model.walk(model.embed(images)), strict=False)
+    walk = zip(range(max(numbers) + 1), model.walk(model.embed(images), grid), strict=False)
     for number, (block, before, _) in walk:
         if number not in numbers:
             continue
         q, k, _ = block.attn.split(block.norm1(before).flatten(0, 1))
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         q, k = (y.unflatten(0, (b, -1)).transpose(1, 2).float() for y in (q, k))  # [B, heads, tokens, d_h]
-        asked = q[:, :, :1] if query == "cls" else q[:, :, 1 + model.registers :]
+        asked = q[:, :, :1] if query == "cls" else q[:, :, model.prefix :]
         if isinstance(query, tuple):
             asked = asked.unflatten(2, grid)[:, :, query[0], query[1], None]
         weights = (asked @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(2)
-        attention[number] = Attention(weights[..., 1 + model.registers :].unflatten(-1, grid), weights[..., 0])
+        attention[number] = Attention(weights[..., model.prefix :].unflatten(-1, grid), weights[..., 0])
     return [attention[number] for number in numbers]
 
 

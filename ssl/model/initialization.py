@@ -181,7 +181,7 @@ def rank_kept(model: VisionTransformer, images: Tensor) -> float:
     Returns:
         The mean over the images; 1 if no block lowers the rank, more if the first ones raise it and none undoes that.
     """
-    embedded = effective_rank(model.embed(images)[:, 1 + model.registers :])
+    embedded = effective_rank(model.embed(images)[:, model.prefix :])
     blocks = model.features(images, blocks=range(model.depth), norm=False)
     ranks = torch.stack([effective_rank(block.patches.flatten(1, 2)) for block in blocks])
     return (ranks.amin(0) / embedded).mean().item()

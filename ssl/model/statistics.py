@@ -186,7 +186,7 @@ def cheap_conditioning(model: VisionTransformer, images: Tensor) -> dict[str, li
     for block, before, after in model.walk(model.embed(images)):
         logits = attention_logits(block, block.norm1(before))
         maps = logits.softmax(-1)
-        patches = after[:, 1 + model.registers :]
+        patches = after[:, model.prefix :]
         values = value_output_singular_values(block)
         numbers = {
             "attention_entropy": attention_entropy(maps),

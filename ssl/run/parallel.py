@@ -124,7 +124,7 @@ def _shard(model: Any, bf16: bool, trains: bool) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    device = model.backbone.pos_embed.device.type
+    device = model.backbone.norm.weight.device.type
     mesh = init_device_mesh(device, (distributed.world_size(),))
     blocks_policy = MixedPrecisionPolicy()
     if bf16 and device == "cuda":
