@@ -89,6 +89,12 @@ def profile(result: Result) -> str:
     return f"{1000 * total:.0f} ms a step, {100 * seconds[longest] / total:.0f} % in {longest}"
 
 
+def roofline(result: Result) -> str:
+    """The least milliseconds of a step, by optimizer."""
+    after = [case for case in result["details"] if case["casts"] == "after"]
+    return ", ".join(f"{case['model']} {case['optimizer']} {case['ms']:.0f} ms" for case in after)
+
+
 def shares(result: Result) -> list[float]:
     """Of masked tokens in the last block of each model, what depends on other patches."""
     return [row["hidden"][-1] for row in result["details"]]
@@ -110,6 +116,15 @@ SPECIAL: dict[str, tuple[str, Callable[[Result], str]]] = {
         lambda r: f"{r['details'][-1]['way']} {r['details'][-1]['times_plain']:.1f} times as fast as written plainly",
     ),
     "discovery speed": ("TokenCut by step", discovery),
+    "correctness": (
+        "Attention in bf16 against float64",
+        lambda r: (
+            f"tokens differ by at most {max(e['tokens'] for of in r['details'].values() for e in of.values()):.1e}"
+        ),
+    ),
+    "cuda": ("All that only a GPU can show", lambda r: f"{len(r['parts'])} parts"),
+    "whole-run": ("A whole run", lambda r: f"{r['details']['images_per_second']:.0f} images/s"),
+    "roofline": ("Roofline of the training step, computed", roofline),
     "loader/2x224+8x96": ("From JPEG files to crops, one thread", loader),
     "step-profile": ("Where the time of a training step goes", profile),
     "scaling": ("Memory and communication of large runs", lambda r: "computed, not measured"),
