@@ -46,8 +46,8 @@ class EvaluationSettings:
     batch_size: int = 16
     """Images in one forward pass of the backbone. Changes speed and memory alone."""
     workers: int | None = None
-    """Processes that read images; by default all cores shared out with a GPU, and none on a CPU, which needs them
-    itself."""
+    """Processes that read images; by default its share of the cores but two with a GPU, and none on a CPU, which needs
+    them itself."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or min(self.workers or 0, self.seed) < 0:

@@ -88,8 +88,8 @@ class DataSettings:
     folder, the URL of what datasets/shard.py wrote, or a pattern as in data/{000000..000146}.tar), or hf:NAME:SPLIT for
     a data set of Hugging Face. Folders right below it are taken as classes by the monitor, never by training."""
     workers: int | None = None
-    """Processes per training process that load and crop images; by default all cores shared out on a GPU machine, none
-    on a CPU, where training needs the cores itself."""
+    """Processes per training process that load and crop images; by default its share of the cores but two
+    with a GPU, and none on a CPU, where training needs the cores itself."""
     max_unreadable: float = 0.01
     """Share of unreadable images above which the run stops and names them; below, they are skipped and listed in
     unreadable.txt."""

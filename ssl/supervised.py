@@ -49,8 +49,8 @@ class DataSettings(LabeledData):
     """What is learned from and what is classified."""
 
     workers: int | None = None
-    """Processes per training process that load and augment images; by default all cores shared out on a GPU machine,
-    none on a CPU, where training needs the cores itself."""
+    """Processes per training process that load and augment images; by default its share of the cores but two
+    with a GPU, and none on a CPU, where training needs the cores itself."""
 
 
 @dataclass

@@ -36,13 +36,13 @@ def leave_signals_to_main(_worker: int) -> None:
 
 
 def loader_workers(wanted: int | None, device: torch.device) -> int:
-    """Loader processes for this process: those wanted, or all cores shared out with a GPU and none on a CPU, which
-    needs the cores itself."""
+    """Loader processes for this process: those wanted, or with a GPU its share of the cores but two, which launch
+    kernels, go backward, pin memory and talk to other GPUs; none on a CPU, which needs the cores itself."""
     if wanted is not None:
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return cores // local_processes if device.type == "cuda" else 0
+    return max(1, cores // local_processes - 2) if device.type == "cuda" else 0
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):

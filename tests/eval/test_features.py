@@ -276,13 +276,13 @@ def test_images_are_read_batch_by_batch(backbone: Backbone, photos: list[Path], 
 
 
 def test_a_gpu_gets_the_cores_to_read_and_a_cpu_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten cores among the processes of a machine."""
+    """Ten cores among the processes of a machine, of which each keeps two."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(10)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [loader_workers(None, device) for device in (cpu, gpu)] == [0, 10]
+    assert [loader_workers(None, device) for device in (cpu, gpu)] == [0, 8]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert loader_workers(None, gpu) == 2
+    assert loader_workers(None, gpu) == 1
     assert [loader_workers(3, device) for device in (cpu, gpu)] == [3, 3]
     assert loader_workers(0, gpu) == 0
 
