@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.neighbors import KNeighborsClassifier
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -213,9 +213,12 @@ def measure_blocks(
     bank_features, bank_labels, _ = _describe(backbone, bank, pool, workers, statistics=False)
     query_features, query_labels, statistics = _describe(backbone, queries, pool, workers, statistics=True)
     share, effective = statistics.mean(axis=0).T
+    device = backbone.pos_embed.device
     return [
         {
-            "knn": knn_accuracy(bank_features[block], bank_labels, query_features[block], query_labels, k),
+            "knn": knn_accuracy(
+                bank_features[block], bank_labels, query_features[block], query_labels, k, device=device
+            ),
             "mean_share": float(share[block]),
             "effective_rank": float(effective[block]),
         }
@@ -244,19 +247,25 @@ def knn_accuracy(
     query_labels: np.ndarray,
     k: int,
     temperature: float = 0.07,
+    device: torch.device | str = "cpu",
 ) -> float:
     """Top-1 accuracy of DINO's k-NN vote: cosine similarity, weights exp(similarity / temperature).
 
     Args:
         bank, queries: features [N, D] and [M, D].
+        device: what computes.
     """
-    classifier = KNeighborsClassifier(
-        min(k, len(bank)),
-        metric="cosine",
-        algorithm="brute",
-        weights=lambda distance: np.exp((1 - distance) / temperature),
-    )
-    return float(classifier.fit(bank, bank_labels).score(queries, query_labels))
+    classes, known = np.unique(bank_labels, return_inverse=True)
+    labels, names = torch.from_numpy(known).to(device), torch.from_numpy(classes).to(device)
+    features = F.normalize(torch.from_numpy(bank).to(device), dim=1)
+    predicted = []
+    with torch.autocast(torch.device(device).type, enabled=False):
+        for some in torch.from_numpy(queries).to(device).split(1024):
+            similarity, nearest = (F.normalize(some, dim=1) @ features.T).topk(min(k, len(bank)))
+            votes = torch.zeros(len(some), len(classes), dtype=torch.float64, device=device)
+            votes.scatter_add_(1, labels[nearest], (similarity.double() / temperature).exp())
+            predicted.append(names[votes.argmax(1)].cpu().numpy())
+    return float((np.concatenate(predicted) == query_labels).mean())
 
 
 def _describe(
