@@ -266,7 +266,7 @@ def drive(settings: Settings) -> None:
     if any("{data}" in word for word in experiment.command) and not (settings.data and Path(settings.data).is_dir()):
         reason = f"{settings.data} is no folder" if settings.data else "this experiment needs images"
         raise ValueError(f"{reason}: give the folder that has train and val as --data")
-    subject = "pretraining" if Path(experiment.command[0]).stem == "pretrain" else "supervised"
+    subject = "supervised" if Path(experiment.command[0]).stem == "supervised" else "pretraining"
     out = settings.out or ROOT / "results" / subject
     deadline = time.monotonic() + 3600 * settings.hours
     everything = all_runs(experiment, folder)

@@ -33,8 +33,8 @@ DATA = os.environ.get("SKIPLESS_TEST_DATA")  # real images, see CONTRIBUTING.md
 # torch has computed a gradient cannot be forked.
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload([
-    "skipless.ssl.pretrain", "skipless.ssl.supervised", "skipless.eval.report", "faiss", "torch._dynamo",
-    "torch.distributed.tensor", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+    "skipless.ssl.pretrain", "skipless.ssl.supervised", "skipless.ssl.distill", "skipless.eval.report", "faiss",
+    "torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint", "torch.distributed.fsdp",
 ])  # fmt: skip
 
 

@@ -203,10 +203,14 @@ def test_interrupted_a_real_run_leaves_a_checkpoint_and_is_taken_up_again(tmp_pa
 
 
 def test_published_experiments_name_flags_that_exist_and_go_together() -> None:
-    from skipless.ssl import pretrain, supervised
+    from skipless.ssl import distill, pretrain, supervised
     from skipless.ssl.config import check
 
-    kinds = {"ssl/pretrain.py": pretrain.Settings, "ssl/supervised.py": supervised.Settings}
+    kinds = {
+        "ssl/pretrain.py": pretrain.Settings,
+        "ssl/supervised.py": supervised.Settings,
+        "ssl/distill.py": distill.Settings,
+    }
     for path in sorted((ROOT / "experiments").glob("*.yaml")):
         experiment = run_py.read_experiment(path)
         script, *words = experiment.command

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from skipless.common import cli
-from skipless.ssl import supervised
+from skipless.ssl import distill, supervised
 from skipless.ssl.config import Settings
 from skipless.ssl.dino import build_dino
 from skipless.ssl.model.build import build_backbone, initialization_of
@@ -15,7 +15,9 @@ from skipless.ssl.optim.optimizers import make_optimizer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SUPERVISED = sorted(path.stem for path in CONFIGS.glob("supervised_*.yaml"))
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in ("one_gpu", *SUPERVISED))
+DISTILLED = sorted(path.stem for path in CONFIGS.glob("distill_*.yaml"))
+OTHERS = ("one_gpu", *SUPERVISED, *DISTILLED)
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in OTHERS)
 
 
 def settings(name: str, *more: str) -> Settings:
@@ -70,6 +72,17 @@ def test_dino_settings_are_the_official_ones() -> None:
 def test_one_gpu_version_keeps_the_batch(name: str) -> None:
     one = settings(name, "--config", str(CONFIGS / "one_gpu.yaml"))
     assert (one.batch_size, one.accumulate) == (1024, 8)
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_distillation_recipe_parses_and_its_model_can_be_built(name: str) -> None:
+    words = ["--config", str(CONFIGS / f"{name}.yaml"), "--teacher.ckpt", "teacher.pth", "--data.path", "photos"]
+    recipe = cli.parse(distill.Settings, words)
+    assert recipe.views.size % recipe.model.patch == 0
+    recipe.model.init = "default"  # the others take minutes
+    with torch.device("meta"):
+        build_backbone(recipe.model, recipe.views.size, recipe.seed)
+    assert f"configs/{name}.yaml" in (CONFIGS / f"{name}.yaml").read_text().split("\nout:")[0]
 
 
 def supervised_settings(name: str, *more: str) -> supervised.Settings:

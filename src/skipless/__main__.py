@@ -16,6 +16,7 @@ from importlib.metadata import version
 COMMANDS = {
     "pretrain": ("ssl.pretrain", "Pretrain a backbone with DINO, without labels."),
     "supervised": ("ssl.supervised", "Train a classifier on labeled images."),
+    "distill": ("ssl.distill", "Distill a trained backbone into a smaller one."),
     "report": ("eval.report", "Measure several backbones and write one page about them."),
     "segmentation": ("eval.segmentation", "Linear segmentation of frozen features, mIoU."),
     "discovery": ("eval.discovery", "Find objects without labels: LOST, TokenCut, MaskCut."),
