@@ -1,0 +1,72 @@
+"""Every command on miniatures: synthetic scenes and a ViT of two blocks, seconds on a CPU."""
+
+import itertools
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from skipless.datasets.synthetic.dataset import write_scenes
+from skipless.ssl.model.vit import VisionTransformer
+
+MODEL = ["--model.dim=24", "--model.depth=2", "--model.heads=2", "--model.patch=8"]
+TRAINING = [
+    *MODEL, "--batch_size=8", "--epochs=2", "--optimizer.warmup_epochs=1", "--log_every=1", "--data.workers=0",
+    "--device=cpu", "--precision=fp32",
+]  # fmt: skip
+PRETRAINING = [
+    *TRAINING, "--crops.global_crops_size=32", "--crops.local_crops_size=16", "--crops.local_crops_number=2",
+    "--dino.out_dim=32", "--dino.hidden_dim=32", "--dino.bottleneck_dim=16",
+]  # fmt: skip
+
+
+def write_data(folder: Path) -> None:
+    """Leave FOLDER/scenes, in VOC's layout and as class folders, and FOLDER/vit.safetensors, a random ViT."""
+    write_scenes(folder / "scenes", train=24, val=12, size=32, workers=1)
+    torch.manual_seed(0)
+    model = VisionTransformer(24, 2, 2, patch=8, image_size=32)
+    weights = folder / "vit.safetensors"
+    save_file(model.state_dict(), weights, {"architecture": json.dumps(model.architecture)})
+
+
+def command_lines(folder: Path, out: Path) -> dict[str, list[str]]:
+    """The words of every command of `skipless`, by its name, on what `write_data` left in `folder`; what they write is
+    in `out`. In this order, for `summarize` reads what `pretrain` has left."""
+    scenes = folder / "scenes"
+    train = scenes / "train"
+    model = [f"--ckpt={folder / 'vit.safetensors'}", "--device=cpu"]
+    cached = [*model, f"--cache={out / 'cache'}"]
+    classes = [*cached, f"--data.root={scenes}", "--size=32", "--pool=mean"]
+    dense = [*cached, "--data.name=scenes", f"--data.root={scenes}"]
+    pictures = [*model, "--size=32"]
+    picture = f"--image={next(itertools.chain(train.rglob('*.jpg'), ['nothing.jpg']))}"
+    lines = {
+        "pretrain": [f"--data.path={train}", "--monitor.every_epochs=1", "--monitor.k=3", *PRETRAINING],
+        "supervised": [f"--data.root={scenes}", "--augmentation.size=32", *TRAINING],
+        "report": [
+            *cached, "--count=2", "--classification.size=32", "--classification.pool=mean", "--segmentation.size=32",
+            f"--classification.root={scenes}", "--segmentation.name=scenes", f"--segmentation.root={scenes}",
+            "--discovery.name=scenes", f"--discovery.root={scenes}",
+        ],
+        "segmentation": [*dense, "--protocol=quick", "--quick.size=32", "--quick.epochs=1"],
+        "discovery": [*model, "--data.name=scenes", f"--data.root={scenes}"],
+        "retrieval": [*dense, "--size=32"],
+        "clustering": [*dense, "--size=32", "--seeds=1"],
+        "knn": [*classes, "--k=3"],
+        "linear": [*classes, "--epochs=1"],
+        "quantization": [*classes, "--k=3"],
+        "conditioning": [f"--images={train}", "--size=tiny", "--pixels=32", "--count=2", "--cheap"],
+        "pca": [*pictures, f"--images={train}", "--count=2", f"--out={out / 'pca.png'}"],
+        "attention-maps": [*pictures, picture.replace("image", "images", 1), f"--out={out / 'attention.png'}"],
+        "similarity": [*pictures, picture, f"--out={out / 'similarity.png'}"],
+        "crop-sheet": [picture, f"--out={out / 'crops.png'}"],
+        "summarize": [str(out / "pretrain"), f"--out={out / 'summary'}"],
+        "prepare": ["voc07", f"--root={out / 'prepared'}", "--dry-run"],
+        "shard": [str(train), str(out / "shards"), "--workers=1"],
+        "scenes": ["--train=10", "--val=10", "--size=32", "--workers=1"],
+    }  # fmt: skip
+    for name, words in lines.items():
+        if name not in ("summarize", "shard", "prepare") and not any(word.startswith("--out") for word in words):
+            words.append(f"--out={out / name}")
+    return lines
