@@ -43,6 +43,7 @@ def command_lines(folder: Path, out: Path) -> dict[str, list[str]]:
     picture = f"--image={next(itertools.chain(train.rglob('*.jpg'), ['nothing.jpg']))}"
     lines = {
         "pretrain": [f"--data.path={train}", "--monitor.every_epochs=1", "--monitor.k=3", *PRETRAINING],
+        "distill": [f"--data.path={train}", f"--teacher.ckpt={folder / 'vit.safetensors'}", "--views.size=32", *TRAINING],
         "supervised": [f"--data.root={scenes}", "--augmentation.size=32", *TRAINING],
         "report": [
             *cached, "--count=2", "--classification.size=32", "--classification.pool=mean", "--segmentation.size=32",
