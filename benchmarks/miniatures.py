@@ -33,9 +33,9 @@ def write_data(folder: Path) -> None:
 def command_lines(folder: Path, out: Path) -> dict[str, list[str]]:
     """The words of every command of `skipless`, by its name, on what `write_data` left in `folder`; what they write is
     in `out`. In this order, for `summarize` reads what `pretrain` has left."""
-    scenes = folder / "scenes"
+    scenes, weights = folder / "scenes", folder / "vit.safetensors"
     train = scenes / "train"
-    model = [f"--ckpt={folder / 'vit.safetensors'}", "--device=cpu"]
+    model = [f"--ckpt={weights}", "--device=cpu"]
     cached = [*model, f"--cache={out / 'cache'}"]
     classes = [*cached, f"--data.root={scenes}", "--size=32", "--pool=mean"]
     dense = [*cached, "--data.name=scenes", f"--data.root={scenes}"]
@@ -43,7 +43,7 @@ def command_lines(folder: Path, out: Path) -> dict[str, list[str]]:
     picture = f"--image={next(itertools.chain(train.rglob('*.jpg'), ['nothing.jpg']))}"
     lines = {
         "pretrain": [f"--data.path={train}", "--monitor.every_epochs=1", "--monitor.k=3", *PRETRAINING],
-        "distill": [f"--data.path={train}", f"--teacher.ckpt={folder / 'vit.safetensors'}", "--views.size=32", *TRAINING],
+        "distill": [f"--data.path={train}", f"--teacher.ckpt={weights}", "--views.size=32", *TRAINING],
         "supervised": [f"--data.root={scenes}", "--augmentation.size=32", *TRAINING],
         "report": [
             *cached, "--count=2", "--classification.size=32", "--classification.pool=mean", "--segmentation.size=32",
