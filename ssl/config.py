@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -208,6 +209,12 @@ def check(settings: RunSettings, images: int, source: str, root: Path, device: t
     _check_model(settings.model, device)
     if settings.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("wandb is true, but the package is not installed; pip install wandb, or leave it out")
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and "RANK" not in os.environ:
+        raise ValueError(
+            f"srun started {tasks} tasks, and each would be a run of its own: start one task a node, with torchrun in "
+            "it, as in docs/training.md"
+        )
     processes = distributed.world_size()
     if settings.batch_size % (processes * settings.accumulate):
         raise ValueError(

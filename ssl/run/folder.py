@@ -1,13 +1,62 @@
-"""A run's folder: which checkpoint is its last."""
+"""A run's folder: which process writes into it, and which checkpoint is its last."""
 
 import os
 import re
+import socket
 import zipfile
 from pathlib import Path
+from typing import IO
 
 from skipless.common.files import write_text
 
 POINTER_BYTES = 200  # a last.pt as small as this is no checkpoint, but the name of one
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Make this process the one that writes into a run's folder, until the file returned is closed or the process dies.
+
+    The lock is the operating system's, and so holds over all machines whose shared disk has locks. Where the disk has
+    none, the process that is named in the file is looked for on this machine.
+
+    Raises:
+        ValueError: another process writes there; it is named.
+    """
+    import fcntl
+
+    file = open(folder / ".lock", "a+")  # noqa: SIM115
+    file.seek(0)
+    holder = file.read().strip()
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = False
+    except (BlockingIOError, PermissionError):
+        taken = True
+    except OSError:
+        taken = _runs_here(holder)
+    if taken:
+        file.close()
+        raise ValueError(
+            f"{folder} is in use by {holder or 'another process'}, which holds {folder / '.lock'}: wait for it, end it "
+            "or give another --out"
+        )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def _runs_here(holder: str) -> bool:
+    """Whether a process, as named in a lock's file, is another one of this machine that is still alive."""
+    match = re.fullmatch(r"process (\d+) on (.*)", holder)
+    if match is None or match[2] != socket.gethostname() or int(match[1]) == os.getpid():
+        return False
+    try:
+        os.kill(int(match[1]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def whole_checkpoints(checkpoints: Path) -> list[Path]:

@@ -22,11 +22,15 @@ class RunLog:
     def __init__(self, folder: Path, settings: dict[str, Any], start: int, total: int, active: bool, wandb: bool):
         self.active = active
         self.wandb: Any = None
+        self.remarks: list[str] = []
         if not active:
             return
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if start and _step(line) <= start]
+        logged = max(map(_step, kept), default=0)
+        if start and logged < start:  # a line is written before every checkpoint
+            self.remarks.append(f"{path} has no lines of steps {logged:,.0f} to {start:,}: they are lost")
         write_text(path, "".join(line + "\n" for line in kept))
         self.recorded = {(_step(line), name) for line in kept for name in json.loads(line)}
         self.file = open(path, "a", buffering=1)  # noqa: SIM115

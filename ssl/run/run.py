@@ -21,7 +21,7 @@ from skipless.ssl.model.attention import choose_backend
 from skipless.ssl.model.vit import Attention, VisionTransformer
 from skipless.ssl.optim.schedules import Schedule
 from skipless.ssl.run.checkpoints import export_backbone, load_checkpoint, load_shards, save_checkpoint, save_shards
-from skipless.ssl.run.folder import in_place_of_last, last_checkpoint
+from skipless.ssl.run.folder import in_place_of_last, last_checkpoint, lock_folder
 from skipless.ssl.run.logging import RunLog
 from skipless.ssl.run.parallel import is_sharded
 
@@ -138,6 +138,9 @@ class Run:
         settings, written = self.settings, plain(self.settings)
         if self.first_process:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_folder(self.folder)
+            for unfinished in self.folder.glob(".*.*.[0-9]*"):  # of a process that was killed while it wrote
+                unfinished.unlink()
             write_text(self.folder / "settings.yaml", yaml.safe_dump(written, sort_keys=False))
         steps = self.schedule.steps
         self.log = RunLog(self.folder, written, start, steps, active=self.first_process, wandb=settings.wandb)
@@ -158,7 +161,7 @@ class Run:
             f"{processes} process{'es' if processes > 1 else ''} on {self.device}; {precision}; "
             f"attention: {attention}{more}"
         )
-        self.say(*self.remarks)
+        self.say(*self.remarks, *self.log.remarks)
         for number in (signal.SIGTERM, signal.SIGUSR1):  # which schedulers send before they end a job
             signal.signal(number, self._note_signal)
 
@@ -250,10 +253,15 @@ class Run:
         write = save_shards if self.sharded else save_checkpoint
         write(self.folder / "checkpoints", step, state, self.settings.keep)
 
+    def _close(self) -> None:
+        self.log.close()
+        if self.first_process:
+            self.lock.close()
+
     def stop(self, step: int) -> Path:
         """End an interrupted run; its folder."""
         self.say(f"interrupted after step {step}: checkpoint written; continue with --resume")
-        self.log.close()
+        self._close()
         return self.folder
 
     def finish(
@@ -271,7 +279,7 @@ class Run:
             }
             export_backbone(self.folder, backbone, facts)
         self.say(*remarks, f"done: {name} is {self.folder / 'backbone.safetensors'}")
-        self.log.close()
+        self._close()
         return self.folder
 
 

@@ -52,3 +52,16 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="there is no GPU 2 here, of 2"):
         distributed.start("cuda:2")
+
+
+@pytest.mark.parametrize(("torchrun", "visible", "device"), [(False, 1, 0), (False, 4, 3), (True, 4, 3)])
+def test_a_task_of_srun_may_see_one_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch, torchrun: bool, visible: int, device: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert distributed.start("cuda") == torch.device("cuda", device)

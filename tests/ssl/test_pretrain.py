@@ -516,10 +516,23 @@ def test_damaged_checkpoint_is_named(photos: Path, copied: Path) -> None:
 def test_a_folder_copied_without_links_is_still_a_run(photos: Path, copied: Path, reference: Path) -> None:
     back_to_step_15(copied)
     (copied / "checkpoints" / "last.pt").unlink()
+    (copied / ".metrics.jsonl.4242").write_text("left by a process that was killed")
+    lines = (copied / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copied / "metrics.jsonl").write_text("".join(lines[:12]))
     assert "already holds a run" in error_line(run(photos, copied).stderr)
     said = train(photos, copied, "--resume")
     assert "last.pt is missing: goes on from step-15.pt" in said
+    assert re.search(r"metrics.jsonl has no lines of steps \d+ to 15", said)
+    assert not (copied / ".metrics.jsonl.4242").exists()
     assert_same_weights(copied, reference)
+
+
+def test_tasks_of_srun_without_torchrun_are_refused(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert "srun started 2 tasks" in error_line(run(photos, tmp_path / "run").stderr)
+    assert not (tmp_path / "run").exists()
 
 
 def field_names(kind: type, prefix: str = "") -> list[str]:

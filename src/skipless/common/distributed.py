@@ -35,7 +35,10 @@ def start(device: str = "auto") -> torch.device:
         if chosen.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
             raise ValueError(f"device is {device!r}, which would put all processes on one GPU; use --device cuda")
         if chosen.index is None:
-            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            if "TORCHELASTIC_RUN_ID" not in os.environ:  # srun may show each task a GPU of its own, always number 0
+                local %= torch.cuda.device_count()
+            chosen = torch.device("cuda", local)
         if (chosen.index or 0) >= (count := torch.cuda.device_count()):
             raise ValueError(f"there is no GPU {chosen.index} here, of {count}: their numbers begin at 0")
         torch.cuda.set_device(chosen)

@@ -1,12 +1,18 @@
-"""A run's folder: its last checkpoint when links are lost, and checkpoints with a flipped bit."""
+"""A run's folder: its lock, its last checkpoint when links are lost, and checkpoints with a flipped bit."""
 
+import errno
+import fcntl
+import os
+import socket
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import start
 
 from skipless.ssl.run.checkpoints import load_checkpoint, save_checkpoint
-from skipless.ssl.run.folder import in_place_of_last, last_checkpoint
+from skipless.ssl.run.folder import in_place_of_last, last_checkpoint, lock_folder
 
 
 def save(folder: Path, *steps: int, keep: int = 2) -> None:
@@ -82,3 +88,36 @@ def test_a_flipped_bit_is_refused_and_the_checkpoint_before_named(tmp_path: Path
         load_checkpoint(tmp_path / "last.pt")
     path.unlink()
     assert step_of(tmp_path) == 1
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+    script = tmp_path / "holder.py"
+    script.write_text(
+        "import pathlib, time\nfrom skipless.ssl.run.folder import lock_folder\n\n"
+        f"def main(words):\n    lock = lock_folder(pathlib.Path({str(tmp_path)!r}))\n    time.sleep(200)\n"
+    )
+    first = start(str(script))
+    while not (tmp_path / ".lock").exists() or not (tmp_path / ".lock").read_text():
+        time.sleep(0.02)
+    with pytest.raises(ValueError, match=f"in use by process {first.process.pid} on {socket.gethostname()}"):
+        lock_folder(tmp_path)
+    first.process.kill()
+    first.process.join()
+    lock_folder(tmp_path).close()
+    assert (tmp_path / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+@pytest.mark.parametrize(("process", "host", "taken"), [(1, "", True), (2**22 + 1, "", False), (1, "elsewhere", False)])
+def test_on_a_disk_without_locks_the_process_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: int, host: str, taken: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    (tmp_path / ".lock").write_text(f"process {process} on {host or socket.gethostname()}")
+    if taken:
+        with pytest.raises(ValueError, match="in use by process 1 on"):
+            lock_folder(tmp_path)
+    else:
+        lock_folder(tmp_path).close()
