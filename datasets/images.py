@@ -8,6 +8,7 @@
 No label file is needed. Where the folders right below the root are classes, `labels` and `classes` come from them.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,6 +68,14 @@ class ImageSource:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def names_sha256(self) -> str:
+        """A digest of all names, in their order."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(self.names[index].encode(errors="surrogateescape") + b"\0")
+        return digest.hexdigest()
 
     def read(self, index: int, min_side: int = 0) -> np.ndarray:
         """Decoded image, uint8 [H, W, 3] RGB (see `decode`). Raises UnreadableImage."""

@@ -163,6 +163,11 @@ def resolve(settings: S, images: Images, device: torch.device, image_size: int) 
     if settings.precision == "auto":
         settings.precision = "bf16" if has_bf16(device) else "fp32"
     model.patches, model.positions = embedding_of(model)
+    if model.pool == "cls" and not model.residual:
+        notes.append(
+            "warning: model.pool is cls, but without skip connections a class token hardly sees the patches at the "
+            "start, and the loss may stay where it is: use --model.pool mean"
+        )
     if model.beta == "auto" and earlier:
         model.beta = earlier["model"]["beta"]
         if model.beta is None:

@@ -40,7 +40,8 @@ class Run:
 
     Args:
         source: where the images lie, for messages.
-        data: what of the data a resumed run must share: `images`, their number, and maybe more.
+        data: what of the data a resumed run must share: `images`, their number, and maybe more. If their
+            `names`, as a digest, are others, that is said.
         parts: what a checkpoint holds under these names: networks, loss and optimizer. `student` has the backbone.
     """
 
@@ -81,6 +82,8 @@ class Run:
             self._check_same(path, state, may_change)
             self._load(path, state)
             self.remarks += in_place_of_last(path)
+            if state.get("names", self.data.get("names")) != self.data.get("names"):
+                self.remarks.append(f"{self.source} has other images than before, by their names, though as many")
             self.seconds_before = state["seconds"]
             return state["step"]
         if extend is not None:
@@ -118,7 +121,7 @@ class Run:
                 f"{path} is of a run on {state['images']:,} images, and {self.source} has {self.data['images']:,}; "
                 "give the same images, or another --out"
             )
-        if other := [name for name, value in self.data.items() if state[name] != value]:
+        if other := [name for name, value in self.data.items() if name != "names" and state[name] != value]:
             raise ValueError(f"{path} is of a run with other {other[0]} than {self.source} has; give another --out")
         old, new = LATER | flat(state["settings"]), flat(plain(self.settings))
         if old["precision"] == "auto":  # as runs of earlier versions left it

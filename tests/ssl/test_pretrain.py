@@ -527,6 +527,18 @@ def test_a_folder_copied_without_links_is_still_a_run(photos: Path, copied: Path
     assert_same_weights(copied, reference)
 
 
+def test_other_images_and_a_starving_class_token_are_said(photos: Path, tmp_path: Path) -> None:
+    images = shutil.copytree(photos, tmp_path / "images")
+    said = train(images, tmp_path / "run", *ONE_EPOCH, "--model.pool=cls")
+    assert "without skip connections a class token hardly sees the patches" in said
+    again = ["--model.pool=cls", "--resume"]
+    assert "other images" not in train(images, tmp_path / "run", *ONE_EPOCH, *again)
+    path = next(images.rglob("*.png"))
+    path.rename(path.with_name("other.png"))
+    said = train(images, tmp_path / "run", *ONE_EPOCH, *again)
+    assert "has other images than before" in said
+
+
 def test_tasks_of_srun_without_torchrun_are_refused(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
