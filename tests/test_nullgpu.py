@@ -58,7 +58,11 @@ def alone(null_gpu: NullGPU, folder: Path, photos: Path, color_classes: Path, ti
     many.mkdir()
     for i in range(128):
         Image.new("RGB", (32, 32), (i, 2 * i, 255 - i)).save(many / f"{i}.bmp")
-    commands["recipe"] = ["skipless.ssl.pretrain", f"--data.path={many}", f"--out={folder / 'recipe'}", *RECIPE]
+    for name, more in {"recipe": [], "ibot": ["--ibot.loss_weight=1", "--dino.koleo_loss_weight=0.1"]}.items():
+        commands[name] = ["skipless.ssl.pretrain", f"--data.path={many}", f"--out={folder / name}", *RECIPE, *more]
+    distillation = [f"--data.path={photos}", f"--teacher.ckpt={tiny_run}", "--views.size=32"]
+    commands["distill"] = ["skipless.ssl.distill", f"--out={folder / 'distill'}", *distillation, *TINY]
+    commands["distill"] += ["--monitor.every_epochs=0", "--optimizer.name=soap"]
     for task, more in EVALUATIONS.items():
         where = [f"--ckpt={tiny_run}", f"--data.root={color_classes}", f"--out={folder / task}"]
         where += [f"--cache={folder / 'cache'}"]
@@ -66,7 +70,7 @@ def alone(null_gpu: NullGPU, folder: Path, photos: Path, color_classes: Path, ti
     return null_gpu.run(commands, folder)[0]
 
 
-@pytest.mark.parametrize("name", [*RUNS, "supervised"])
+@pytest.mark.parametrize("name", [*RUNS, "supervised", "distill"])
 def test_training_on_one_gpu_never_waits_within_a_step(name: str, alone: dict[str, Any], folder: Path) -> None:
     done = alone[name]
     assert done["status"] == 0, done["printed"]
@@ -83,6 +87,14 @@ def test_a_step_launches_no_more_than_it_may(alone: dict[str, Any]) -> None:
     assert 100 < step["aside"] <= 1200  # crops, on a stream of their own
     assert 500 < step["kernels"] - step["aside"] + step["products"] <= 900
     assert step["memsets"] + step["on_device"] + step["to_device"] <= 200
+
+
+def test_masked_patches_cost_at_most_half_of_the_step_again(alone: dict[str, Any]) -> None:
+    assert alone["ibot"]["status"] == 0, alone["ibot"]["printed"]
+    steps = {name: alone[name]["step"] for name in ("recipe", "ibot")}
+    assert steps["ibot"]["waits"] == 0
+    launches = {name: step["kernels"] - step["aside"] + step["products"] for name, step in steps.items()}
+    assert launches["recipe"] < launches["ibot"] <= 1.5 * launches["recipe"]
 
 
 def test_the_log_says_which_attention_runs_and_why(alone: dict[str, Any]) -> None:

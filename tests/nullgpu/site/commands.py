@@ -19,7 +19,7 @@ from typing import Any
 import nullgpu
 import torch
 
-from skipless.ssl import pretrain, supervised
+from skipless.ssl import distill, pretrain, supervised
 from skipless.ssl.run.run import Run
 
 _steps = 0  # that may still wait
@@ -45,7 +45,7 @@ def refuse_waits() -> None:
         return interrupted(run)
 
     interrupted, Run.interrupted = Run.interrupted, ended  # type: ignore[method-assign]
-    for module in (pretrain, supervised):
+    for module in (distill, pretrain, supervised):
         module.set_rates = begin(module.set_rates)
 
 
