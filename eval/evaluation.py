@@ -18,7 +18,7 @@ import torch
 from skipless.common import distributed
 from skipless.common.files import write_result
 from skipless.common.provenance import provenance
-from skipless.common.settings import LATER, plain
+from skipless.common.settings import LATER, flat, plain
 from skipless.eval.backbones import Backbone, Precision, Weights, choose_blocks, load_backbone, untrained
 from skipless.eval.features import default_cache
 from skipless.ssl.data.loader import loader_workers
@@ -246,6 +246,7 @@ def keep_other_result(path: Path, settings: dict[str, Any]) -> None:
 
 def differing_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Names of the settings that make two results different ones, those of a group under the group's name."""
-    old, new, absent = LATER | old, LATER | new, object()
+    old, new, absent = LATER | flat(old), LATER | flat(new), object()
     names = [name for name in dict.fromkeys([*old, *new]) if name not in INCIDENTAL]
-    return [name for name in names if old.get(name, absent) != new.get(name, absent)]
+    differing = [name for name in names if old.get(name, absent) != new.get(name, absent)]
+    return list(dict.fromkeys(name.partition(".")[0] for name in differing))

@@ -32,7 +32,7 @@ class SegmentationSet:
     """N images with their masks. Holds no open file: it can be pickled, forked and used from several threads."""
 
     name: str
-    """"voc12", "coco-stuff-27", "coco-stuff-171", "ade20k" or "scenes"."""
+    """"voc12", "coco-stuff-27", "coco-stuff-171", "ade20k", "scenes", or one's own folder's."""
     split: str
     names: tuple[str, ...]
     """[N] image ids in the list's order."""

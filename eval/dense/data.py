@@ -11,11 +11,12 @@ from skipless.datasets.labels.ade20k import ade20k
 from skipless.datasets.labels.coco import coco_stuff
 from skipless.datasets.labels.counts import describe_split
 from skipless.datasets.labels.masks import SegmentationSet
+from skipless.datasets.labels.own import mask_folder
 from skipless.datasets.labels.voc import scenes_segmentation, voc_segmentation
 from skipless.eval.evaluation import Context
 from skipless.eval.features import Features, extract
 
-DataName = Literal["voc12", "coco-stuff-27", "coco-stuff-171", "ade20k", "scenes"]
+DataName = Literal["voc12", "coco-stuff-27", "coco-stuff-171", "ade20k", "scenes", "masks"]
 
 DATA: dict[str, Callable[..., SegmentationSet]] = {
     "voc12": voc_segmentation,
@@ -23,6 +24,7 @@ DATA: dict[str, Callable[..., SegmentationSet]] = {
     "coco-stuff-171": partial(coco_stuff, classes=171),
     "ade20k": ade20k,
     "scenes": scenes_segmentation,
+    "masks": mask_folder,
 }
 
 
@@ -31,12 +33,14 @@ class SplitSettings:
     """What is segmented."""
 
     name: DataName
-    """Data set: PASCAL VOC 2012 (21 classes), COCO-Stuff (27 coarse or 171 classes), ADE20K (150), or the scenes that
-    datasets/scenes.py writes."""
+    """Data set: PASCAL VOC 2012 (21 classes), COCO-Stuff (27 coarse or 171 classes), ADE20K (150), the scenes that
+    datasets/scenes.py writes, or masks: your own, in a folder with images/ and masks/ (docs/data.md)."""
     root: str
-    """Its folder, laid out as its authors ship it: VOCdevkit, COCO's, ADEChallengeData2016, or the scenes' folder."""
+    """Its folder, laid out as its authors ship it: VOCdevkit, COCO's, ADEChallengeData2016, the scenes' or your own."""
     split: str = "val"
     """Split whose mIoU is measured."""
+    void: tuple[int, ...] | None = None
+    """masks: values of pixels that are neither learned from nor scored, as in 0 255; by default 255."""
 
 
 @dataclass
@@ -53,7 +57,11 @@ def open_split(data: SplitSettings, split: str) -> SegmentationSet:
     Raises:
         ValueError, FileNotFoundError: it is not there, or not laid out as its authors ship it.
     """
-    return DATA[data.name](data.root, split)
+    if data.void is None:
+        return DATA[data.name](data.root, split)
+    if data.name != "masks":
+        raise ValueError(f"data.void is for masks, and data.name is {data.name}; leave it out")
+    return mask_folder(data.root, split, data.void)
 
 
 def described(images: SegmentationSet) -> str:

@@ -46,6 +46,7 @@ LATER: dict[str, Any] = {
     "gram.every_epochs": 0,
     "crops.gram_teacher_crops_size": None,
     "extend": None,
+    "data.void": None,
 }
 
 
