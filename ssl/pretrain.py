@@ -117,7 +117,7 @@ def pretrain(cfg: Settings) -> Path:
         if saving:
             run.save(done)
         if interrupted:
-            return run.stop(done)
+            run.stop(done)
     return run.finish(full_backbone(teacher), "the teacher's backbone", {"pool": cfg.model.pool}, unreadable.in_words())
 
 

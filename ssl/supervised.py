@@ -159,7 +159,7 @@ def train(cfg: Settings) -> Path:
         if saving:
             run.save(done)
         if interrupted:
-            return run.stop(done)
+            run.stop(done)
     measured = {"dataset": val_images.name, "split": val_images.split, "images": len(val_images), **validation}
     pool = "cls" if cfg.model.pool in ("cls", "gathering-cls") else "mean"
     return run.finish(classifier.backbone, "the backbone", {"pool": pool, "validation": measured})

@@ -31,6 +31,7 @@ DATA = os.environ.get("SKIPLESS_TEST_DATA")  # real images, see CONTRIBUTING.md
 
 # Processes are forked from a server that has imported what commands need and has done nothing else: a process in which
 # torch has computed a gradient cannot be forked.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload([
     "skipless.ssl.pretrain", "skipless.ssl.supervised", "skipless.ssl.distill", "skipless.eval.report", "faiss",
@@ -73,7 +74,7 @@ class Running:
 def call(main: Callable[[Sequence[str]], object], words: Sequence[object]) -> Done:
     """Run a command in this process, whose signal handlers stay what they were."""
     out, err, status = io.StringIO(), io.StringIO(), 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             main(list(map(str, words)))
@@ -389,6 +390,8 @@ def _main(module: str, words: list[str], folder: str, cwd: str, env: dict[str, s
         with open(Path(folder, name), "a") as file:
             os.dup2(file.fileno(), number)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
+    for number in (signal.SIGINT, signal.SIGHUP):  # which tests in the background would make it ignore
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     multiprocessing.set_start_method(None, force=True)  # for loader workers, as in any other process
     os.environ.update(env)
     os.chdir(cwd)

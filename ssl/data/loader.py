@@ -31,7 +31,7 @@ Batch = TypeVar("Batch")
 
 def leave_signals_to_main(_worker: int) -> None:
     """For loader workers: a scheduler signals every process of a job, and it is the main one that saves and ends."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

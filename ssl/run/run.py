@@ -5,13 +5,13 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
 from torch import nn
 
-from skipless.common import distributed
+from skipless.common import cli, distributed
 from skipless.common.files import write_text
 from skipless.common.precision import describe
 from skipless.common.provenance import provenance
@@ -60,7 +60,7 @@ class Run:
         self.sharded = is_sharded(parts["student"])
         self.first_process = distributed.rank() == 0
         self.seconds_before, self.began = 0.0, time.perf_counter()
-        self.signaled = False
+        self.signaled = self.ended_by = 0  # numbers of signals: that here, that of all processes
         self.remarks: list[str] = []  # of what was found before the log was open
 
     # Where it starts --------------------------------------------------------------------------------------------------
@@ -167,16 +167,22 @@ class Run:
         self.say(*self.remarks, *self.log.remarks)
         for number in (signal.SIGTERM, signal.SIGUSR1):  # which schedulers send before they end a job
             signal.signal(number, self._note_signal)
+        for number in (signal.SIGINT, signal.SIGHUP):  # ignored in the background and under nohup
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note_signal)
 
-    def _note_signal(self, *_: Any) -> None:
-        self.signaled = True
+    def _note_signal(self, number: int, _frame: Any) -> None:
+        if number == self.signaled == signal.SIGINT:  # whoever presses Ctrl-C twice does not want to wait
+            raise KeyboardInterrupt
+        self.signaled = number
 
     # While it trains --------------------------------------------------------------------------------------------------
 
     def interrupted(self) -> bool:
         """Count a step, and tell whether any process was asked to end."""
         self.log.advance()
-        return distributed.any_process(self.signaled)
+        self.ended_by = int(distributed.all_reduce_max(torch.tensor(float(self.signaled))).item())
+        return self.ended_by > 0
 
     def save_due(self, step: int) -> bool:
         """Whether a checkpoint is due after so many steps."""
@@ -242,7 +248,12 @@ class Run:
         return self.seconds_before + time.perf_counter() - self.began
 
     def save(self, step: int) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint.
+
+        Raises:
+            ValueError: weights are not finite; nothing is written.
+        """
+        self._check_finite(step)
         if not (self.first_process or self.sharded):
             return
         state = {
@@ -261,11 +272,23 @@ class Run:
         if self.first_process:
             self.lock.close()
 
-    def stop(self, step: int) -> Path:
-        """End an interrupted run; its folder."""
+    def _check_finite(self, step: int) -> None:
+        """The loss and the gradient were finite before the update; its result may not be."""
+        tensors = [t for part in self.parts.values() if isinstance(part, nn.Module) for t in part.state_dict().values()]
+        parts = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+        finite = torch.stack([part.isfinite().all() for part in parts]).all()
+        if distributed.any_process(not finite.item()):
+            raise ValueError(
+                f"stopped at step {step}: weights are NaN or infinite after the update, and were not saved; lower the "
+                "learning rate (--optimizer.lr), or clip gradients harder (--clip_grad); the last checkpoint is from "
+                "before"
+            )
+
+    def stop(self, step: int) -> NoReturn:
+        """End an interrupted run."""
         self.say(f"interrupted after step {step}: checkpoint written; continue with --resume")
         self._close()
-        return self.folder
+        raise cli.Interrupted(self.ended_by)
 
     def finish(
         self, backbone: VisionTransformer, name: str, about: dict[str, Any], remarks: Sequence[str] = ()

@@ -242,7 +242,7 @@ def test_killed_and_resumed_run_is_bit_identical(photos: Path, tmp_path: Path, m
     assert losses(killed) == losses(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_signal_to_the_whole_job_saves_and_ends_cleanly(
     photos: Path, reference: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -252,12 +252,65 @@ def test_signal_to_the_whole_job_saves_and_ends_cleanly(
     wait_for_losses(command, out, 1)
     os.killpg(command.process.pid, number)
     done = command.wait()
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 128 + number, done.stderr
     assert "interrupted after step" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (out / "backbone.json").exists()
     train(photos, out, "--resume")
     np.testing.assert_allclose(losses(out), losses(reference), atol=1e-6)
+
+
+def test_ctrl_c_twice_ends_at_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def press_twice(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
+    monkeypatch.setattr(pretrain, "update_teacher", press_twice)
+    done = run(photos, tmp_path / "run")
+    signal.signal(signal.SIGINT, before)
+    assert done.returncode == 130
+    assert "interrupted: " in done.stderr
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_weights_that_an_update_ruined_are_neither_saved_nor_exported(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the last step, after whose update no loss is computed any more."""
+
+    def ruin(teacher: torch.nn.Module, student: typing.Any, momentum: float) -> None:
+        if len(losses(tmp_path / "run")) == 19:
+            student.backbone.norm.weight.data[0] = float("nan")
+
+    monkeypatch.setattr(pretrain, "update_teacher", ruin)
+    done = run(photos, tmp_path / "run")
+    assert done.returncode == 2
+    assert "stopped at step 20: weights are NaN" in error_line(done.stderr)
+    assert last(tmp_path / "run")["step"] == 15
+    assert not (tmp_path / "run/backbone.safetensors").exists()
+
+
+ORPHAN = """
+import os, time
+from skipless.common import distributed
+if not os.fork():
+    distributed.start("cpu")
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's death")
+def test_processes_end_with_their_launcher() -> None:
+    command, env = [sys.executable, "-P", "-c", ORPHAN], os.environ | {"TORCHELASTIC_RUN_ID": "1"}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        child = int(launcher.stdout.readline())
+        launcher.kill()
+        assert launcher.stdout.read() == ""  # ends when the child has closed its side, too
+    assert child != launcher.pid
 
 
 def test_collapse_is_called_so_while_it_trains(photos: Path, tmp_path: Path) -> None:

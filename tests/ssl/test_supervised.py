@@ -109,7 +109,7 @@ def test_interrupted_and_resumed_runs_are_bit_identical(
     steps = iter(range(1, 13))
     with monkeypatch.context() as patch:
         patch.setattr(Run, "interrupted", lambda _: next(steps) == stop)
-        fit(photos, stopped, *more)
+        assert call(main, words(photos, stopped, *more)).returncode == 128  # and the number of the signal
     assert state(stopped)["step"] == stop
     assert not (stopped / "backbone.json").exists()
 
@@ -151,7 +151,7 @@ def test_signal_to_the_whole_job_saves_and_ends_cleanly(photos: Path, tmp_path: 
         time.sleep(0.01)
     os.killpg(command.process.pid, signal.SIGTERM)
     done = command.wait()
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
     assert "interrupted after step" in done.stderr
     assert "Traceback" not in done.stderr
     assert state(out)["step"] == len(logged(out, "loss"))

@@ -57,7 +57,8 @@ def run(
         positional: fields without a default are given without a flag, in their order.
         recipe: from what was parsed, the file of settings that comes before the user's own.
 
-    Exits with status 2 after an error, 130 after an interruption, 141 when nobody reads its output any more.
+    Exits with status 2 after an error, 130 after an interruption, 128 + its number after a signal on which a run saved
+    itself, 141 when nobody reads its output any more.
     """
     file = "/".join(Path(inspect.getsourcefile(command) or "command").parts[-2:])
     prog = sys.argv[0] if sys.argv[0].startswith("skipless ") else file  # the console command sets its own
@@ -93,6 +94,13 @@ def parse(
     return _expand_home(settings(**values))
 
 
+class Interrupted(Exception):
+    """A signal asked a command to end, and it has saved what it needs to go on; all processes raise it together."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
 def guard(command: Callable[[], object]) -> None:
     """Run a command: a sentence and exit code 2 for whatever the user can mend."""
     from jsonargparse import ArgumentError
@@ -101,9 +109,12 @@ def guard(command: Callable[[], object]) -> None:
     distributed: Any = sys.modules.get("skipless.common.distributed")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of file names that are no text
-    status = 0
+    status = interrupted = 0
     try:
-        command()
+        try:
+            command()
+        except Interrupted as ending:
+            interrupted = 128 + ending.number  # as shells count
         if distributed:
             distributed.wait_for_all()
     except BrokenPipeError:  # whoever read the output has read enough
@@ -131,8 +142,8 @@ def guard(command: Callable[[], object]) -> None:
         os._exit(status)
     if distributed:
         distributed.stop()
-    if status:
-        sys.exit(status)
+    if status or interrupted:
+        sys.exit(status or interrupted)
 
 
 def sentence(error: BaseException) -> str:

@@ -4,7 +4,10 @@ Under torchrun (or any launcher that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_A
 group: NCCL on CUDA, gloo on CPU. Without, every function here does what it should for one process.
 """
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -12,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def start(device: str = "auto") -> torch.device:
@@ -42,6 +47,9 @@ def start(device: str = "auto") -> torch.device:
         if (chosen.index or 0) >= (count := torch.cuda.device_count()):
             raise ValueError(f"there is no GPU {chosen.index} here, of {count}: their numbers begin at 0")
         torch.cuda.set_device(chosen)
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # Killed, torchrun would leave us to train on, and to meet the run that is started again.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if "RANK" in os.environ and not dist.is_initialized():
         # gloo beside NCCL: what the host decides together (to stop, say) then never waits for the device.
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
