@@ -4,7 +4,7 @@
     python benchmarks/whole_run.py --data VOC2012/JPEGImages --run build/voc --interrupt false --device cuda \\
         --recipe configs/vits16_skipless_soap.yaml
 
-`ssl/pretrain.py` is stopped by SIGUSR1 when it has written its first checkpoint, and resumed to its end.
+`ssl/pretrain.py` is stopped by SIGTERM when it has written its first checkpoint, and resumed to its end.
 """
 
 import json
@@ -60,7 +60,7 @@ def train(settings: Settings) -> list[int]:
         time.sleep(0.2)
     if not settings.interrupt:
         return [process.wait()]
-    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGTERM)
     return [process.wait(), subprocess.run(list(map(str, command))).returncode]
 
 

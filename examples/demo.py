@@ -69,9 +69,7 @@ def demo(settings: Settings) -> None:
             process.wait()
             sys.exit("interrupted: the same command continues")
         if status:
-            sys.exit(status)
-        if not (run / "backbone.json").exists():
-            sys.exit("interrupted: the same command continues")
+            sys.exit("interrupted: the same command continues" if status > 128 else status)
 
     print("\n3/3 what it learned, on held-out scenes", flush=True)
     recipe = cli.parse(Pretraining, words)

@@ -143,7 +143,7 @@ def distill(cfg: Settings) -> Path:
         if saving:
             run.save(done)
         if interrupted:
-            return run.stop(done)
+            run.stop(done)
     about = {"pool": cfg.model.pool, "teacher": teacher.sha256}
     return run.finish(backbone, "the student's backbone", about, unreadable.in_words())
 

@@ -71,7 +71,7 @@ def test_interrupted_and_resumed_runs_are_bit_identical(
     steps = iter(range(1, 16))
     with monkeypatch.context() as patch:
         patch.setattr(Run, "interrupted", lambda _: next(steps) == 7)
-        fit(words(stopped, *more))
+        assert call(main, words(stopped, *more)).returncode == 128  # and the number of the signal
     assert state(stopped)["step"] == 7
     fit(words(stopped, *more, "--resume"))
     for name, tensor in state(whole)["student"].items():
