@@ -25,7 +25,7 @@ class BoxSet:
     """
 
     name: str
-    """"voc07", "voc12", "scenes", "coco", "coco20k" or "folder"."""
+    """"voc07", "voc12", "scenes", "coco", "coco20k", "boxes" or "folder"."""
     split: str
     names: tuple[str, ...]
     """[N] image names in the set's order, without extension."""

@@ -1,10 +1,11 @@
-"""Images with one class each: class folders, CIFAR, arrays in .npz files, Hugging Face datasets.
+"""Images with one class each: class folders, tables in .csv files, CIFAR, arrays in .npz files, Hugging Face.
 
 train = class_folders("imagenette", "train")
 train.read(0)  # uint8 [H, W, 3]
 train.classes[train.labels[0]]
 """
 
+import csv
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from skipless.datasets.images import from_table, open_images
+from skipless.datasets.images import from_table, open_images, read_image
+from skipless.datasets.labels.masks import require_files
 from skipless.datasets.storage.huggingface import open_table
 
-SetName = Literal["folder", "cifar10", "cifar100", "arrays", "huggingface"]
+SetName = Literal["folder", "csv", "cifar10", "cifar100", "arrays", "huggingface"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +60,10 @@ class LabeledData:
     """What is learned from and what is classified."""
 
     root: str
-    """folder: the folder that holds train/CLASS/*.jpg and val/CLASS/*.jpg (or train.zip, val.zip). cifar10, cifar100:
-    the one that holds the authors' Python version. arrays: the one that holds train.npz and val.npz, with the arrays
-    images (uint8 [N, H, W, 3]) and labels. huggingface: a folder that save_to_disk wrote, or a name on the hub."""
+    """folder: the folder that holds train/CLASS/*.jpg and val/CLASS/*.jpg (or train.zip, val.zip). csv: the one that
+    holds train.csv and val.csv, whose columns are image (a file, from that folder on) and label. cifar10, cifar100: the
+    one that holds the authors' Python version. arrays: the one that holds train.npz and val.npz, with the arrays images
+    (uint8 [N, H, W, 3]) and labels. huggingface: a folder that save_to_disk wrote, or a name on the hub."""
     name: SetName = "folder"
     """Where the data come from."""
     split: str | None = None
@@ -68,9 +71,9 @@ class LabeledData:
     train_split: str = "train"
     """Split that is learned from."""
     image: str = "image"
-    """huggingface: the column of images."""
+    """huggingface, csv: the column of images."""
     label: str = "label"
-    """huggingface: the column of classes."""
+    """huggingface, csv: the column of classes."""
 
 
 def open_splits(data: LabeledData) -> tuple[LabeledSet, LabeledSet]:
@@ -83,6 +86,8 @@ def open_splits(data: LabeledData) -> tuple[LabeledSet, LabeledSet]:
     def opened(part: str) -> LabeledSet:
         if data.name == "folder":
             return class_folders(data.root, part)
+        if data.name == "csv":
+            return class_table(data.root, part, data.image, data.label)
         if data.name == "arrays":
             return arrays(data.root, part)
         if data.name == "huggingface":
@@ -122,6 +127,43 @@ def class_folders(root: str | Path, split: str) -> LabeledSet:
     status = path.stat()
     identity = _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
     return LabeledSet(root.resolve().name, split, images.labels, images.classes, places, images.read, identity)
+
+
+def class_table(root: str | Path, split: str, image: str = "image", label: str = "label") -> LabeledSet:
+    """ROOT/SPLIT.csv: a line of column names, then an image and its class a line; other columns do not matter.
+
+    Args:
+        image, label: names of the columns; of files, from ROOT on, and of classes, which are sorted.
+
+    Raises FileNotFoundError for a missing table or image, ValueError for a table without these columns, an empty cell,
+    or fewer than two classes.
+    """
+    root = Path(root).expanduser()
+    path = root / f"{split}.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it should have the columns {image} and {label}")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            columns, rows = list(reader.fieldnames or []), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read as a table ({error})") from error
+    for column in (image, label):
+        if column not in columns:
+            raise ValueError(
+                f"{path} has no column {column}, but {', '.join(columns) or 'none'}: name the columns by "
+                "--data.image and --data.label"
+            )
+    empty = next((number for number, row in enumerate(rows, 1) if not (row[image] and row[label])), None)
+    if empty:
+        raise ValueError(f"{path}: image {empty} has an empty {label if rows[empty - 1][image] else image}; fill it in")
+    classes = sorted({row[label] for row in rows})
+    if len(classes) < 2:
+        raise ValueError(f"{path} has {len(classes)} classes in its column {label}; there must be two or more")
+    labels = np.array([classes.index(row[label]) for row in rows], np.int64)
+    places = [root / row[image] for row in rows]
+    require_files(places, "image")
+    return LabeledSet(root.resolve().name, split, labels, tuple(classes), places, partial(_read_place, places))
 
 
 def cifar(root: str | Path, split: str, classes: int) -> LabeledSet:
@@ -199,6 +241,10 @@ def hugging_face(root: str, split: str, image: str = "image", label: str = "labe
     identity = _sha256(root, split, table.fingerprint)
     name = Path(root).expanduser().resolve().name
     return LabeledSet(name, split, source.labels, source.classes, places, source.read, identity)
+
+
+def _read_place(places: Sequence[Path], index: int) -> np.ndarray:
+    return read_image(places[index])
 
 
 def _from_arrays(

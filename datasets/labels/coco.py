@@ -134,12 +134,12 @@ def coco_stuff(root: str | Path, split: Literal["train", "val"], classes: Litera
     return found
 
 
-def coco_boxes(annotations: str | Path, images: str | Path) -> BoxSet:
+def coco_boxes(annotations: str | Path, images: str | Path, name: str = "coco") -> BoxSet:
     """Every image of an instances file with its boxes, in the order of ids. `images` is the folder of the image files.
 
     Crowds (`iscrowd`) are left out; an image that has nothing else stays, without boxes. COCO's boxes (x, y, width,
-    height, in pixels from 0) become x, y, x + width, y + height, unrounded. `split` is the file's name without
-    "instances_".
+    height, in pixels from 0) become x, y, x + width, y + height, unrounded. `name` is the set's, `split`
+    the file's without "instances_".
 
     Where the sizes that the file states are those of photographs as their EXIF orientation turns them, the set is
     `upright`.
@@ -150,7 +150,7 @@ def coco_boxes(annotations: str | Path, images: str | Path) -> BoxSet:
     annotations = Path(annotations).expanduser()
     coco = read_instances(annotations)
     split = annotations.stem.removeprefix("instances_")
-    return _select(coco, annotations, "coco", split, sorted(coco.imgs), Path(images).expanduser())
+    return _select(coco, annotations, name, split, sorted(coco.imgs), Path(images).expanduser())
 
 
 def coco20k(root: str | Path, names_file: str | Path) -> BoxSet:

@@ -770,6 +770,8 @@ def test_a_key_bias_is_warned_of_and_can_be_left_out(
         (["--data.name=voc12"], "VOC2007.*VOC2012|no PASCAL VOC 2012"),
         (["--data.name=coco"], r"instances_val2017\.json: no such file; splits that are there: none"),
         (["--data.name=coco20k"], "coco20k needs data.names"),
+        (["--data.name=boxes"], "data.annotations and the data.name boxes belong together, and data.name is boxes"),
+        (["--data.annotations=boxes.json"], "belong together, and data.name is voc07"),
         (["--data.name=coco20k", "--data.split=val2014"], "data.split has no effect on coco20k"),
         (["--data.name=folder", "--data.split=val"], "data.split has no effect on folder"),
         (["--data.name=coco", "--no-hard"], "no-hard: coco does not tell"),
@@ -817,6 +819,22 @@ def test_a_crowd_alone_is_no_object(coco: Path, ckpt: Path, tmp_path: Path, undr
         result = measure(tmp_path, ckpt, "--method", method, "--size=64", "--out", out, name="coco")
         assert (result["images"], result["metric"], result["value"]) == (1, None, None)
         assert found_in(out)[0]["image_id"] == 8
+
+
+def test_boxes_of_ones_own(coco: Path, ckpt: Path, tmp_path: Path, undrawn: None) -> None:
+    """In a file of any name, of images in any folders: as COCO's."""
+    content = json.loads((coco / "annotations" / "instances_val2017.json").read_text())
+    for image in content["images"]:
+        image["file_name"] = f"val2017/{image['file_name']}"
+    path = tmp_path / "birds.json"
+    path.write_text(json.dumps(content))
+    for method in ("tokencut", "maskcut"):
+        flags = ["--method", method, "--size=64"]
+        theirs = measure(coco, ckpt, *flags, name="coco")
+        own = measure(coco, ckpt, *flags, "--data.annotations", path, name="boxes")
+        assert own["protocol"] == theirs["protocol"].replace("coco-", "boxes-")
+        assert (own["dataset"], own["split"], own["official_images"]) == ("boxes", "birds", None)
+        assert (own["images"], own["value"]) == (theirs["images"], theirs["value"])
 
 
 @pytest.mark.parametrize("masks", [None, [], [[8, 8, 40]], [[8, 8, 40, 38]]])

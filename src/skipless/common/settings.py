@@ -47,6 +47,7 @@ LATER: dict[str, Any] = {
     "crops.gram_teacher_crops_size": None,
     "extend": None,
     "data.void": None,
+    "data.annotations": None,
 }
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -17,7 +18,16 @@ from torch.utils.data import DataLoader, Dataset
 
 import datasets as hf
 from skipless.datasets.images import UnreadableImage
-from skipless.datasets.labels.classes import LabeledSet, arrays, cifar, class_folders, hugging_face
+from skipless.datasets.labels.classes import (
+    LabeledData,
+    LabeledSet,
+    arrays,
+    cifar,
+    class_folders,
+    class_table,
+    hugging_face,
+    open_splits,
+)
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -120,6 +130,44 @@ def test_unreadable_image_is_named(tmp_path: Path) -> None:
     (tmp_path / "train/bee/more/01.png").write_bytes(b"no image")
     with pytest.raises(UnreadableImage, match=r"train/bee/more/01\.png: "):
         class_folders(tmp_path, "train").read(2)
+
+
+def write_table(root: Path, split: str, images: np.ndarray) -> None:
+    """Image i in class i modulo 3, all in one folder."""
+    (root / "pictures").mkdir(exist_ok=True, parents=True)
+    rows = ["label,sure,image"]
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(root / f"pictures/{split}{number}.png")
+        rows.append(f"{CLASSES[number % 3]},yes,pictures/{split}{number}.png")
+    (root / f"{split}.csv").write_text("\n".join(rows), encoding="utf-8-sig")
+
+
+def test_tables(tmp_path: Path) -> None:
+    root, images = tmp_path / "insects", {"train": pictures(7), "val": pictures(3, seed=1)}
+    for split, of_split in images.items():
+        write_table(root, split, of_split)
+    for found in open_splits(LabeledData(str(root), "csv")):
+        of_split = images[found.split]
+        assert (found.name, found.classes) == ("insects", CLASSES)
+        assert_holds(found, list(of_split), [number % 3 for number in range(len(of_split))])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("file,label\na.png,ant\n", "train.csv has no column image, but file, label: name the columns by --data.image"),
+        ("image,label\na.png,ant\nb.png\n", "train.csv: image 2 has an empty label"),
+        ("image,label\na.png,ant\nb.png,ant\n", "train.csv has 1 classes in its column label"),
+        ("image,label\na.png,ant\nb.png,bee\n", "a.png: no such image (2 of 2 image files are missing)"),
+        ("", "train.csv has no column image, but none"),
+    ],
+)
+def test_tables_that_cannot_be_meant(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(words)):
+        class_table(tmp_path, "train")
+    with pytest.raises(FileNotFoundError, match=r"val\.csv: no such file; it should have the columns image and label"):
+        class_table(tmp_path, "val")
 
 
 def write_cifar(root: Path, classes: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
@@ -263,7 +311,7 @@ def test_missing_and_damaged_files_of_arrays(tmp_path: Path) -> None:
     assert "val.npz: damaged, or no .npz" in message(ValueError, lambda: arrays(tmp_path, "val"))
 
 
-@pytest.fixture(params=["folder", "zip", "cifar", "arrays", "huggingface"])
+@pytest.fixture(params=["folder", "csv", "zip", "cifar", "arrays", "huggingface"])
 def labeled(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LabeledSet:
     """Six images or more."""
     images = pictures(6)
@@ -278,6 +326,9 @@ def labeled(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         columns = {"image": [*map(Image.fromarray, images)], "label": [0, 1, 2, 0, 1, 2]}
         hf.DatasetDict(train=hf.Dataset.from_dict(columns, features)).save_to_disk(str(tmp_path / "saved"))
         return hugging_face(str(tmp_path / "saved"), "train")
+    if request.param == "csv":
+        write_table(tmp_path, "train", images)
+        return class_table(tmp_path, "train")
     write_folders(tmp_path, "train", images)
     if request.param == "zip":
         write_zip(tmp_path / "train", tmp_path / "train.zip")
