@@ -39,7 +39,7 @@ from skipless.common.distributed import gather_objects, rank, world_size
 from skipless.datasets.labels.masks import SegmentationSet
 from skipless.eval.dense.data import SplitSettings, described, open_split, square_features
 from skipless.eval.dense.report import choose_shown, finish_segmentation, protocol_id
-from skipless.eval.evaluation import FeatureSettings, announce, prepare
+from skipless.eval.evaluation import FeatureSettings, SheetSettings, announce, prepare
 from skipless.eval.features import Features
 from skipless.eval.metrics import segmentation_scores
 from skipless.eval.neighbors import require_faiss
@@ -51,7 +51,7 @@ CHUNK = 16  # images whose features are read at a time
 
 
 @dataclass
-class Settings(FeatureSettings):
+class Settings(SheetSettings, FeatureSettings):
     """Unsupervised segmentation."""
 
     data: SplitSettings

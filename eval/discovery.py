@@ -26,7 +26,7 @@ from skipless.common import cli
 from skipless.common.files import write_text
 from skipless.datasets.labels.counts import BOX_COUNTS, describe_split
 from skipless.eval.backbones import Backbone, FeatureKind, choose_block
-from skipless.eval.evaluation import EvaluationSettings, announce, finish, prepare
+from skipless.eval.evaluation import EvaluationSettings, SheetSettings, announce, finish, prepare
 from skipless.eval.objects.data import DataSettings, open_data
 from skipless.eval.objects.report import draw, report
 from skipless.eval.objects.scores import detections, graph_report, score
@@ -40,7 +40,7 @@ MASKCUT_DIFFERS = ("no-crf", "corners-by-seed")
 
 
 @dataclass
-class Settings(EvaluationSettings):
+class Settings(SheetSettings, EvaluationSettings):
     """Object discovery."""
 
     data: DataSettings

@@ -21,10 +21,11 @@ from skipless.common.provenance import provenance
 from skipless.common.settings import LATER, flat, plain
 from skipless.eval.backbones import Backbone, Precision, Weights, choose_blocks, load_backbone, untrained
 from skipless.eval.features import default_cache
+from skipless.eval.figures.pictures import check_out
 from skipless.ssl.data.loader import loader_workers
 
 # Settings that change nothing about a figure.
-INCIDENTAL = ("out", "cache", "device", "batch_size", "workers")
+INCIDENTAL = ("out", "figure", "cache", "device", "batch_size", "workers")
 
 
 @dataclass
@@ -71,6 +72,15 @@ class FeatureSettings(EvaluationSettings):
     a model without skips feels the rounding. The figure's id then ends in /bf16."""
     cache: str | None = None
     """Folder for features; by default ~/.cache/skipless/features. Safe to delete."""
+
+
+@dataclass
+class SheetSettings:
+    """Settings of the evaluations that draw a sheet of pictures."""
+
+    _: KW_ONLY
+    figure: str | None = None
+    """Another file for the sheet of pictures: .png, .pdf or .svg. With --out there is a .png in any case."""
 
 
 class Images(Sized, Protocol):
@@ -124,6 +134,8 @@ def prepare(settings: EvaluationSettings, task: str) -> Context:
     device = distributed.start(settings.device)
     began = time.perf_counter()
     recorded = plain(settings)
+    if recorded.get("figure"):
+        check_out(recorded["figure"], "figure")
     backbone = load_backbone(settings.ckpt, settings.weights)
     # Not every evaluation has all of the flags below.
     if recorded.get("untrained"):
@@ -216,10 +228,14 @@ def finish(
             write_result(context.out / context.task, result, text)  # before drawing, which may fail
             for name, write in files.items():
                 write(context.out / name)
+        if figure := context.recorded.get("figure"):
+            files[f"{context.task}.png"](Path(figure).expanduser())
         print("\n" + text, end="")
         if context.out:
             names = ", ".join([f"{context.task}.md", *files])
             print(f"\nwritten: {context.out / context.task}.json, {names}")
+        if figure:
+            print(f"\nwritten: {figure}")
     return result
 
 

@@ -30,13 +30,13 @@ from skipless.eval.dense.outcome import figures
 from skipless.eval.dense.quick import QuickSettings, quick
 from skipless.eval.dense.report import choose_shown, finish_segmentation, protocol_id
 from skipless.eval.dense.training import TrainingSettings, train_and_evaluate
-from skipless.eval.evaluation import FeatureSettings, announce, prepare
+from skipless.eval.evaluation import FeatureSettings, SheetSettings, announce, prepare
 
 RECIPES = Path(__file__).resolve().parent.parent / "configs" / "segmentation"
 
 
 @dataclass
-class Settings(FeatureSettings):
+class Settings(SheetSettings, FeatureSettings):
     """Linear segmentation."""
 
     data: DataSettings

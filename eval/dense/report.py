@@ -4,18 +4,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+import torch
+from matplotlib.patches import Patch
 
-from skipless.common.files import printable, write_atomically
+from skipless.common.files import printable
 from skipless.datasets.labels.counts import COUNTS, describe_split
 from skipless.datasets.labels.masks import VOID, SegmentationSet
 from skipless.eval.evaluation import Context, finish, name_blocks
-from skipless.eval.figures.pictures import label_row
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.patches import Patch
+from skipless.eval.figures.pictures import label_row, sheet, write_figure
+from skipless.eval.metrics import confusion_matrix, segmentation_scores
 
 PICTURES = 12
 
@@ -90,31 +88,46 @@ def report(result: dict[str, Any], how: str, published: str = "recipe") -> str:
 
 
 def draw(images: SegmentationSet, predictions: dict[int, np.ndarray], path: Path) -> None:
-    """A sheet of images, truths and predictions in the data set's colors; void is white."""
+    """A sheet of images, and on them truths and predictions in the data set's colors, each with the image's mIoU; void
+    is white."""
     colors = np.full((256, 3), 255, np.uint8)
     colors[: len(images.classes)] = images.colors
-    columns = min(4, len(predictions))
-    rows = -(-len(predictions) // columns)
-    figure, axes = plt.subplots(3 * rows, columns, figsize=(3 * columns, 6.6 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
+    figure, axes = sheet(len(predictions), 3)
     seen: set[int] = set()
-    for place, (index, prediction) in enumerate(sorted(predictions.items())):
+    for place, ((index, prediction), parts) in enumerate(zip(sorted(predictions.items()), axes, strict=True)):
         image, mask = images.read(index)
         seen |= set(np.unique(mask)) | set(np.unique(prediction))
-        row, column = 3 * (place // columns), place % columns
-        extent = (0, image.shape[1], image.shape[0], 0)
-        for offset, picture in enumerate((image, colors[mask], colors[prediction])):
-            axis = axes[row + offset, column]
-            axis.imshow(picture, interpolation="nearest", extent=extent)
-            if column == 0:
-                label_row(axis, ("image", "truth", "prediction")[offset])
-        axes[row, column].set_title(printable(images.names[index]), fontsize=8, pad=2)
-    known = sorted(seen - {VOID})[:40]
+        labels = at_size(prediction, *mask.shape)
+        parts[0].imshow(image)
+        parts[1].imshow(overlay(image, colors[mask]))
+        parts[2].imshow(overlay(image, colors[labels]))
+        parts[0].set_title(printable(images.names[index]), fontsize=8, pad=2)
+        parts[2].set_title(image_score(mask, labels, len(images.classes)), fontsize=8, pad=2)
+        if place % 4 == 0:
+            for axis, title in zip(parts, ("image", "truth", "prediction"), strict=True):
+                label_row(axis, title)
+    known = sorted(label for label in seen if label < len(images.classes))[:40]
     handles = [Patch(color=colors[label] / 255, label=images.classes[label]) for label in known]
-    ncols = max(1, 2 * columns)
-    figure.legend(handles=handles, loc="lower center", ncols=ncols, fontsize=8, frameon=False)
-    bottom = (0.3 + 0.25 * -(-len(handles) // ncols)) / (6.6 * rows)
-    figure.tight_layout(pad=0.6, rect=(0.01, bottom, 1, 1))
-    write_atomically(path, lambda beside: figure.savefig(beside, dpi=100, format="png"))
-    plt.close(figure)
+    if VOID in seen:
+        handles.append(Patch(facecolor="white", edgecolor="gray", label="void: not scored"))
+    ncols = max(1, int(figure.get_figwidth() / 1.5))
+    figure.legend(handles=handles, loc="outside lower center", ncols=ncols, fontsize=8, frameon=False)
+    write_figure(figure, path)
+
+
+def at_size(labels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Labels [h, w] at another size: a pixel takes the label that its center lies in."""
+    h, w = labels.shape
+    rows, columns = (2 * np.arange(height) + 1) * h // (2 * height), (2 * np.arange(width) + 1) * w // (2 * width)
+    return labels[rows[:, None], columns]
+
+
+def overlay(image: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """Colors laid on a photograph without its own: uint8 [H, W, 3], as both are."""
+    return (0.4 * image.mean(-1, keepdims=True) + 0.6 * colors).astype(np.uint8)
+
+
+def image_score(mask: np.ndarray, labels: np.ndarray, classes: int) -> str:
+    """mIoU of one image, over the classes that are in its truth or its prediction."""
+    confusion = confusion_matrix(torch.from_numpy(mask), torch.from_numpy(labels), classes)
+    return f"mIoU {100 * segmentation_scores(confusion).miou:.1f}" if confusion.any() else "all void"

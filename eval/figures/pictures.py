@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from skipless.common.files import printable, write_atomically
 from skipless.common.pixels import resample
@@ -59,10 +60,10 @@ def patch_features(backbone: Backbone, picture: np.ndarray, size: int, blocks: S
     return features
 
 
-def check_out(out: str) -> Path:
+def check_out(out: str, setting: str = "out") -> Path:
     """The path of a figure. Raises ValueError for another ending than .png, .pdf and .svg."""
     if Path(out).suffix.lower() not in ENDINGS:
-        raise ValueError(f"out is {out}; it must end in {', '.join(ENDINGS)}")
+        raise ValueError(f"{setting} is {out}; it must end in {', '.join(ENDINGS)}")
     return Path(out)
 
 
@@ -104,13 +105,31 @@ def picture_grid(
     return figure, axes
 
 
-def save_figure(figure: plt.Figure, out: Path) -> None:
+def sheet(count: int, parts: int) -> tuple[plt.Figure, Any]:
+    """A figure for `count` images, up to four side by side, each with `parts` empty axes below each other; the axes,
+    [count, parts]."""
+    columns = min(4, count)
+    rows = -(-count // columns)
+    size = (3 * columns, 2.4 * parts * rows)
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)  # pads in inches
+    figure, axes = plt.subplots(parts * rows, columns, figsize=size, squeeze=False, layout=layout)
+    for axis in axes.flat:
+        axis.axis("off")
+    return figure, axes.reshape(rows, parts, columns).transpose(0, 2, 1).reshape(-1, parts)[:count]
+
+
+def write_figure(figure: plt.Figure, out: Path) -> None:
     """Write a figure and close it; the same figure is the same file (no date in it, and fixed names in SVG)."""
     out.parent.mkdir(parents=True, exist_ok=True)
     metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(out.suffix.lower())
     ending = out.suffix[1:].lower()
     write_atomically(out, lambda beside: figure.savefig(beside, dpi=200, format=ending, metadata=metadata))
     plt.close(figure)
+
+
+def save_figure(figure: plt.Figure, out: Path) -> None:
+    """`write_figure`, and say so."""
+    write_figure(figure, out)
     print(f"written: {out}")
 
 

@@ -3,17 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
 from pycocotools import mask as coco_mask
 
-from skipless.common.files import printable, write_atomically
+from skipless.common.files import printable
 from skipless.datasets.labels.boxes import BoxSet
-from skipless.eval.figures.pictures import label_row
+from skipless.eval.figures.pictures import label_row, sheet, write_figure
+from skipless.eval.metrics import box_iou
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.patches import Rectangle
+# Okabe and Ito's, which people with any kind of color blindness tell apart.
+COLORS = ("#D55E00", "#56B4E9", "#F0E442", "#CC79A7", "#E69F00")
 
 
 def report(result: dict[str, Any]) -> str:
@@ -68,44 +69,60 @@ def report(result: dict[str, Any]) -> str:
 
 
 def draw(images: BoxSet, entries: list[dict[str, Any]], block: int, shown: list[int], method: str, path: Path) -> None:
-    """A sheet: image with true boxes (green) and found ones, the map the algorithm decides by, and the masks."""
+    """A sheet: image with true boxes (dashed) and found ones, the map the algorithm decides by, and the masks, each in
+    the color of its box. Over an image with true boxes stands the highest IoU of a found box with one of them."""
     by_index = {entry["index"]: entry for entry in entries}
     drawn = [index for index in shown if index in by_index] or [entries[0]["index"]]
-    colors = [plt.get_cmap("Set1")(number)[:3] for number in (0, 1, 4, 3, 6)]  # none of them green
-    columns = min(4, len(drawn))
-    rows = -(-len(drawn) // columns)
-    figure, axes = plt.subplots(3 * rows, columns, figsize=(3 * columns, 7.2 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
+    figure, axes = sheet(len(drawn), 3)
     maps = "degree" if method == "lost" else "eigenvector"
     titles = (
-        "found (red)" if not any(map(len, images.boxes)) else "true (green), found (red)",
+        "found" if not any(map(len, images.boxes)) else "true (dashed), found",
         f"{maps} of the first" if method == "maskcut" else maps,
         "masks" if method == "maskcut" else "mask",
     )
-    for place, index in enumerate(drawn):
+    for place, (index, parts) in enumerate(zip(drawn, axes, strict=True)):
         image, entry = images.read_image(index), by_index[index]
-        height, width = image.shape[:2]
-        row, column = 3 * (place // columns), place % columns
-        axes[row, column].imshow(image)
-        if "map" in entry:
-            axes[row + 1, column].imshow(np.array(entry["map"]), extent=(0, width, height, 0), cmap="viridis")
-        overlay = (0.35 * image).astype(np.uint8)
-        boxes: list[tuple[Any, Any]] = [(box, "lime") for box in images.boxes[index]]
-        for number, item in enumerate(entry["blocks"][block]["objects"]):
-            rle = item["rle"]
-            mask = coco_mask.decode({"size": rle["size"], "counts": rle["counts"].encode()}).astype(bool)
-            color = colors[number % len(colors)]
-            overlay[mask] = 0.6 * image[mask] + 0.4 * 255 * np.array(color)
-            boxes.append((item["box"], color))
-        axes[row + 2, column].imshow(overlay)
-        for (x0, y0, x1, y1), edge in boxes:
-            frame = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=1.5)
-            axes[row, column].add_patch(frame)
-        axes[row, column].set_title(printable(images.images[index].name), fontsize=8, pad=2)
-        if column == 0:
-            for offset, title in enumerate(titles):
-                label_row(axes[row + offset, 0], title)
-    figure.tight_layout(pad=0.6, rect=(0.01, 0, 1, 1))
-    write_atomically(path, lambda beside: figure.savefig(beside, dpi=100, format="png"))
-    plt.close(figure)
+        found = entry["blocks"][block]
+        parts[0].set_title(_title(images, index, found["objects"]), fontsize=8, pad=2)
+        parts[0].imshow(image)
+        for box in images.boxes[index]:
+            _frame(parts[0], box, "black", "-")
+            _frame(parts[0], box, "white", (0, (4, 4)))
+        if found["degenerate"]:
+            for axis in parts[1:]:
+                axis.imshow((0.35 * image).astype(np.uint8))
+                axis.text(0.5, 0.5, "nothing to cut", ha="center", color="white", fontsize=9, transform=axis.transAxes)
+        else:
+            _draw_found(parts, image, entry, found["objects"])
+        if place % 4 == 0:
+            for axis, title in zip(parts, titles, strict=True):
+                label_row(axis, title)
+    write_figure(figure, path)
+
+
+def _draw_found(parts: Any, image: np.ndarray, entry: dict[str, Any], objects: list[dict[str, Any]]) -> None:
+    """Boxes on the first of the axes, the map on the second, masks on the third."""
+    height, width = image.shape[:2]
+    if "map" in entry:
+        parts[1].imshow(np.array(entry["map"]), extent=(0, width, height, 0), cmap="viridis", interpolation="bilinear")
+    overlay = (0.35 * image).astype(np.uint8)
+    for number, item in enumerate(objects):
+        mask = coco_mask.decode({**item["rle"], "counts": item["rle"]["counts"].encode()}).astype(bool)
+        color = np.array(to_rgb(COLORS[number % len(COLORS)]))
+        overlay[mask] = 0.6 * image[mask] + 0.4 * 255 * color
+        _frame(parts[0], item["box"], color, "-")
+    parts[2].imshow(overlay)
+
+
+def _frame(axis: Any, box: Any, color: Any, style: Any) -> None:
+    x0, y0, x1, y1 = box
+    axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linestyle=style, linewidth=1.5))
+
+
+def _title(images: BoxSet, index: int, objects: list[dict[str, Any]]) -> str:
+    """The image's name and, where it has true boxes, its score."""
+    name = printable(images.images[index].name)
+    if not len(images.boxes[index]) or not objects:
+        return name
+    best = max(box_iou(np.array(item["box"], float), images.boxes[index]).max() for item in objects)
+    return f"{name}   IoU {best:.2f}"

@@ -31,6 +31,7 @@ from skipless.eval.discovery import Settings, evaluate, main
 from skipless.eval.metrics import bootstrap_interval
 from skipless.eval.objects import search
 from skipless.eval.objects.localization import Localization, box_in_pixels, lost, tokencut
+from skipless.eval.objects.report import draw as draw_sheet
 from skipless.eval.objects.scores import coco_ap, detections
 from skipless.eval.report import main as make_report
 from skipless.eval.segmentation import main as segment
@@ -546,6 +547,33 @@ def test_names_that_are_no_text_are_searched_drawn_and_written(
     make_report(list(map(str, ["--ckpt", ckpt, "--images", tmp_path / "in" / os.fsdecode(name), "--device=cpu",
                                "--size=32", "--out", tmp_path / "report"])))  # fmt: skip
     assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_the_sheet_scores_images_and_says_where_there_is_nothing_to_cut(voc: Path, tmp_path: Path) -> None:
+    images = voc_boxes(voc, "trainval", 2007)
+    place = {path.stem: index for index, path in enumerate(images.images)}
+
+    def entry(name: str, degenerate: bool, *boxes: list[int]) -> dict[str, Any]:
+        width, height = VOC[name][0]
+        masks = np.zeros((len(boxes), height, width), np.uint8)
+        for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
+            mask[y0:y1, x0:x1] = 1
+        rles = [coco_mask.encode(np.asfortranarray(mask)) for mask in masks]
+        objects = [
+            {"box": box, "rle": {"size": list(rle["size"]), "counts": rle["counts"].decode()}}
+            for box, rle in zip(boxes, rles, strict=True)
+        ]
+        found = {"objects": objects, "degenerate": degenerate}
+        return {"index": place[name], "blocks": [found], "map": [[0.0, 1.0], [0.5, 0.2]]}
+
+    entries = [entry("c", True, [0, 0, 37, 50]), entry("f", False, [0, 0, 9, 9], [20, 20, 37, 38])]
+    shown = [place["c"], place["f"]]
+    draw_sheet(images, entries, 0, shown, "maskcut", tmp_path / "sheet.svg")
+    text = (tmp_path / "sheet.svg").read_text()  # letters are drawn; what they say stands in comments
+    assert text.count("<!-- nothing to cut -->") == 2  # in place of c's map and mask
+    assert "<!-- c.jpg -->" in text  # which has no true box
+    assert "<!-- f.jpg   IoU 0.50 -->" in text  # the second is half of the true one
+    assert {"#d55e00", "#56b4e9"} <= set(re.findall(r"stroke: (#\w{6})", text))
 
 
 def test_results_of_two_tasks_share_a_folder(voc: Path, ckpt: Path, tmp_path: Path) -> None:

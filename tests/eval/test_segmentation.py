@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from skipless.common import cli
+from skipless.datasets.labels.masks import VOID
 from skipless.eval import segmentation as module
+from skipless.eval.dense.report import at_size, image_score
 from skipless.eval.segmentation import Settings, changed_settings, recipe
 
 NAMES = ("background", "aeroplane", "bicycle")
@@ -40,7 +43,8 @@ def segmentation(tiny_voc: Path, tiny_ckpt: Path, cache: Path, request: pytest.F
 
 
 def test_command_leaves_a_result_a_table_and_pictures(segmentation: Evaluation, tmp_path: Path) -> None:
-    flags = [*QUICK, "--every-block", "--out", tmp_path / "out"]
+    assert "must end in .png" in segmentation.refused("--figure", tmp_path / "sheet.bmp")
+    flags = [*QUICK, "--every-block", "--out", tmp_path / "out", "--figure", tmp_path / "sheet.svg"]
     done = run("skipless.eval.segmentation", segmentation.line(*flags))
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
@@ -58,10 +62,21 @@ def test_command_leaves_a_result_a_table_and_pictures(segmentation: Evaluation, 
     assert all(value is None for name, value in iou.items() if name not in NAMES)
     assert len(iou) == 21
 
+    sheet = (tmp_path / "sheet.svg").read_text()
+    assert {f"<!-- {name} -->" for name in NAMES} <= set(re.findall("<!--.*?-->", sheet))
+    assert re.search(r"<!-- mIoU \d+\.\d -->", sheet)
+
     table = (out / "segmentation.md").read_text()
     assert f"| 2 | {100 * result['value']:.1f} |" in table
     assert f"| bicycle | {100 * iou['bicycle']:.1f} |" in table
     assert table.strip() in done.stdout
+
+
+def test_scores_of_an_image_and_its_labels_at_another_size() -> None:
+    mask, labels = np.array([[0, 0], [1, VOID]], np.uint8), np.array([[0, 1], [1, 1]], np.uint8)
+    assert image_score(mask, labels, 3) == "mIoU 50.0"  # of both classes one pixel of two; the third is nowhere
+    assert image_score(np.full((2, 2), VOID, np.uint8), labels, 3) == "all void"
+    assert at_size(labels, 4, 2).tolist() == [[0, 1], [0, 1], [1, 1], [1, 1]]
 
 
 def test_same_seed_same_result(segmentation: Evaluation, cache: Path, tmp_path: Path) -> None:
