@@ -127,7 +127,7 @@ def distill(cfg: Settings) -> Path:
                 (loss / cfg.accumulate).backward()
             meter.add(loss, cosine)
             unreadable.add(batch["unreadable"])
-        gradient_norm = clip_grad_norm(student.parameters(), cfg.clip_grad or math.inf)
+        meter.add_gradient(clip_grad_norm(student.parameters(), cfg.clip_grad or math.inf))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -136,8 +136,8 @@ def distill(cfg: Settings) -> Path:
         if saving or done % cfg.log_every == 0:
             unreadable.check()
             means, speed = meter.read()  # between two checkpoints the host waits for the device here alone
-            values = means | {"gradient_norm": gradient_norm.item()} | now.metrics() | speed
-            run.log_step(done, values, f"loss {means['loss']:.3f}, cosine similarity {means['cosine']:.3f}")
+            text = f"loss {means['loss']:.3f}, cosine similarity {means['cosine']:.3f}"
+            run.log_step(done, means | now.metrics() | speed, text)
         if not interrupted and done % schedule.steps_per_epoch == 0:
             measure(done)
         if saving:

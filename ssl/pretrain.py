@@ -98,7 +98,7 @@ def pretrain(cfg: Settings) -> Path:
                 (loss / cfg.accumulate).backward()
             meter.add(*values)
             unreadable.add(batch["unreadable"])
-        gradient_norm = clip_grad_norm(student.parameters(), cfg.clip_grad or math.inf)
+        meter.add_gradient(clip_grad_norm(student.parameters(), cfg.clip_grad or math.inf))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         objective.end_step()
@@ -109,8 +109,8 @@ def pretrain(cfg: Settings) -> Path:
         if saving or done % cfg.log_every == 0:
             unreadable.check()
             means, speed = meter.read()  # between two checkpoints the host waits for the device here alone
-            more = {"below_ln_k": ln_k - means["loss"], "gradient_norm": gradient_norm.item()}
-            run.log_step(done, means | more | now.metrics() | speed, f"loss {means['loss']:.3f} (ln K {ln_k:.2f})")
+            more = {"below_ln_k": ln_k - means["loss"]} | now.metrics()
+            run.log_step(done, means | more | speed, f"loss {means['loss']:.3f} (ln K {ln_k:.2f})")
             run.say(*alarm(done, means))
         if not interrupted and done % schedule.steps_per_epoch == 0:
             measure_teacher(done)

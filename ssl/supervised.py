@@ -143,7 +143,7 @@ def train(cfg: Settings) -> Path:
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.augmentation.label_smoothing)
                 (loss / cfg.accumulate).backward()
             meter.add(loss)
-        gradient_norm = clip_grad_norm(classifier.parameters(), cfg.clip_grad or math.inf)
+        meter.add_gradient(clip_grad_norm(classifier.parameters(), cfg.clip_grad or math.inf))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -152,8 +152,7 @@ def train(cfg: Settings) -> Path:
         saving = interrupted or run.save_due(done)
         if saving or done % cfg.log_every == 0:
             means, speed = meter.read()  # the only place where the host waits for the device
-            values = means | {"gradient_norm": gradient_norm.item()} | now.metrics() | speed
-            run.log_step(done, values, f"loss {means['loss']:.3f}")
+            run.log_step(done, means | now.metrics() | speed, f"loss {means['loss']:.3f}")
         if not interrupted and done % schedule.steps_per_epoch == 0:
             measure(done)
         if saving:

@@ -43,21 +43,28 @@ _INDEX_NAMES = {
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `folder`/step-N.pt, point last.pt at it, and delete all but the `keep` newest up to it."""
+    """Write `folder`/step-N.pt, point last.pt at it, and delete all but the `keep` newest up to it.
+
+    Args:
+        state: what is written; the checkpoint of the step that it names as `spared`, if any, is not deleted.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step}.pt"
     write_atomically(path, lambda beside: torch.save(state, beside))
     point_last_at(folder, path.name)
     for unfinished in folder.glob(".step-*.pt.*"):  # of a process that was killed while it wrote
         unfinished.unlink()
-    _delete_old(path, keep)
+    _delete_old(path, keep, state.get("spared"))
     return path
 
 
-def _delete_old(saved: Path, keep: int) -> None:
-    """Keep the checkpoint that was just saved, `keep` - 1 before it, and any that a run took further before."""
+def _delete_old(saved: Path, keep: int, spared: int | None) -> None:
+    """Keep the checkpoint that was just saved, `keep` - 1 before it, that of a step to be spared, and any that a run
+    took further before."""
     whole = whole_checkpoints(saved.parent)
     for old in whole[: max(0, whole.index(saved) + 1 - keep)]:
+        if old.stem == f"step-{spared}":
+            continue
         if old.is_dir():
             _delete(old)
         else:
@@ -164,7 +171,7 @@ def save_shards(folder: Path, step: int, state: dict[str, Any], keep: int) -> Pa
             _delete(path)
         os.rename(beside, path)
         point_last_at(folder, f"{path.name}/state.pt")
-        _delete_old(path, keep)
+        _delete_old(path, keep, state.get("spared"))
     distributed.any_process(False)  # no process ends, and with it the job, before the folder has its name
     return path
 

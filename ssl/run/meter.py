@@ -24,6 +24,7 @@ class Meter:
         self.names, self.images_at_once, self.flops, self.device = names, images, flops, device
         self.sums = torch.zeros(len(names), device=device)
         self.micro_batches = 0
+        self.norms: list[Tensor] = []
         self.restart_clock()
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -43,13 +44,22 @@ class Meter:
         self.micro_batches += 1
         self.images += self.images_at_once
 
+    def add_gradient(self, norm: Tensor) -> None:
+        """Count the gradient of one step, the same on all processes."""
+        self.norms.append(norm)
+
     def restart_clock(self) -> None:
         """Leave the time up to now out of images per second and of the wait for data."""
         self.seconds_from, self.images, self.waited = time.perf_counter(), 0, 0.0
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Averages by name, over all processes, and speed, since the last call. This waits for the device."""
-        means = distributed.all_reduce_mean(self.sums / self.micro_batches).tolist()
+        """Averages by name, over all processes, and speed, since the last call. This waits for the device.
+
+        With the averages come `gradient_norm`, that of the last step, and `gradient_norm_max`, the largest.
+        """
+        norms = torch.stack(self.norms)
+        means = distributed.all_reduce_mean(self.sums / self.micro_batches)
+        values = torch.cat([means, norms[-1:], norms.max()[None]]).tolist()
         seconds = time.perf_counter() - self.seconds_from
         speed = {
             "images_per_second": self.images / seconds,
@@ -61,5 +71,6 @@ class Meter:
             speed["model_flops_utilisation"] = speed["images_per_second"] * share
         self.sums.zero_()
         self.micro_batches = 0
+        self.norms.clear()
         self.restart_clock()
-        return dict(zip(self.names, means, strict=True)), speed
+        return dict(zip([*self.names, "gradient_norm", "gradient_norm_max"], values, strict=True)), speed

@@ -24,6 +24,7 @@ from skipless.ssl.run.checkpoints import export_backbone, load_checkpoint, load_
 from skipless.ssl.run.folder import in_place_of_last, last_checkpoint, lock_folder
 from skipless.ssl.run.logging import RunLog
 from skipless.ssl.run.parallel import is_sharded
+from skipless.ssl.run.watch import Watch
 
 # Settings, and groups of them, that a resumed run may have others of.
 FREE = ("out", "device", "wandb", "keep", "log_every", "save_every_epochs", "accumulate")
@@ -61,6 +62,9 @@ class Run:
         self.first_process = distributed.rank() == 0
         self.seconds_before, self.began = 0.0, time.perf_counter()
         self.signaled = self.ended_by = 0  # numbers of signals: that here, that of all processes
+        self.watch = Watch()
+        self.saved: int | None = None  # step of the newest checkpoint
+        self.spared: int | None = None  # step of the last checkpoint before loss or gradient left the usual
         self.remarks: list[str] = []  # of what was found before the log was open
 
     # Where it starts --------------------------------------------------------------------------------------------------
@@ -85,6 +89,7 @@ class Run:
             if state.get("names", self.data.get("names")) != self.data.get("names"):
                 self.remarks.append(f"{self.source} has other images than before, by their names, though as many")
             self.seconds_before = state["seconds"]
+            self.saved, self.spared = state["step"], state.get("spared")
             return state["step"]
         if extend is not None:
             path = last_checkpoint(Path(extend) / "checkpoints")
@@ -205,7 +210,7 @@ class Run:
         """Write a line of metrics.
 
         Args:
-            values: by name, `loss`, `gradient_norm` and what `Meter.read` says of speed among them.
+            values: by name, `loss` and all that `Meter.read` gives besides among them.
             text: the line on the screen, before the speed.
 
         Raises:
@@ -225,6 +230,20 @@ class Run:
             f"{values['memory_gb']:.1f} GB"
             + (f", {100 * utilization:.0f} % of peak FLOPs" if utilization is not None else ""),
         )
+        self._name_trouble(step, values)
+
+    def _name_trouble(self, step: int, values: Mapping[str, float]) -> None:
+        """Say what has left the usual, and spare the checkpoint from before until it has come back."""
+        doubtful = self.watch.doubtful
+        found = self.watch(values["loss"], values["gradient_norm_max"])
+        if self.watch.doubtful != doubtful:
+            self.spared = None if doubtful else self.saved
+        kept = f" The checkpoint of step {self.spared}, from before, is kept." if self.spared is not None else ""
+        for trouble in found:
+            self.say(
+                f"WARNING at step {step}: {trouble}. If it does not come back, start again with a lower learning rate "
+                f"(--optimizer.lr) or harder clipping (--clip_grad).{kept}"
+            )
 
     def log_values(self, step: int, values: Mapping[str, Any], text: str | None = None) -> None:
         """Write metrics, if there are any: numbers, and lists with one number a block. Say `text` with the epoch before
@@ -259,6 +278,7 @@ class Run:
         state = {
             "step": step,
             "seconds": self.seconds,
+            "spared": self.spared,
             **{name: part.state_dict() for name, part in self.parts.items()},
             "architecture": self.parts["student"].backbone.architecture,
             "settings": plain(self.settings),
@@ -266,6 +286,7 @@ class Run:
         }
         write = save_shards if self.sharded else save_checkpoint
         write(self.folder / "checkpoints", step, state, self.settings.keep)
+        self.saved = step
 
     def _close(self) -> None:
         self.log.close()

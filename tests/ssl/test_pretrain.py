@@ -28,7 +28,9 @@ from skipless.ssl.model.build import build_backbone, embedding_of
 from skipless.ssl.model.embedding import sine_positions_, whiten_patches_
 from skipless.ssl.model.initialization import PRESETS, choose_beta
 from skipless.ssl.model.vit import VisionTransformer
+from skipless.ssl.optim.optimizers import set_rates
 from skipless.ssl.run.checkpoints import load_run_backbone
+from skipless.ssl.run.folder import whole_checkpoints
 
 COMMAND = "skipless.ssl.pretrain"
 SMALL = [
@@ -319,6 +321,22 @@ def test_collapse_is_called_so_while_it_trains(photos: Path, tmp_path: Path) -> 
     assert said.count("WARNING at step") == 1
     assert "the teacher is uniform and the loss sits at ln K = 3.47" in said
     assert "--dino.teacher_temp" in said
+
+
+def test_a_divergence_is_named_and_the_checkpoint_before_it_outlives_it(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From step 12 on the learning rate is 10; the gradient is finite, and a thousandth of what it was."""
+
+    def leap(optimizer: typing.Any, lr: float, weight_decay: float, freeze: bool) -> None:
+        set_rates(optimizer, 10.0 if len(losses(tmp_path / "run")) > 10 else lr, weight_decay, freeze)
+
+    monkeypatch.setattr(pretrain, "set_rates", leap)
+    said = train(photos, tmp_path / "run")
+    named = re.findall(r"WARNING at step (\d+): the (.*) is .*--optimizer.lr.*of step 10, from before, is kept", said)
+    assert named == [("13", "gradient's norm"), ("14", "loss")]
+    kept = [path.name for path in whole_checkpoints(tmp_path / "run/checkpoints")]
+    assert kept == ["step-10.pt", "step-15.pt", "step-20.pt"]
 
 
 def test_monitor_measures_every_block_before_and_after(photos: Path, tmp_path: Path) -> None:
