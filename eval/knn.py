@@ -6,8 +6,8 @@
 
 DINO's protocol (arXiv 2104.14294): central crops of 224 pixels, the final-normed CLS token of the last block, cosine
 similarity, the k nearest training images vote with weight exp(similarity / 0.07). Nothing is trained and nothing is
-chosen on the images that are classified: the figure is the one for the first of --k. Neighbors are found by faiss,
-exactly, on a GPU where it has one. Features are kept in --cache; an interrupted run is continued by the same command.
+chosen on the images that are classified: the figure is the one for the first of --k. Neighbors are found
+exactly, by faiss or torch. Features are kept in --cache; an interrupted run is continued by the same command.
 """
 
 import math
@@ -28,7 +28,7 @@ from skipless.eval.classification import (
     warnings,
 )
 from skipless.eval.evaluation import FeatureSettings, announce, finish, name_blocks, prepare
-from skipless.eval.neighbors import knn_predict, nearest, require_faiss
+from skipless.eval.neighbors import knn_predict, nearest
 
 
 @dataclass
@@ -59,9 +59,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     """Measure k-NN accuracy as `settings` say, write what `settings.out` asks for, and return the result.
 
     Raises:
-        ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used, or no faiss.
+        ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used.
     """
-    require_faiss()
     context = prepare(settings, "knn")
     # What is measured, and the id names: patches may not divide the size that was asked for.
     size = context.backbone.multiple_below(settings.size)

@@ -50,7 +50,7 @@ from skipless.eval.dense.outcome import Outcome
 from skipless.eval.dense.quick import QuickSettings, quick
 from skipless.eval.evaluation import Context, EvaluationSettings, announce, finish, prepare
 from skipless.eval.metrics import drop_interval, miou_drop_interval, miou_interval, segmentation_scores
-from skipless.eval.neighbors import knn_predict, nearest, require_faiss
+from skipless.eval.neighbors import knn_predict, nearest
 from skipless.ssl.data.squares import central_squares
 from skipless.ssl.model.statistics import excess_kurtosis
 
@@ -230,9 +230,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     """Measure as `settings` say, write what `settings.out` asks for, and return the result.
 
     Raises:
-        ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used, or no faiss.
+        ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used.
     """
-    require_faiss()
     context = prepare(settings, "quantization")
     backbone = context.backbone
     size = backbone.multiple_below(settings.size)

@@ -48,7 +48,7 @@ from skipless.eval.dense.outcome import Tally, figures
 from skipless.eval.dense.report import choose_shown, finish_segmentation, protocol_id
 from skipless.eval.evaluation import FeatureSettings, SheetSettings, announce, prepare
 from skipless.eval.features import Features
-from skipless.eval.neighbors import require_faiss, searches_on_gpu, unit
+from skipless.eval.neighbors import find_faiss, require_faiss, searches_on_gpu, torch_search, unit
 
 PUBLISHED = ("size", "memory_size", "k", "temperature")  # settings that make another protocol when they are changed
 EXACT_ON_CPU = 1_000_000  # patches
@@ -71,7 +71,7 @@ class Settings(SheetSettings, FeatureSettings):
     """Of the softmax over similarities."""
     index: Literal["auto", "exact", "ivf"] = "auto"
     """Search: exact, or by an inverted file, which compares about a sixteenth of the memory and runs on the CPU. auto
-    is exact on a GPU, and on a CPU up to a million patches."""
+    is exact on a GPU, on a CPU up to a million patches, and where faiss does not load."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,9 +87,11 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     """Measure in-context segmentation as `settings` say, write what `settings.out` asks for, and return the result.
 
     Raises:
-        ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used, or no faiss.
+        ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used, or no faiss for an
+            inverted file.
     """
-    require_faiss()
+    if settings.index == "ivf":
+        require_faiss()
     context = prepare(settings, "retrieval")
     train = open_split(settings.data, settings.data.train_split or default_train_split(settings.data.name))
     val = open_split(settings.data, settings.data.split)
@@ -99,7 +101,9 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         raise ValueError(f"memory-size is {settings.memory_size}: give one or more for each of {len(train):,} images")
     gpu = device if searches_on_gpu(device) else None
     small = per_image * len(train) <= EXACT_ON_CPU
-    exact = settings.index == "exact" or (settings.index == "auto" and (gpu is not None or small))
+    exact = settings.index == "exact" or (
+        settings.index == "auto" and (gpu is not None or small or find_faiss() is None)
+    )
     dim = context.backbone.dim * max(map(len, context.choices))
     require_memory(per_image * len(train), dim, len(train.classes), exact, gpu)
     changed = changed_settings(settings)
@@ -209,6 +213,10 @@ def make_search(memory: np.ndarray, k: int, exact: bool, gpu: torch.device | Non
         memory: float32 [M, D], M >= k.
         gpu: where an exact search runs; None for the CPU.
     """
+    if exact and find_faiss() is None:
+        bank = torch.from_numpy(memory).to(gpu or "cpu")
+        name = f"exact, by torch, on {'the CPU' if gpu is None else 'a GPU'}"
+        return lambda queries: torch_search(bank, queries, k), name
     faiss = require_faiss()
     if exact and gpu is None:  # what IndexFlatIP does, without a copy of the memory
         return lambda queries: faiss.knn(queries, memory, k, faiss.METRIC_INNER_PRODUCT), "exact, on the CPU"

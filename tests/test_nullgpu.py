@@ -127,6 +127,7 @@ def test_evaluations_end_with_a_figure(task: str, alone: dict[str, Any], folder:
     done = alone[task]
     assert done["status"] == 0, done["printed"]
     assert done["kernels"] > 5
+    assert not done["tf32"]
     assert 0 <= json.loads((folder / task / f"{task}.json").read_text())["value"] <= 1
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 COMMANDS = {
+    "recipe": ("ssl.recipe", "Write a recipe for your images, your machine and your time."),
     "pretrain": ("ssl.pretrain", "Pretrain a backbone with DINO, without labels."),
     "supervised": ("ssl.supervised", "Train a classifier on labeled images."),
     "distill": ("ssl.distill", "Distill a trained backbone into a smaller one."),

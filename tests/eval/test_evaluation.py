@@ -211,13 +211,13 @@ def test_wrong_values_of_own_flags_end_with_one_sentence(
     assert list(tmp_path.iterdir()) == [empty]
 
 
-@pytest.mark.parametrize("task", ["knn", "retrieval", "clustering"])
+@pytest.mark.parametrize(("task", "flags"), [("retrieval", ["--index=ivf"]), ("clustering", [])])
 def test_without_faiss_a_sentence_says_what_to_install(
-    task: str, evaluation_of: Evaluations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    task: str, flags: list[str], evaluation_of: Evaluations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before features are computed."""
     monkeypatch.setitem(sys.modules, "faiss", None)
-    assert "pip install faiss-cpu" in evaluation_of(task).refused("--cache", tmp_path / "cache")
+    assert "pip install faiss-cpu" in evaluation_of(task).refused("--cache", tmp_path / "cache", *flags)
     assert not list(tmp_path.iterdir())
 
 

@@ -26,7 +26,7 @@ from skipless.eval.backbones import Backbone, choose_blocks, load_backbone
 from skipless.eval.classification import pooled_features, vectors
 from skipless.eval.evaluation import prepare
 from skipless.eval.knn import Settings, protocol_id
-from skipless.eval.neighbors import knn_predict, nearest
+from skipless.eval.neighbors import knn_predict, nearest, torch_search
 from skipless.ssl.model.vit import VisionTransformer
 
 CLASSES = ("blue", "green", "red")
@@ -73,10 +73,18 @@ def test_vectors_without_length_are_like_nothing() -> None:
     np.testing.assert_array_equal(rows[0], [1, 0, 2])
 
 
-def test_without_faiss_nothing_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ValueError, match="faiss-cpu"):
-        nearest(np.eye(3), np.eye(3), 1)
+@pytest.mark.parametrize("error", ["ImportError", "RuntimeError"])
+def test_without_faiss_torch_finds_the_same(error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, queries = (np.random.default_rng(seed).standard_normal((50, 6), np.float32) for seed in (0, 1))
+    expected = nearest(bank, queries, 5)
+    (tmp_path / "faiss.py").write_text(f"raise {error}('no libcublas.so.12')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "faiss")
+    similarities, rows = nearest(bank, queries, 5)
+    np.testing.assert_allclose(similarities, expected[0], atol=1e-6)
+    np.testing.assert_array_equal(rows, expected[1])
+    in_parts = torch_search(torch.from_numpy(bank), queries, 5, largest=150)[1]
+    np.testing.assert_array_equal(in_parts, np.argsort(-queries @ bank.T, axis=1)[:, :5])
 
 
 @given(st.integers(0, 9999), st.integers(1, 60), st.integers(1, 12), st.sampled_from([0.02, 0.07, 1.0]))

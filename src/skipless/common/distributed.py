@@ -47,6 +47,9 @@ def start(device: str = "auto") -> torch.device:
         if (chosen.index or 0) >= (count := torch.cuda.device_count()):
             raise ValueError(f"there is no GPU {chosen.index} here, of {count}: their numbers begin at 0")
         torch.cuda.set_device(chosen)
+        # float32 is float32: left alone, convolutions would use TF32.
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         # Killed, torchrun would leave us to train on, and to meet the run that is started again.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

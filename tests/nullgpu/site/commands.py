@@ -64,7 +64,13 @@ def run(module: str, words: list[str]) -> dict[str, Any]:
         printed.write(traceback.format_exc())
         status = 1
     torch.cuda.set_sync_debug_mode("default")
-    return {"status": status, "printed": printed.getvalue(), **nullgpu.counts(), "step": dict(_step)}
+    return {
+        "status": status,
+        "printed": printed.getvalue(),
+        **nullgpu.counts(),
+        "step": dict(_step),
+        "tf32": torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32,
+    }
 
 
 def main(commands: Path, done: Path) -> None:
