@@ -18,6 +18,7 @@ COMMANDS = {
     "pretrain": ("ssl.pretrain", "Pretrain a backbone with DINO, without labels."),
     "supervised": ("ssl.supervised", "Train a classifier on labeled images."),
     "distill": ("ssl.distill", "Distill a trained backbone into a smaller one."),
+    "export": ("ssl.export", "Export a backbone for others, with a model card."),
     "report": ("eval.report", "Measure several backbones and write one page about them."),
     "segmentation": ("eval.segmentation", "Linear segmentation of frozen features, mIoU."),
     "discovery": ("eval.discovery", "Find objects without labels: LOST, TokenCut, MaskCut."),

@@ -177,8 +177,9 @@ def _load_folder(name: str, folder: Path) -> Loaded:
         raise FileNotFoundError(f"{name} has a config.json, but neither model.safetensors nor pytorch_model.bin")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        tensors |= read_checkpoint(file, "teacher", {}).tensors
-    return _load(name, files[0], tensors, None, None, {}, "teacher")
+        contents = read_checkpoint(file, "teacher", description(folder / "config.json"))  # ours, if it is an export
+        tensors |= contents.tensors
+    return _load(name, files[0], tensors, contents.architecture, contents.pool, {}, "teacher")
 
 
 def _fetch(name: str) -> Path:

@@ -1,0 +1,192 @@
+"""A Vision Transformer, with skip connections or without (arXiv 2510.00345), in plain PyTorch.
+
+This file needs torch and safetensors, nothing else, and lies beside the weights that it reads:
+
+    from modeling_skipless import load
+
+    model = load("FOLDER")
+    cls, patches = model(images)  # normalized [B, 3, H, W] -> [B, D] and [B, h, w, D]
+
+Hugging Face's AutoModel.from_pretrained("FOLDER", trust_remote_code=True) gives the same model, as SkiplessModel.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to its input (residual) or put in its place (skipless)."""
+
+    def __init__(self, a: dict[str, Any]):
+        super().__init__()
+        dim, hidden, eps = a["dim"], round(a["dim"] * a["mlp_ratio"]), a.get("norm_eps", 1e-6)
+        self.residual, self.heads = a["residual"], a["heads"]
+        self.act = ACTIVATIONS[a.get("activation", "gelu")]
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        if a.get("swiglu"):
+            self.mlp = nn.ModuleDict({"w12": nn.Linear(dim, 2 * hidden), "w3": nn.Linear(hidden, dim)})
+        else:
+            self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
+        self.scaled = a["layer_scale"] is not None
+        if self.scaled:
+            self.ls1, self.ls2 = (nn.ParameterDict({"gamma": nn.Parameter(torch.ones(dim))}) for _ in range(2))
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        branch = self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        branch = branch * self.ls1["gamma"] if self.scaled else branch
+        x = x + branch if self.residual else branch
+        y = self.norm2(x)
+        if "w12" in self.mlp:
+            gate, value = self.mlp["w12"](y).chunk(2, dim=-1)
+            branch = self.mlp["w3"](F.silu(gate) * value)
+        else:
+            branch = self.mlp["fc2"](self.act(self.mlp["fc1"](y)))
+        branch = branch * self.ls2["gamma"] if self.scaled else branch
+        return x + branch if self.residual else branch
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries or keys [B, heads, T, d_h], turned by cosines and sines [T, d_h]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * rotation[0].to(x.dtype) + torch.cat([-second, first], dim=-1) * rotation[1].to(x.dtype)
+
+
+class SkiplessViT(nn.Module):
+    """A pre-norm Vision Transformer as the `architecture` in config.json describes it."""
+
+    def __init__(self, architecture: dict[str, Any]):
+        super().__init__()
+        a = self.architecture = architecture
+        dim, self.patch, self.registers = a["dim"], a["patch"], a["registers"]
+        self.class_token, self.rope_base = a.get("class_token", True), a.get("rope_base")
+        eps = a.get("norm_eps", 1e-6)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, self.patch, self.patch)})
+        if self.class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if self.registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, self.registers, dim))
+        if self.rope_base is None:
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (a["image_size"] // self.patch) ** 2, dim))
+        else:
+            self.rope_embed = nn.Module()
+            self.rope_embed.register_buffer("periods", self.rope_base ** torch.arange(0, 1, 4 * a["heads"] / dim))
+        self.norm_pre = nn.LayerNorm(dim, eps=eps) if a.get("pre_norm") else nn.Identity()
+        self.blocks = nn.ModuleList(Block(a) for _ in range(a["depth"]))
+        self.norm = nn.LayerNorm(dim, eps=eps)
+
+    def positions(self, h: int, w: int) -> Tensor:
+        """Position embeddings [h * w, D], bicubically interpolated where the grid is another than in training."""
+        patches = self.pos_embed[0, 1:]
+        n = math.isqrt(patches.shape[0])
+        if (h, w) == (n, n):
+            return patches
+        offset = self.architecture["position_offset"]
+        size: dict[str, Any] = {"size": (h, w)}
+        if offset:
+            size = {"scale_factor": ((h + offset) / n, (w + offset) / n)}
+        grid = patches.unflatten(0, (n, n)).permute(2, 0, 1)[None]
+        antialias = self.architecture["position_antialias"]
+        return F.interpolate(grid, mode="bicubic", antialias=antialias, **size)[0].flatten(1).T
+
+    def rotation(self, h: int, w: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, d_h] of rotary positions; class token and registers are not turned."""
+        periods = self.rope_embed.get_buffer("periods")
+        rows, columns = (2 * (torch.arange(n, device=periods.device) + 0.5) / n - 1 for n in (h, w))
+        grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)
+        angles = (2 * math.pi * grid[:, :, None] / periods).flatten(1).tile(2)
+        angles = F.pad(angles, (0, 0, int(self.class_token) + self.registers, 0))
+        return angles.cos(), angles.sin()
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Normalized [B, 3, H, W] -> [B, T, D] after the final norm: class token, registers, patches, rows first."""
+        b, _, height, width = images.shape
+        if height % self.patch or width % self.patch:
+            raise ValueError(f"images of {height} x {width} pixels cannot be cut into patches of {self.patch}")
+        h, w = height // self.patch, width // self.patch
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
+        rotation = None
+        if self.rope_base is None:
+            x = x + self.positions(h, w)
+        else:
+            rotation = self.rotation(h, w)
+        if self.registers:
+            x = torch.cat([self.register_tokens.expand(b, -1, -1), x], dim=1)
+        if self.class_token:
+            cls = self.cls_token if self.rope_base is not None else self.cls_token + self.pos_embed[:, :1]
+            x = torch.cat([cls.expand(b, -1, -1), x], dim=1)
+        x = self.norm_pre(x)
+        for block in self.blocks:
+            x = block(x, rotation)
+        return self.norm(x)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalized [B, 3, H, W] -> class token [B, D] (the mean of the patches where there is none) and patches
+        [B, h, w, D] after the final norm."""
+        tokens = self.tokens(images)
+        patches = tokens[:, int(self.class_token) + self.registers :]
+        cls = tokens[:, 0] if self.class_token else patches.mean(1)
+        return cls, patches.unflatten(1, (images.shape[2] // self.patch, images.shape[3] // self.patch))
+
+
+def load(folder: str | Path = Path(__file__).parent) -> SkiplessViT:
+    """The model in a folder, in evaluation mode, on the CPU."""
+    config = json.loads(Path(folder, "config.json").read_text())
+    model = SkiplessViT(config["architecture"])
+    model.load_state_dict(load_file(Path(folder, "model.safetensors")))
+    return model.eval()
+
+
+if "transformers" in sys.modules:  # as when AutoModel reads this file; importing it takes seconds
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    class SkiplessConfig(PretrainedConfig):
+        """`architecture` describes the network, `pool` what its head read in training: cls, or mean of the patches."""
+
+        model_type = "skipless"
+
+        def __init__(self, architecture: dict[str, Any] | None = None, pool: str | None = None, **more: Any):
+            self.architecture, self.pool = architecture, pool
+            super().__init__(**more)
+
+    class SkiplessModel(PreTrainedModel):
+        """last_hidden_state is `SkiplessViT.tokens`, pooler_output the vector that the head read in training."""
+
+        config_class = SkiplessConfig
+        base_model_prefix = "vit"
+        main_input_name = "pixel_values"
+
+        def __init__(self, config: Any):
+            super().__init__(config)
+            self.vit = SkiplessViT(config.architecture)
+            self.post_init()
+
+        def _init_weights(self, module: nn.Module) -> None:
+            """Nothing: all weights come from the file."""
+
+        def forward(self, pixel_values: Tensor, **unused: Any) -> BaseModelOutputWithPooling:
+            """Normalized [B, 3, H, W] -> tokens [B, T, D] and the pooled [B, D]."""
+            tokens = self.vit.tokens(pixel_values)
+            first = int(self.vit.class_token) + self.vit.registers
+            mean = self.config.pool == "mean" or not self.vit.class_token
+            pooled = tokens[:, first:].mean(1) if mean else tokens[:, 0]
+            return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled)

@@ -1,0 +1,153 @@
+"""Exported folders: read back by what they are for, they compute what the backbone computes."""
+
+import ast
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import call, error_line, tiny_vit
+from torch import Tensor
+
+from skipless.ssl import export
+from skipless.ssl.model.load import load_vit
+from skipless.ssl.model.vit import VisionTransformer
+from skipless.ssl.run.checkpoints import export_backbone
+
+SETTINGS = {"epochs": 3, "batch_size": 8, "out": "runs/a", "data": {"path": "somewhere/photos", "workers": 2}}
+ABOUT = {"settings": SETTINGS, "pool": "mean", "hardware": "an abacus", "commit": "c0ffee"}
+MODELS: dict[str, dict[str, Any]] = {
+    "skipless": {"residual": False},
+    "residual": {"registers": 2, "layer_scale": 0.5, "position_offset": 0.0, "position_antialias": True},
+    "gates and rotary positions": {"swiglu": True, "rope_base": 100.0, "registers": 1, "norm_eps": 1e-3},
+    "without a class token": {"class_token": False, "pre_norm": True, "activation": "quick_gelu"},
+}
+
+
+def make_run(folder: Path, **options: Any) -> Path:
+    """A run's folder whose backbone has biases, norms, scales and positions that matter."""
+    model = tiny_vit(dim=48, **options)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    folder.mkdir()
+    export_backbone(folder, model, ABOUT)
+    (folder / "metrics.jsonl").write_text(
+        '{"monitor/knn": [0.1, 0.25]}\n{"loss": 2.0}\n{"monitor/knn": [0.2, 0.375]}\n'
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: make_run(folder / name, **options) for name, options in MODELS.items()}
+
+
+def exported(run: Path, out: Path, to: str, *more: object) -> Path:
+    done = call(export.main, ["--ckpt", run, "--to", to, "--out", out, *more])
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in out.parent.iterdir() if "unfinished" in path.name] == []
+    return out
+
+
+def images(height: int, width: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def same(model: VisionTransformer, pictures: Tensor, cls: Tensor, patches: Tensor) -> None:
+    (expected,) = model.features(pictures)
+    torch.testing.assert_close(cls, expected.cls, atol=1e-4, rtol=0)
+    torch.testing.assert_close(patches, expected.patches, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_and_the_module_beside_them(runs: dict[str, Path], name: str, tmp_path: Path) -> None:
+    out = exported(runs[name], tmp_path / "out", "safetensors")
+    file = out / "modeling_skipless.py"
+    roots = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+    taken = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in roots}
+    needed = {str(module).partition(".")[0] for module in taken} - sys.stdlib_module_names
+    assert needed == {"torch", "safetensors", "transformers"}  # the last where it is loaded already
+    spec = importlib.util.spec_from_file_location("modeling_alone", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model, again = load_vit(runs[name]).model, load_vit(out)
+    assert again.model.architecture == model.architecture
+    assert (again.family, again.pool) == ("skipless", "mean")
+    with torch.no_grad():
+        for size in ((32, 32), (48, 24)):
+            same(model, images(*size), *module.load(out)(images(*size)))
+            same(model, images(*size), *again.model.features(images(*size))[0][::-1])
+
+
+@pytest.mark.parametrize("name", ["skipless", "residual", "gates and rotary positions"])
+def test_automodel_reads_our_own_layout(
+    runs: dict[str, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    out = exported(runs[name], tmp_path / "out", "safetensors")
+    there = transformers.AutoModel.from_pretrained(out, trust_remote_code=True)
+    prefix = 1 + MODELS[name].get("registers", 0)
+    with torch.no_grad():
+        for h, w in ((4, 4), (6, 3)):
+            pictures = images(8 * h, 8 * w)
+            said = there(pixel_values=pictures)
+            tokens = said.last_hidden_state
+            same(load_vit(runs[name]).model, pictures, tokens[:, 0], tokens[:, prefix:].unflatten(1, (h, w)))
+            torch.testing.assert_close(said.pooler_output, tokens[:, prefix:].mean(1))
+    processor = transformers.AutoImageProcessor.from_pretrained(out)
+    assert list(processor.image_mean) == [0.485, 0.456, 0.406]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_program_of_torch_export(runs: dict[str, Path], name: str, tmp_path: Path) -> None:
+    out = exported(runs[name], tmp_path / "out", "torch-export")
+    program = torch.export.load(out / "model.pt2").module()
+    for batch in (1, 5):
+        same(load_vit(runs[name]).model, images(32, 32, batch), *program(images(32, 32, batch)))
+
+
+def test_card_says_what_the_run_recorded(runs: dict[str, Path], tmp_path: Path) -> None:
+    sha256 = load_vit(runs["skipless"]).sha256
+    result = {"dataset": "voc12", "split": "val", "images": 1449, "metric": "mIoU", "protocol": "quick", "value": 0.5}
+    for number, owner in enumerate((sha256, "another")):
+        file = tmp_path / f"results/{number}/segmentation.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({**result, "value": 0.5 + number / 4, "checkpoint": {"sha256": owner}}))
+    more = ("--license", "apache-2.0", "--results", tmp_path / "results")
+    card = (exported(runs["skipless"], tmp_path / "my model", "safetensors", *more) / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\n")
+    assert "# my model\n" in card
+    assert "without skip connections" in card
+    assert "| k-NN accuracy in training, last block | its own images by folder | 37.5 % |" in card
+    assert "| mIoU (quick) | voc12, val, 1,449 images | 50.0 % |" in card
+    assert "75.0" not in card
+    assert "On `photos`, 3 epochs of batches of 8, on an abacus; commit c0ffee" in card
+    assert "data.path: somewhere/photos" in card
+    assert "runs/a" not in card
+    assert "mean of the patches" in card
+    other = exported(runs["residual"] / "backbone.safetensors", tmp_path / "other", "torch-export")
+    assert "ask whoever trained these weights" in (other / "README.md").read_text()
+
+
+def test_refusals_leave_nothing_behind(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--ckpt", runs["skipless"], "--to", "safetensors", "--out", tmp_path / "out"]
+    (tmp_path / "figures.json").write_text("[]")
+    assert "is no result" in error_line(call(export.main, [*words, "--results", tmp_path / "figures.json"]).stderr)
+    with monkeypatch.context() as patch:
+        patch.setitem(
+            export.WRITERS, "safetensors", lambda folder, loaded: lambda x: loaded.model.features(x + 1)[0][::-1]
+        )
+        assert "computes other features" in error_line(call(export.main, words).stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+    exported(runs["skipless"], tmp_path / "out", "safetensors")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert "is there already" in error_line(call(export.main, words).stderr)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
