@@ -15,7 +15,6 @@ from skipless.ssl import pretrain
 from skipless.ssl.config import check
 from skipless.ssl.recipe import CONFIGS, batch_for, choose, main, measure, seconds_of
 
-
 SHORT = ["--epochs=1", "--optimizer.warmup_epochs=0.5", "--dino.freeze_last_layer=0.5", "--monitor.every_epochs=0"]
 
 
