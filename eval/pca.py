@@ -120,8 +120,8 @@ def check(settings: Settings) -> None:
         raise ValueError("give either --ckpt CKPT or --compare A B")
     if not settings.images:
         raise ValueError("give --images: a folder or zip archive of images, or one image file")
-    if settings.count < 1 or settings.size < 1 or settings.smooth < 0:
-        raise ValueError("count and size must be 1 or more, and smooth not negative")
+    if settings.count < 1 or settings.size < 1 or not 0 <= settings.smooth <= 100:
+        raise ValueError("count and size must be 1 or more, and smooth 0 to 100 patches")
     if (settings.foreground == "mask") != (settings.masks is not None):
         raise ValueError("foreground mask and masks FOLDER belong together: give both or neither")
     if settings.width is not None and settings.width <= 0:

@@ -33,6 +33,8 @@ from skipless.ssl.objectives.ibot import IBOTSettings
 from skipless.ssl.optim.optimizers import OptimizerSettings
 from skipless.ssl.run.folder import last_checkpoint
 
+LARGEST_FACTOR = 1000  # of an initialization: a hundred times the published ones
+
 
 @dataclass(kw_only=True)
 class RunSettings:
@@ -202,10 +204,6 @@ def check(settings: RunSettings, images: int, source: str, root: Path, device: t
     for name in ("epochs", "batch_size", "accumulate", "save_every_epochs", "keep", "log_every"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} is {getattr(settings, name)}; it must be at least 1")
-    if settings.seed < 0:
-        raise ValueError(f"seed is {settings.seed}; it must be 0 or more")
-    if settings.clip_grad < 0:
-        raise ValueError(f"clip_grad is {settings.clip_grad:g}; it must be positive, or 0 for no clipping")
     if settings.optimizer.warmup_epochs >= settings.epochs:
         raise ValueError(
             f"optimizer.warmup_epochs is {settings.optimizer.warmup_epochs:g} in a run of {settings.epochs} epochs; "
@@ -252,6 +250,11 @@ def _check_model(model: ModelSettings, device: torch.device) -> None:
             raise ValueError(f"model.{given[0]} has no effect with model.{part} false; leave one of them out")
     if model.beta == "auto" and model.residual:
         raise ValueError("model.beta auto is for skipless models, and model.residual is true; give a number")
+    for name in ("alpha", "beta", "c", "depth_scale"):
+        if isinstance(value := getattr(model, name), int | float) and value > LARGEST_FACTOR:
+            raise ValueError(
+                f"model.{name} is {value:g}, and weights that large overflow; give at most {LARGEST_FACTOR}"
+            )
     if not model.depth_scale > 0:
         raise ValueError(f"model.depth_scale is {model.depth_scale:g}; it must be positive")
     if model.patch < 1:

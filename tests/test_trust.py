@@ -1,11 +1,15 @@
 """What a user trusts every command with."""
 
 import json
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from helpers import run
+import pytest
+from helpers import call, error_line, run
 
 from skipless.__main__ import COMMANDS
+from skipless.common import cli
 
 
 def test_no_command_opens_a_socket_unless_a_url_is_named(tmp_path: Path) -> None:
@@ -15,3 +19,68 @@ def test_no_command_opens_a_socket_unless_a_url_is_named(tmp_path: Path) -> None
     assert "is blocked" in ended.pop("pretrain from a URL")
     assert ended.keys() == COMMANDS.keys()
     assert {name: error for name, error in ended.items() if error} == {}
+
+
+def test_settings_that_nobody_means_are_refused_in_a_sentence() -> None:
+    """A short part of the campaign: `make stress` has 5,000 draws."""
+    done = run("benchmarks/fuzzing.py", ["--draws=100"])
+    assert done.returncode == 0, done.stderr
+
+
+@dataclass
+class Group:
+    tau: float = -0.5
+
+
+@dataclass
+class Settings:
+    out: str = "here"
+    images: str = ""
+    lr: tuple[float, ...] = (0.1,)
+    count: int = 1
+    group: Group = field(default_factory=Group)
+
+
+def accept(_: Settings) -> None:
+    """A command that does nothing."""
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--lr", "0.1", ".nan"], "lr is nan; give a number that is finite"),
+        (["--group.tau=-1e400"], "group.tau is -inf; give a number that is finite"),
+        (["--count=4178527887543384272717488521216"], "not beyond 1e+15"),
+        (["--count=-3"], "count is -3; it cannot be negative"),
+        (["--out="], "out is empty: give it a value, or leave it out"),
+        (["--out=s3://bucket/folder"], "out is s3://bucket/folder, an address"),
+        (["--count", "a" * 9000], f"count is '{'a' * 70}"),
+    ],
+)
+def test_nonsense_is_named(words: list[str], sentence: str) -> None:
+    line = error_line(call(partial(cli.run, accept, Settings, None), words).stderr)
+    assert sentence in line
+    assert len(line) < 300
+
+
+def test_what_may_be_negative_or_empty_is_taken() -> None:
+    assert cli.parse(Settings, ["--group.tau=-0.2", "--images="]) == Settings(group=Group(-0.2))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "there is not enough memory: lower"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+            "you tried to allocate 314572800 bytes. Error code 12"),
+            "(314572800 bytes more were wanted)",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has"), "(20.00 MiB more were wanted)"),
+    ],
+)  # fmt: skip
+def test_too_little_memory_is_a_sentence(error: Exception, said: str) -> None:
+    def fail(_: Settings) -> None:
+        raise error
+
+    assert said in error_line(call(partial(cli.run, fail, Settings, None), []).stderr)

@@ -91,6 +91,7 @@ class Crops:
 
         for name in ("global_crops_size", "local_crops_size"):
             check(name, getattr(self, name) >= 1, "it must be at least 1 pixel")
+        check("gram_teacher_crops_size", self.gram_teacher_crops_size != 0, "it must be at least 1 pixel")
         check("local_crops_number", self.local_crops_number >= 0, "it must be 0 or more")
         for name in ("global_crops_scale", "local_crops_scale"):
             low, high = getattr(self, name)

@@ -120,7 +120,7 @@ def test_table_marks_bounds() -> None:
     [
         ("--images nowhere", "nowhere"),
         ("--images {photos} --count 0", "--count is 0"),
-        ("--images {photos} --seed -1", "--seed is -1"),
+        ("--images {photos} --seed -1", "seed is -1"),
         ("--images {photos} --pixels 50", "a multiple of their patch, 16"),
         ("--images {photos} --figure figure.bmp", "must end in .png"),
         ("--images {photos} --ckpt nowhere", "nowhere: no such checkpoint"),

@@ -37,7 +37,7 @@ def test_the_flag_of_earlier_versions_and_the_default_name(tmp_path: Path, monke
         (["--image=nowhere.png", "--out=sheet.png"], "nowhere.png: No such file or directory"),
         (["--image=a.png", "--out=sheet.tiff"], "must end in .png or .jpg"),
         (["--image=a.png", "--out=nowhere/sheet.png"], "there is no folder nowhere"),
-        (["--image=a.png", "--out=sheet.png", "--seed=-1"], "--seed is -1"),
+        (["--image=a.png", "--out=sheet.png", "--seed=-1"], "seed is -1"),
         (
             ["--image=a.png", "--out=sheet.png", "--crops.global_crops_scale=[0.5,0.1]"],
             "crops.global_crops_scale is (0.5, 0.1)",

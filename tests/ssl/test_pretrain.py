@@ -468,7 +468,7 @@ def test_unreadable_images_are_listed_and_too_many_stop_the_run(photos: Path, tm
         (["--dino.freeze_last_layer=4"], ["dino.freeze_last_layer is 4", "4 epochs"]),
         (["--dino.out_dim=0"], ["dino.out_dim is 0"]),
         (["--out={photos}"], ["{photos}", "folder of its own"]),
-        (["--clip_grad=-1"], ["clip_grad is -1", "0 for no clipping"]),
+        (["--clip_grad=-1"], ["clip_grad is -1", "cannot be negative"]),
         (["--optimizer.warmup_epochs=4"], ["optimizer.warmup_epochs is 4", "4 epochs"]),
         (["--model.init=default", "--model.beta=2"], ["model.beta", "model.init"]),
         (["--model.residual=true", "--model.init=small", "--model.beta=auto"], ["model.beta", "model.residual"]),

@@ -28,7 +28,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from skipless.common.settings import OLD_NAMES, OLD_VALUES, flat, renamed
+from skipless.common.settings import OLD_NAMES, OLD_VALUES, flat, refuse_nonsense, renamed
 
 T = TypeVar("T")
 
@@ -91,7 +91,9 @@ def parse(
         words = [f"--config={recipe(_parsed(parser, quiet, positional))}", *words]
     values = parser.instantiate(_parsed(parser, words, positional)).as_dict()
     values.pop("config", None)
-    return _expand_home(settings(**values))
+    given = settings(**values)
+    refuse_nonsense(given)
+    return _expand_home(given)
 
 
 class Interrupted(Exception):
@@ -120,18 +122,19 @@ def guard(command: Callable[[], object]) -> None:
     except BrokenPipeError:  # whoever read the output has read enough
         sys.stderr.close()
         status = 141
-    except (ValueError, OSError, ArgumentError) as error:
-        who = f" (process {distributed.rank()})" if distributed and distributed.rank() else ""
-        print(f"error{who}: {sentence(error)}", file=sys.stderr)
-        status = 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from what was saved; for training, with --resume", file=sys.stderr)
         status = 130
-    except Exception:
-        if not (distributed and distributed.world_size() > 1):
+    except Exception as error:
+        if isinstance(error, ValueError | OSError | ArgumentError) or lacks_memory(error):
+            who = f" (process {distributed.rank()})" if distributed and distributed.rank() else ""
+            print(f"error{who}: {sentence(error)}", file=sys.stderr)
+            status = 2
+        elif distributed and distributed.world_size() > 1:
+            traceback.print_exc()
+            status = 1
+        else:
             raise
-        traceback.print_exc()
-        status = 1
     finally:
         _end_loader_workers()
     if distributed and status and distributed.world_size() > 1:
@@ -146,12 +149,22 @@ def guard(command: Callable[[], object]) -> None:
         sys.exit(status or interrupted)
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is not enough: of Python, NumPy, torch or OpenCV."""
+    said = r"allocate memory|enough memory|out of memory|Insufficient memory|Storage size calculation overflow"
+    return isinstance(error, MemoryError) or re.search(said, str(error)) is not None
+
+
 def sentence(error: BaseException) -> str:
     """An error's message in one line, without the traceback that one from inside a loader's worker carries."""
     text = str(error).strip()
+    if lacks_memory(error):
+        wanted = re.search(r"allocate ([\d.]+ \w+)", text)
+        asked = f" ({wanted[1]} more were wanted)" if wanted else ""
+        return f"there is not enough memory{asked}: lower batch-size, sizes or workers"
     if "Traceback" in text:
         return text.splitlines()[-1].partition("Error: ")[2] or text.splitlines()[-1]
-    text = " ".join(text.split())
+    text = re.sub(r"\S{500,}", lambda word: f"{word[0][:80]}...", " ".join(text.split()))
     # jsonargparse tells the types that a value may have by their classes in Python.
     wrong = re.fullmatch(r'Parser key "([\w.]+)": (.*)(?:Got|Given) value: (.*)', text)
     if wrong is None:

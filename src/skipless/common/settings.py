@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import math
+import re
+from pathlib import Path
 from typing import Any
 
 # Settings by other names than today's, which old runs, recipes and command lines use.
@@ -49,6 +52,30 @@ LATER: dict[str, Any] = {
     "data.void": None,
     "data.annotations": None,
 }
+# Numbers that may be negative: a cosine.
+SIGNED = ("tau",)
+LARGEST = 10**15
+# Settings that name what is written.
+WRITTEN = ("out", "cache", "figure")
+
+
+def refuse_nonsense(settings: Any, prefix: str = "") -> None:
+    """Raise ValueError for what no setting can mean: numbers that are not finite, negative or beyond `LARGEST`, empty
+    texts that are not the default, and addresses as places to write to."""
+    for field in dataclasses.fields(settings):
+        name, value = f"{prefix}{field.name}", getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            refuse_nonsense(value, f"{name}.")
+            continue
+        for part in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(part, int | float) and not (math.isfinite(part) and abs(part) <= LARGEST):
+                raise ValueError(f"{name} is {part:g}; give a number that is finite and not beyond {LARGEST:g}")
+            if isinstance(part, int | float) and part < 0 and field.name not in SIGNED:
+                raise ValueError(f"{name} is {part:g}; it cannot be negative")
+            if isinstance(part, str | Path) and not str(part).strip() and part != field.default:
+                raise ValueError(f"{name} is empty: give it a value, or leave it out")
+            if field.name in WRITTEN and isinstance(part, str | Path) and re.match(r"\w+:/", str(part)):
+                raise ValueError(f"{name} is {part}, an address: give a path on this machine, and copy what is there")
 
 
 def plain(settings: Any) -> dict[str, Any]:
