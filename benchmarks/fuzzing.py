@@ -40,13 +40,14 @@ from skipless.common import cli
 WORK = {name: "announce" for name in ("segmentation", "discovery", "retrieval", "clustering", "knn", "linear")}
 WORK |= {"pretrain": "Run", "distill": "Run", "supervised": "Run", "report": "run_quietly", "quantization": "announce"}
 WORK |= {"pca": "save_figure", "attention-maps": "save_figure", "similarity": "save_figure", "conditioning": "measure"}
+WORK |= {"recipe": "measure"}
 WORK |= {"crop-sheet": "write_atomically", "summarize": "write_result"}
 WORK |= {"shard": "skipless.datasets.storage.packing.spread", "scenes": "skipless.datasets.synthetic.dataset.spread"}
 
 NUMBERS = (
-    "0", "-1", "1", "2", "3", "7", "500", "1000000", "1e9", "1e30", "1e400", "nan", ".nan", "inf", "-.inf", "-0.5", "0.5",
-    "0.1", "4", "8", "16", "32", "48",
-    "1e-320", "9223372036854775808", "-9223372036854775809", "0x10", "1_000", "1,5", "1.0", "true", "null",
+    "0", "-1", "1", "2", "3", "4", "7", "8", "16", "32", "48", "500", "1000000", "1e9", "1e30", "1e400", "nan", ".nan",
+    "inf", "-.inf", "-0.5", "0.5", "0.1", "1e-320", "9223372036854775808", "-9223372036854775809", "0x10",
+    "1_000", "1,5", "1.0", "true", "null",
 )  # fmt: skip
 TEXTS = (
     "", " ", "~nosuchuser", "~", "s3://bucket/folder", "gs://bucket", "..", "/dev/null", "/dev/zero", "/proc/self/mem",

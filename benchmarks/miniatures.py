@@ -35,6 +35,7 @@ def command_lines(folder: Path, out: Path) -> dict[str, list[str]]:
     in `out`. In this order, for `summarize` reads what `pretrain` has left."""
     scenes, weights = folder / "scenes", folder / "vit.safetensors"
     train = scenes / "train"
+    pictures_of_voc = scenes / "VOCdevkit/VOC2012/JPEGImages"  # more than in train/
     model = [f"--ckpt={weights}", "--device=cpu"]
     cached = [*model, f"--cache={out / 'cache'}"]
     classes = [*cached, f"--data.root={scenes}", "--size=32", "--pool=mean"]
@@ -43,6 +44,7 @@ def command_lines(folder: Path, out: Path) -> dict[str, list[str]]:
     picture = f"--image={next(itertools.chain(train.rglob('*.jpg'), ['nothing.jpg']))}"
     lines = {
         "pretrain": [f"--data.path={train}", "--monitor.every_epochs=1", "--monitor.k=3", *PRETRAINING],
+        "recipe": [f"--data={pictures_of_voc}", "--budget=1m", "--device=cpu", f"--out={out / 'recipe.yaml'}"],
         "distill": [f"--data.path={train}", f"--teacher.ckpt={weights}", "--views.size=32", *TRAINING],
         "supervised": [f"--data.root={scenes}", "--augmentation.size=32", *TRAINING],
         "report": [

@@ -159,8 +159,8 @@ def sentence(error: BaseException) -> str:
     """An error's message in one line, without the traceback that one from inside a loader's worker carries."""
     text = str(error).strip()
     if lacks_memory(error):
-        wanted = re.search(r"allocate ([\d.]+ \w+)", text)
-        asked = f" ({wanted[1]} more were wanted)" if wanted else ""
+        bytes_asked = re.search(r"allocate ([\d.]+ \w+)", text)
+        asked = f" ({bytes_asked[1]} more were wanted)" if bytes_asked else ""
         return f"there is not enough memory{asked}: lower batch-size, sizes or workers"
     if "Traceback" in text:
         return text.splitlines()[-1].partition("Error: ")[2] or text.splitlines()[-1]
