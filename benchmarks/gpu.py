@@ -92,9 +92,9 @@ def all_parts(settings: Settings) -> dict[str, Part]:
     size = ["--train=40", "--val=20"] if trial else ["--train=2000", "--val=400"]
     parts["scenes"] = Part(["datasets/scenes.py", f"--out={scenes}", *size])
     runs = {
-        "run": [],
+        "run": ["--compile=false"],
         "compiled": ["--compile=true"],
-        "pieces": ["--accumulate=2", "--model.checkpoint_activations=true"],
+        "pieces": ["--compile=false", "--accumulate=2", "--model.checkpoint_activations=true"],
         "sharded_adamw": ["--shard=true", "--optimizer.name=adamw"],
         "sharded_soap": ["--shard=true", "--optimizer.name=soap"],
     }

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -233,6 +233,8 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(prototypes))
         self.register_buffer("_logit_sum", torch.zeros(prototypes), persistent=False)
         self._logit_count = 0
+        self.cross_entropy = cross_entropy
+        """In one pass over the logits where it has been compiled."""
 
     def forward(self, student: Tensor, teacher: Tensor, views: int, temperature: float) -> DINOOutput:
         """The loss of one micro-batch of B images.
@@ -255,7 +257,8 @@ class DINOLoss(nn.Module):
         )
         if student.is_cuda:  # all globals, then all locals: a GPU has the memory, and wants few, large kernels
             rows, targets = [2 * batch, len(student) - 2 * batch], [(both - p, 1), (both, 2)]
-        loss = CrossEntropy.apply(student, targets, rows, self.student_temperature, 1 / (2 * (views - 1) * batch))
+        share = 1 / (2 * (views - 1) * batch)
+        loss = CrossEntropy.apply(student, targets, rows, self.student_temperature, share, self.cross_entropy)
 
         with torch.no_grad():
             self._logit_sum += teacher.float().sum(0)
@@ -280,6 +283,24 @@ class DINOLoss(nn.Module):
         self._logit_count = 0
 
 
+def cross_entropy(
+    logits: Tensor, target: Tensor, total: Tensor | int, temperature: float, weight: float
+) -> tuple[Tensor, Tensor]:
+    """The sum over all rows of H(target, softmax(logits / temperature)), and `weight` times its gradient.
+
+    Args:
+        logits: [..., B, K]; target: [..., B, K] in float32; total: what a row of it adds up to, a number or [B, 1].
+
+    Returns:
+        [] and [..., B, K], both in the dtype of `target`.
+    """
+    z = logits.to(target.dtype) / temperature
+    log_norm = z.logsumexp(dim=-1, keepdim=True)
+    loss = (total * log_norm).sum() - (target * z).sum()
+    # total * softmax(z) - target
+    return loss, z.sub_(log_norm).exp_().mul_(total).sub_(target).mul_(weight / temperature)
+
+
 class CrossEntropy(torch.autograd.Function):
     """A weighted sum of cross-entropies H(target, softmax(logits / temperature)), and its gradient in the same pass.
 
@@ -295,34 +316,33 @@ class CrossEntropy(torch.autograd.Function):
         rows: int | list[int],
         temperature: float,
         weight: float,
+        sum_and_gradient: Callable[..., tuple[Tensor, Tensor]] = cross_entropy,
     ) -> Tensor:
         """Logits [N, K] -> `weight` times the sum over all rows, in float32.
 
         `targets`: for each `rows` of the logits, one after the other, [..., B, K] in float32, used again and again
         where there are fewer of them than rows, and what each adds up to: a number, or [B, 1].
+        `sum_and_gradient`: `cross_entropy`, maybe compiled.
         """
         gradient = torch.empty_like(logits)
         loss = torch.zeros((), device=logits.device)
         for part, of_part, (target, total) in zip(logits.split(rows), gradient.split(rows), targets, strict=True):
-            z = part.to(target.dtype) / temperature
-            z = z.view(len(part) // max(1, target.shape[-2]), *target.shape[-2:])
-            log_norm = z.logsumexp(dim=-1, keepdim=True)
-            loss += (total * log_norm).sum() - (target * z).sum()
-            # total * softmax(z) - target
-            z.sub_(log_norm).exp_().mul_(total).sub_(target).mul_(weight / temperature)
-            of_part.copy_(z.view_as(of_part))
+            z = part.view(len(part) // max(1, target.shape[-2]), *target.shape[-2:])
+            more, slope = sum_and_gradient(z, target, total, temperature, weight)
+            loss += more
+            of_part.copy_(slope.view_as(of_part))
         ctx.save_for_backward(gradient)
         ctx.rows = rows
         return loss * weight
 
     @staticmethod
-    def backward(ctx: Any, *of_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *of_loss: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         scaled = torch.empty_like(gradient)
         for target, part in zip(scaled.split(ctx.rows), gradient.split(ctx.rows), strict=True):
             # In the dtype of the loss: in bf16 a third, of three micro-batches, would be off by 0.2 %.
             target.copy_(part.to(of_loss[0].dtype).mul_(of_loss[0]))
-        return scaled, None, None, None, None
+        return scaled, None, None, None, None, None
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from skipless.ssl.monitor import CollapseAlarm, Monitor
 from skipless.ssl.objectives.objective import Objective
 from skipless.ssl.optim.optimizers import make_optimizer, set_rates
 from skipless.ssl.optim.schedules import DINOSchedule
+from skipless.ssl.run.compiling import Compiler, resolve_compile
 from skipless.ssl.run.meter import Meter
 from skipless.ssl.run.parallel import clip_grad_norm, full_backbone, parallelize
 from skipless.ssl.run.run import Run
@@ -56,11 +57,11 @@ def pretrain(cfg: Settings) -> Path:
     backbone = build_backbone(cfg.model, cfg.position_size, cfg.seed, None if cfg.earlier else images)
     student = build_dino(backbone, cfg.dino, cfg.model.pool, cfg.ibot.on, cfg.ibot.out_dim).to(device)
     distributed.sync(student)
-    teacher = make_teacher(student)
+    teacher, compiler = make_teacher(student), Compiler(cfg.compile is True)
     schedule = DINOSchedule(cfg.optimizer, cfg.dino, cfg.epochs, cfg.batch_size, len(images))
-    objective = Objective(cfg, student.backbone, schedule.steps_per_epoch, device)
-    student_parallel = parallelize(student, device, cfg.precision, cfg.shard, cfg.compile)  # DDP, FSDP2 or nothing
-    teacher_parallel = parallelize(teacher, device, cfg.precision, cfg.shard, cfg.compile)
+    objective = Objective(cfg, student.backbone, schedule.steps_per_epoch, device, compiler)
+    student_parallel = parallelize(student, device, cfg.precision, cfg.shard, compiler)  # DDP, FSDP2 or nothing
+    teacher_parallel = parallelize(teacher, device, cfg.precision, cfg.shard, compiler)
     optimizer = make_optimizer(student, cfg.optimizer)
     parts = {"student": student, "teacher": teacher, **objective.parts, "optimizer": optimizer}
     run = Run(cfg, schedule, device, cfg.data.path, {"images": len(images), "names": images.names_sha256}, parts)
@@ -129,19 +130,6 @@ def check_and_resolve(cfg: Settings, images: ImageSource, device: torch.device) 
             "shard is true, but no launcher has started the processes to shard over; use torchrun (--nproc-per-node 1 "
             "does for one GPU), or leave shard out"
         )
-    if cfg.shard and cfg.compile:
-        raise ValueError("shard and compile are true; they have not been made to work together: leave one of them out")
-    if cfg.compile and device.type == "cpu":
-        raise ValueError("compile is true, and the device is a CPU, where it gains nothing: leave it out")
-    if cfg.compile and cfg.model.attention == "xformers":
-        raise ValueError(
-            "compile is true and model.attention is 'xformers', which cannot be compiled: leave model.attention on auto"
-        )
-    if cfg.compile and cfg.ibot.on:
-        raise ValueError(
-            "compile is true and ibot.loss_weight is set; the number of masked patches changes from step to step, for "
-            "which compiled code would be made anew each time: leave one of them out"
-        )
     if cfg.dino.koleo_loss_weight and cfg.batch_size == distributed.world_size() * cfg.accumulate:
         raise ValueError(
             "dino.koleo_loss_weight is set, and a micro-batch has one image, which has no neighbors: lower accumulate"
@@ -174,8 +162,7 @@ def check_and_resolve(cfg: Settings, images: ImageSource, device: torch.device) 
             f"{cfg.optimizer.warmup_epochs:g} epochs and down to {cfg.optimizer.min_lr:g}; the teacher's momentum "
             f"rises from {cfg.dino.momentum_teacher:g} to 1, its temperature is {cfg.dino.teacher_temp:g}"
         )
-    if cfg.compile:
-        cfg.model.attention = "sdpa"  # xformers' kernels would cut the graph
+    resolve_compile(cfg, device)
     return cfg, notes
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import NullGPU, logged
 from PIL import Image
 
@@ -16,6 +17,7 @@ TINY = [
 CROPS = ["--crops.global_crops_size=32", "--crops.local_crops_size=16", "--crops.local_crops_number=2"]
 # The monitor's eigenvalues would be checked for convergence, against memory as it happens to be.
 DINO = [*TINY, *CROPS, "--monitor.every_epochs=0", "--dino.out_dim=32", "--dino.freeze_last_layer=1"]
+EAGER = "--compile=false"  # compiling takes as long as all of these together
 HAS_XFORMERS = importlib.util.find_spec("xformers") is not None
 # Of bf16, so that attention is what it is in a training run: xformers where it is installed.
 RUNS = {
@@ -29,7 +31,7 @@ RUNS = {
 RECIPE = [
     "--device=cuda", "--batch_size=128", "--epochs=2", "--data.workers=0", "--model.dim=96", "--model.depth=12",
     "--model.heads=3", "--optimizer.name=adamw", "--optimizer.warmup_epochs=1", "--dino.out_dim=64",
-    "--dino.hidden_dim=64", "--dino.freeze_last_layer=1", "--monitor.every_epochs=0", "--crops.device=device",
+    "--dino.hidden_dim=64", "--dino.freeze_last_layer=1", "--monitor.every_epochs=0", "--crops.device=device", EAGER,
 ]  # fmt: skip
 FAST = ["--device=cuda", "--workers=0"]
 # Those of dense features check their predictions, which a kernel that does nothing leaves as memory happens to be.
@@ -51,7 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(null_gpu: NullGPU, folder: Path, photos: Path, color_classes: Path, tiny_run: Path) -> dict[str, Any]:
     """What every command of one process did; they run one after the other in the same one."""
-    commands = {name: pretraining(photos, folder / name, *more) for name, more in RUNS.items()}
+    commands = {name: pretraining(photos, folder / name, EAGER, *more) for name, more in RUNS.items()}
+    compiled = pretraining(photos, folder / "compiled", *RUNS["adamw"])
+    commands |= {"compiled": compiled, "goes on": [*compiled, EAGER, "--resume=true"]}
     supervised = [f"--data.root={color_classes}", "--data.name=arrays", "--augmentation.size=16", *TINY]
     commands["supervised"] = ["skipless.ssl.supervised", f"--out={folder / 'supervised'}", *supervised]
     many = folder / "many"
@@ -97,6 +101,23 @@ def test_masked_patches_cost_at_most_half_of_the_step_again(alone: dict[str, Any
     assert launches["recipe"] < launches["ibot"] <= 1.5 * launches["recipe"]
 
 
+def test_training_is_compiled_by_default_and_goes_on_without(alone: dict[str, Any], folder: Path) -> None:
+    compiled = alone["compiled"]
+    assert compiled["status"] == 0, compiled["printed"]
+    assert "not compiled" not in compiled["printed"]
+    assert "attention: torch's varlen attention" in compiled["printed"]
+    launches = {
+        name: alone[name]["step"]["kernels"] + alone[name]["step"]["products"] for name in ("compiled", "adamw")
+    }
+    assert 200 < launches["compiled"] <= min(560, 0.8 * launches["adamw"])  # two micro-batches through two blocks
+    assert compiled["step"]["waits"] == 0
+    assert alone["goes on"]["status"] == 0, alone["goes on"]["printed"]
+    paths = (folder / name / "checkpoints/last.pt" for name in ("compiled", "adamw"))
+    ours, eager = (torch.load(path, map_location="cpu", weights_only=True) for path in paths)
+    for part in ("student", "teacher", "objective"):
+        assert ours[part].keys() == eager[part].keys()
+
+
 def test_the_log_says_which_attention_runs_and_why(alone: dict[str, Any]) -> None:
     packed = "one call for all crop sizes"
     chosen = (
@@ -133,7 +154,7 @@ def test_evaluations_end_with_a_figure(task: str, alone: dict[str, Any], folder:
 
 @pytest.mark.parametrize("way", ["ddp", "shard"])
 def test_two_gpus(way: str, null_gpu: NullGPU, folder: Path, photos: Path) -> None:
-    more = ["--optimizer.name=soap", *(["--shard=true"] if way == "shard" else [])]
+    more = [EAGER, "--optimizer.name=soap", *(["--shard=true"] if way == "shard" else [])]
     for done in null_gpu.run({way: pretraining(photos, folder / way, *more)}, folder, processes=2):
         assert done[way]["status"] == 0, done[way]["printed"]
         assert done[way]["collectives"] > 10

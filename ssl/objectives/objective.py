@@ -1,6 +1,7 @@
 """What a run minimizes: DINO's loss, and beside it iBOT, KoLeo and Gram where they have a weight."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from skipless.common.precision import autocast
 from skipless.ssl.config import Settings
 from skipless.ssl.data.masks import Masks
-from skipless.ssl.dino import DINOLoss, DINOOutput, Outputs
+from skipless.ssl.dino import DINOLoss, DINOOutput, Outputs, cross_entropy
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.objectives.gram import Gram
 from skipless.ssl.objectives.ibot import IBOTLoss
@@ -22,12 +23,20 @@ class Objective:
         cfg: resolved settings; backbone: the student's, before it is sharded.
     """
 
-    def __init__(self, cfg: Settings, backbone: VisionTransformer, steps_per_epoch: int, device: torch.device):
+    def __init__(
+        self,
+        cfg: Settings,
+        backbone: VisionTransformer,
+        steps_per_epoch: int,
+        device: torch.device,
+        compile: Callable[[Any], Any] = lambda function: function,
+    ):
         dino, ibot = cfg.dino, cfg.ibot
         how = (dino.student_temp, dino.center_momentum, dino.balancing)
         self.views = 2 + cfg.crops.local_crops_number
         self.weights = {"ibot": ibot.loss_weight, "koleo": dino.koleo_loss_weight, "gram": cfg.gram.loss_weight}
         self.dino = DINOLoss(dino.out_dim, *how).to(device)
+        self.dino.cross_entropy = compile(cross_entropy)
         self.ibot = IBOTLoss(ibot.out_dim or dino.out_dim, *how).to(device) if ibot.on else None
         self.gram = None
         if cfg.gram.on:

@@ -47,7 +47,11 @@ class Parallel:
 
 
 def parallelize(
-    network: nn.Module, device: torch.device, precision: str, shard: bool = False, compile: bool = False
+    network: nn.Module,
+    device: torch.device,
+    precision: str,
+    shard: bool = False,
+    compile: Callable[[Any], Any] = lambda network: network,
 ) -> Parallel:
     """Prepare a network, which all processes have with the same numbers, for training on all of them.
 
@@ -58,8 +62,8 @@ def parallelize(
             bf16 on CUDA the blocks are gathered in bf16. Parameters stay float32 where they are updated, and gradients
             are reduced in float32. The rest is gathered in float32, so that embeddings, the final norm and prototypes
             are what they are without sharding.
-        compile: the forward pass becomes one graph (with DistributedDataParallel one for each bucket of gradients,
-            which are sent while the next is computed). The network stays as it is, for checkpoints, and for
+        compile: a `Compiler`: the forward pass becomes one graph (with DistributedDataParallel one for each bucket of
+            gradients, which are sent while the next is computed). The network stays as it is, for checkpoints, and for
             measurements on images of other sizes, each of which would have to be compiled anew.
     """
     if device.type == "cpu":
@@ -73,8 +77,7 @@ def parallelize(
     elif trains and distributed.world_size() > 1:
         devices = [device] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(wrapped, devices, gradient_as_bucket_view=True)
-    forward = torch.compile(wrapped, dynamic=False) if compile else wrapped
-    return Parallel(wrapped, forward, autocast(device, precision == "bf16"))
+    return Parallel(wrapped, compile(wrapped), autocast(device, precision == "bf16"))
 
 
 class Bf16Weights(nn.Module):
@@ -98,7 +101,8 @@ class Bf16Weights(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         """What the network gives."""
-        parameters, copies = dict(self.network.named_parameters()), dict[str, Tensor]()
+        parameters: dict[str, Tensor] = dict(self.network.named_parameters())
+        copies: dict[str, Tensor] = {}
         for names in self.groups.values():
             copies.update(zip(names, _Bf16Copies.apply(*(parameters[name] for name in names)), strict=True))
         return torch.func.functional_call(self.network, copies, inputs)

@@ -24,12 +24,6 @@ USERS = ("torch_cuda", "c10_cuda", "torch_python", "torch_cuda_linalg", "caffe2_
 # What hands kernels over to the runtime when a library is loaded: the real runtime may keep it.
 REAL = re.compile(r"__cuda(Un)?[rR]egister\w+")
 PRODUCT = re.compile("gemm|Gemm|trsm|syrk|dot|gemv")
-DRIVER = {
-    "cuCtxGetCurrent": "int cuCtxGetCurrent(void **p) { *p = (void *)1; return 0; }",
-    "cuDevicePrimaryCtxGetState": (
-        "int cuDevicePrimaryCtxGetState(int d, unsigned *f, int *a) { *f = 0, *a = 1; return 0; }"
-    ),
-}
 
 
 class Unavailable(Exception):
@@ -42,6 +36,10 @@ def environment(folder: Path) -> dict[str, str]:
     return {
         "LD_PRELOAD": str(folder / "libnullgpu.so"),
         "LD_LIBRARY_PATH": str(folder / "lib"),
+        "TRITON_LIBCUDA_PATH": str(folder / "lib"),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE / "site"), str(source)]),
     }
 
@@ -72,11 +70,14 @@ def build(folder: Path) -> dict[str, str]:
     (folder / "rest.c").write_text(_rest(needed, header.read_text()))
     _run("gcc", *flags, "-shared", "-o", folder / "libnullgpu.so", *written, folder / "rest.c", "-lpthread")
 
-    driver = sorted(name for name in needed if re.match("cu[A-Z]", name))
-    text = "\n".join(DRIVER.get(name, f"int {name}(void) {{ return 0; }}") for name in driver)
-    (folder / "driver.c").write_text(text)
-    soname = "libcuda.so.1"
-    _run("gcc", "-w", "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", folder / "lib" / soname, folder / "driver.c")
+    soname, written = "libcuda.so.1", folder / "driver.o"
+    _run("gcc", *flags, "-c", "-o", written, HERE / "driver.c")
+    for source in (torch.parent / "triton/backends/nvidia").glob("driver.c"):
+        needed |= set(re.findall(r"\bcu[A-Z]\w+(?=\()", source.read_text()))
+    driver = {name for name in needed if re.match("cu[A-Z]", name)} - _symbols("--defined-only", written)
+    (folder / "rest.c").write_text("\n".join(f"int {name}(void) {{ return 0; }}" for name in sorted(driver)))
+    linked = ["-w", "-shared", "-fPIC", f"-Wl,-soname,{soname}"]
+    _run("gcc", *linked, "-o", folder / "lib" / soname, written, folder / "rest.c")
     return environment(folder)
 
 

@@ -135,6 +135,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
     case cudaDevAttrMaxGridDimX: *value = p.maxGridSize[0]; break;
     case cudaDevAttrMaxThreadsPerBlock: *value = p.maxThreadsPerBlock; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = p.maxThreadsPerMultiProcessor; break;
+    case cudaDevAttrMaxRegistersPerBlock: *value = p.regsPerBlock; break;
     case cudaDevAttrWarpSize: *value = p.warpSize; break;
     default: *value = 1;
     }
@@ -168,7 +169,7 @@ const char *cudaGetErrorString(cudaError_t error) { return "null"; }
 const char *cudaGetErrorName(cudaError_t error) { return "null"; }
 
 /* Kernels, those of other streams than the standard one also by themselves. */
-static void launched(cudaStream_t s) {
+void null_launched(void *s) {
     null_count(KERNELS);
     if (s) null_count(ASIDE);
 }
@@ -184,15 +185,15 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *n, const void *ke
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
     int *n, const void *kernel, int block, size_t shared, unsigned flags) { *n = 2; DONE; }
 cudaError_t cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **values, size_t shared, cudaStream_t s) {
-    launched(s);
+    null_launched(s);
     DONE;
 }
 cudaError_t __cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **values, size_t shared, cudaStream_t s) {
-    launched(s);
+    null_launched(s);
     DONE;
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *kernel, void **values) {
-    launched(config->stream);
+    null_launched(config->stream);
     DONE;
 }
 cudaError_t __cudaGetKernel(void **kernel, const void *function) { *kernel = (void *)function; DONE; }

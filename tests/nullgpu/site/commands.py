@@ -2,7 +2,7 @@
 
 A wait for the device within a step of training is an error, from the setting of its learning rate until the question
 whether the run is interrupted: outside lie log lines, checkpoints and the monitor. So is it in a command's first steps,
-but not in soap's very first, which waits for its eigenbases.
+but not in soap's very first, which waits for its eigenbases, nor in that of a compiled run, which tries its kernels.
 """
 
 import contextlib
@@ -52,7 +52,8 @@ def refuse_waits() -> None:
 def run(module: str, words: list[str]) -> dict[str, Any]:
     """A command's exit code, what it printed, and what the GPU had to do for it and for its last step."""
     global _steps
-    _steps = 2 if "WORLD_SIZE" in os.environ else int("--optimizer.name=soap" in words)
+    compiled = module.endswith("pretrain") and "--compile=false" not in words
+    _steps = 2 if "WORLD_SIZE" in os.environ else int("--optimizer.name=soap" in words or compiled)
     printed, status = io.StringIO(), 0
     nullgpu.reset()
     try:
