@@ -385,4 +385,9 @@ def diagnose_collapse(
             "for a skipless model set --model.pool mean and --model.init small, otherwise lower "
             "--dino.teacher_temp, lengthen the warm-up, or lower the learning rate"
         )
+    if usage_entropy - teacher_entropy < 0.002 * ceiling:  # in healthy runs at hand at least 0.028 of it
+        return (
+            "the teacher says the same of all images: its outputs no longer depend on them; start again with a lower "
+            "learning rate (--optimizer.lr) or a longer warm-up"
+        )
     return None

@@ -1,6 +1,6 @@
 """Is it learning? k-NN accuracy and token statistics of every block, on labeled images, during training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -107,22 +107,58 @@ class Monitor:
 
 
 class CollapseAlarm:
-    """Calls out collapse once, when several log lines in a row look like it.
+    """Calls out collapse once, when five log lines in a row look like it, and once a dead block: one after which all
+    patch tokens of an image are the same vector, twice in a row, where at every fifth line some images are looked at.
 
     Args:
         prototypes: K; warmup: steps at the start, in which a network may look so.
+        backbone: gives that of the student, whole; autocast: what it runs in.
     """
 
-    PATIENCE = 5
+    PATIENCE, IMAGES = 5, 8
 
-    def __init__(self, prototypes: int, warmup: int):
-        self.prototypes, self.warmup, self.suspicions = prototypes, warmup, 0
+    def __init__(
+        self,
+        prototypes: int,
+        warmup: int,
+        backbone: Callable[[], VisionTransformer],
+        autocast: AbstractContextManager[Any],
+    ):
+        self.prototypes, self.warmup, self.backbone, self.autocast = prototypes, warmup, backbone, autocast
+        self.suspicions = self.lines = 0
+        self.dead: set[int] | None = set()  # when last looked for; None once said
 
-    def __call__(self, step: int, means: dict[str, float]) -> list[str]:
-        """A warning, from the means of what `DINOOutput` holds (and maybe of other losses), or none."""
+    def __call__(self, step: int, means: dict[str, float], images: Tensor) -> list[str]:
+        """Warnings, if any. All processes must call it.
+
+        Args:
+            means: of what `DINOOutput` holds, and maybe of other losses.
+            images: [N, 3, H, W], as the student sees them.
+        """
         cause = diagnose_collapse(prototypes=self.prototypes, **{name: means[name] for name in DINOOutput._fields})
         self.suspicions = self.suspicions + 1 if cause and step > self.warmup else 0
-        return [f"WARNING at step {step}: {cause}"] if self.suspicions == self.PATIENCE else []
+        causes = [cause] if self.suspicions == self.PATIENCE else []
+        self.lines += 1
+        if self.lines % self.PATIENCE == 0 and step > self.warmup and self.dead is not None:
+            causes += self._look_for_dead_blocks(images[: self.IMAGES])
+        return [f"WARNING at step {step}: {cause}" for cause in causes]
+
+    @torch.no_grad()
+    def _look_for_dead_blocks(self, images: Tensor) -> list[str]:
+        network = self.backbone()
+        with self.autocast:
+            blocks = network.features(images, blocks=range(network.depth), norm=False)
+        shares = [mean_share(block.patches.flatten(1, 2)).mean().item() for block in blocks]
+        dead = {number for number, share in enumerate(shares, 1) if share > DEAD}
+        lasting, self.dead = dead & (self.dead or set()), dead
+        if not lasting:
+            return []
+        self.dead = None
+        return [
+            f"block {min(lasting)} of {network.depth} is dead: after it all patch tokens of an image are one vector; "
+            "start again with a lower learning rate (--optimizer.lr), and without skip connections with --model.init "
+            "small or a larger --model.beta"
+        ]
 
 
 class LabeledImages(Dataset):

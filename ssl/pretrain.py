@@ -68,11 +68,11 @@ def pretrain(cfg: Settings) -> Path:
     start = run.resume(may_change=("monitor.", "crops.device", "compile"), extend=cfg.extend)
 
     order = StepBatches(len(images), cfg.batch_size, cfg.accumulate, cfg.seed, start, schedule.steps)
-    masks = cfg.ibot.masks(size // cfg.model.patch)
+    masks, ln_k = cfg.ibot.masks(size // cfg.model.patch), math.log(cfg.dino.out_dim)
     loader, make_crops = crop_loader(images, cfg.crops, order, workers, device, cfg.precision == "bf16", masks)
     unreadable = UnreadableImages(images, cfg.data.max_unreadable, run.folder / "unreadable.txt")
     meter = Meter(objective.names, cfg.batch_size // cfg.accumulate, flops_per_image(student, cfg.crops), device)
-    alarm, ln_k = CollapseAlarm(cfg.dino.out_dim, schedule.warmup), math.log(cfg.dino.out_dim)
+    alarm = CollapseAlarm(cfg.dino.out_dim, schedule.warmup, partial(full_backbone, student), student_parallel.autocast)
     run.open(start, f"{len(images):,} images of {images.origin}", student.backbone, where_made(cfg.crops, device))
     run.say(*images.remarks, *monitor.introduction(), *notes)
 
@@ -112,7 +112,7 @@ def pretrain(cfg: Settings) -> Path:
             means, speed = meter.read()  # between two checkpoints the host waits for the device here alone
             more = {"below_ln_k": ln_k - means["loss"]} | now.metrics()
             run.log_step(done, means | more | speed, f"loss {means['loss']:.3f} (ln K {ln_k:.2f})")
-            run.say(*alarm(done, means))
+            run.say(*alarm(done, means, crops[0]))
         if not interrupted and done % schedule.steps_per_epoch == 0:
             measure_teacher(done)
         if saving:

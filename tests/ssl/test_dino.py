@@ -179,6 +179,7 @@ def test_collapse_is_named_with_a_remedy() -> None:
     uniform = math.log(k)
     assert "--model.pool mean" in (diagnose_collapse(uniform, uniform, 0.0, uniform, k) or "")
     assert "sinkhorn" in (diagnose_collapse(0.01, 0.0, 0.01, 0.02, k) or "")
+    assert "says the same of all images" in (diagnose_collapse(5.0, 3.0, 2.0, 3.001, k) or "")
     assert diagnose_collapse(5.0, 3.0, 2.0, 6.0, k) is None
 
 

@@ -24,6 +24,7 @@ from skipless.ssl import pretrain, supervised
 from skipless.ssl.config import Settings
 from skipless.ssl.data.loader import StepBatches
 from skipless.ssl.data.squares import normalized_squares
+from skipless.ssl.dino import update_teacher
 from skipless.ssl.model.build import build_backbone, embedding_of
 from skipless.ssl.model.embedding import sine_positions_, whiten_patches_
 from skipless.ssl.model.initialization import PRESETS, choose_beta
@@ -337,6 +338,30 @@ def test_a_divergence_is_named_and_the_checkpoint_before_it_outlives_it(
     assert named == [("13", "gradient's norm"), ("14", "loss")]
     kept = [path.name for path in whole_checkpoints(tmp_path / "run/checkpoints")]
     assert kept == ["step-10.pt", "step-15.pt", "step-20.pt"]
+
+
+@pytest.mark.parametrize(
+    ("whose", "part", "words", "within"),
+    [
+        ("teacher", "backbone.norm", "the teacher says the same of all images", 5),
+        ("student", "backbone.blocks.0.mlp.fc2", "block 1 of 2 is dead", 10),
+    ],
+    ids=["collapse", "dead block"],
+)
+def test_collapse_and_dead_blocks_are_named_within_some_log_lines(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str, part: str, words: str, within: int
+) -> None:
+    """From step 7 on, the second after the warm-up, a part gives the same whatever the image."""
+
+    def cut(teacher: torch.nn.Module, student: torch.nn.Module, momentum: float) -> None:
+        update_teacher(teacher, student, momentum)
+        if len(losses(tmp_path / "run")) >= 5:
+            torch.nn.init.zeros_({"teacher": teacher, "student": student}[whose].get_parameter(f"{part}.weight"))
+
+    monkeypatch.setattr(pretrain, "update_teacher", cut)
+    said = train(photos, tmp_path / "run")
+    (step,) = re.findall(rf"WARNING at step (\d+): {words}.*--optimizer.lr", said)
+    assert int(step) <= 6 + within
 
 
 def test_monitor_measures_every_block_before_and_after(photos: Path, tmp_path: Path) -> None:
