@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from skipless.common import distributed
-from skipless.common.files import write_atomically
+from skipless.common.files import save_tensors
 from skipless.common.pixels import crop_box, resample
 from skipless.datasets.labels.classes import LabeledSet
 from skipless.eval.classification import Pooling
@@ -170,4 +170,4 @@ def save(path: Path, identity: str, epoch: int, heads: Sequence[Heads], optimize
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = [head.state_dict() for head in heads]
     state = {"identity": identity, "epoch": epoch, "heads": weights, "optimizer": optimizer.state_dict()}
-    write_atomically(path, partial(torch.save, state))
+    save_tensors(path, state)

@@ -21,7 +21,7 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from skipless.common.distributed import all_reduce_mean, rank, world_size
-from skipless.common.files import write_atomically
+from skipless.common.files import save_tensors
 from skipless.datasets.labels.masks import VOID, SegmentationSet
 from skipless.eval.backbones import Backbone
 from skipless.eval.dense.augmentation import AugmentationSettings, Library, augment
@@ -105,7 +105,7 @@ def train_and_evaluate(
     if context.out and context.first:
         state = {name: tensor.cpu() for name, tensor in heads.state_dict().items()}
         context.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(context.out / "head.pt", partial(torch.save, state))
+        save_tensors(context.out / "head.pt", state)
         (context.out / "unfinished.pt").unlink(missing_ok=True)
     outcome.details = {"iterations": total, "train_images": len(train)}
     return outcome
@@ -152,7 +152,7 @@ def train_heads(
             if saved and context.first and done % SAVE_EVERY == 0:
                 parts = {"heads": heads.state_dict(), "optimizer": optimizer.state_dict()}
                 saved.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(saved, partial(torch.save, {"iteration": done, **parts, **identity}))
+                save_tensors(saved, {"iteration": done, **parts, **identity})
             progress.update()
     return total
 

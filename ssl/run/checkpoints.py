@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from skipless.common import distributed
-from skipless.common.files import write_atomically, write_text
+from skipless.common.files import refused, save_tensors, write_atomically, write_text
 from skipless.common.settings import renamed
 from skipless.ssl.dino import DINOModel
 from skipless.ssl.model.build import filled_backbone
@@ -50,10 +50,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step}.pt"
-    write_atomically(path, lambda beside: torch.save(state, beside))
+    save_tensors(path, state)
     point_last_at(folder, path.name)
-    for unfinished in folder.glob(".step-*.pt.*"):  # of a process that was killed while it wrote
-        unfinished.unlink()
     _delete_old(path, keep, state.get("spared"))
     return path
 
@@ -157,14 +155,18 @@ def save_shards(folder: Path, step: int, state: dict[str, Any], keep: int) -> Pa
         beside.mkdir(parents=True)
     distributed.any_process(False)  # the folder is there
     writer = dcp.FileSystemWriter(beside)  # waits for the disk
-    dcp.save(_sharded(state), storage_writer=writer)
+    try:
+        dcp.save(_sharded(state), storage_writer=writer)
+    except dcp.api.CheckpointException as error:  # on all processes
+        cause = next(iter(error.failures.values()))[0]
+        raise refused(path, cause) or OSError(f"{path} cannot be written ({cause}): is the disk full?") from None
     prefix = "backbone."
     teacher = {name.removeprefix(prefix): t for name, t in state["teacher"].items() if name.startswith(prefix)}
     backbone = assemble(state["architecture"], teacher)
     if first_process:
         rest = {name: value for name, value in state.items() if name not in SHARDED}
         rest["shards"] = distributed.world_size()
-        write_atomically(beside / "state.pt", lambda file: torch.save(rest, file))
+        save_tensors(beside / "state.pt", rest)
         settings = state["settings"]
         export_backbone(beside, backbone, {"pool": settings["model"]["pool"], "step": step, "settings": settings})
         if path.exists():  # written by a job that was killed before it pointed last.pt here

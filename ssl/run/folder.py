@@ -111,6 +111,15 @@ def in_place_of_last(checkpoint: Path) -> list[str]:
     return [f"{last} {wrong}: goes on from {inside.name}, the newest whole checkpoint"]
 
 
+def last_in_words(checkpoints: Path) -> str:
+    """What a run that has ended can go on from."""
+    path = last_checkpoint(checkpoints)
+    if path is None:
+        return "there is no checkpoint yet"
+    path = path.resolve()
+    return f"the last checkpoint is {(path.parent if path.name == 'state.pt' else path).stem.replace('-', ' ')}"
+
+
 def older_beside(checkpoint: Path) -> str:
     """What can be done about a damaged checkpoint; empty where none is beside it."""
     path = checkpoint.resolve()

@@ -1,22 +1,26 @@
 """What a run says: metrics.jsonl, TensorBoard, W&B, and one progress line."""
 
+import contextlib
 import json
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from skipless.common.files import write_text
+from skipless.common.files import append_text, write_text
 
 
 class RunLog:
     """Writes metrics where people look for them. On all processes but the first it does nothing.
 
     A resumed run appends: lines of metrics.jsonl past the step it resumes from are dropped first, so that each step is
-    there once.
+    there once. Training does not end where a log cannot be written: that is said once, and lines of metrics.jsonl are
+    written when it can be.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], start: int, total: int, active: bool, wandb: bool):
@@ -33,7 +37,8 @@ class RunLog:
             self.remarks.append(f"{path} has no lines of steps {logged:,.0f} to {start:,}: they are lost")
         write_text(path, "".join(line + "\n" for line in kept))
         self.recorded = {(_step(line), name) for line in kept for name in json.loads(line)}
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115
+        self.path, self.unwritten, self.failed = path, "", set[str]()
+        threading.excepthook = _report
         self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=start + 1 if start else None)
         if wandb:
             import wandb as package
@@ -49,23 +54,39 @@ class RunLog:
     def advance(self) -> None:
         """Move the progress bar by one step."""
         if self.active:
-            self.bar.update()
+            self._on_screen(self.bar.update)
 
     def metrics(self, step: int, epoch: float, values: dict[str, Any]) -> None:
         """Record values at a step: numbers, and lists of numbers by block."""
         if not self.active:
             return
-        self.file.write(json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n")
+        self.unwritten += json.dumps({"step": step, "epoch": round(epoch, 4), **values}) + "\n"
+        self._unless_refused("metrics.jsonl", self._write_lines)
         flat: dict[str, float] = {}
         for name, value in values.items():
             entries = (
                 {f"{name}/block_{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
             )
             flat |= {key: v for key, v in entries.items() if isinstance(v, int | float)}
-        for name, value in flat.items():
-            self.tensorboard.add_scalar(name, value, step)
+        self._unless_refused("tensorboard", lambda: self._add_scalars(flat, step))
         if self.wandb is not None:
-            self.wandb.log(flat, step=step)
+            self._unless_refused("W&B", lambda: self.wandb.log(flat, step=step))
+
+    def _write_lines(self) -> None:
+        append_text(self.path, self.unwritten)
+        self.unwritten = ""
+
+    def _add_scalars(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value, step)
+
+    def _unless_refused(self, name: str, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except Exception as error:
+            if name not in self.failed:
+                self.failed.add(name)
+                self.say(f"{name} cannot be written ({error}): training goes on")
 
     def has(self, step: int, name: str) -> bool:
         """Whether the run that is resumed recorded a value of this name at this step."""
@@ -75,7 +96,7 @@ class RunLog:
         """The text at the end of the progress line; without a terminal, a line with it every half minute."""
         if not self.active:
             return
-        self.bar.set_postfix_str(text)
+        self._on_screen(lambda: self.bar.set_postfix_str(text))
         now = time.monotonic()
         if self.bar.disable and now - self.last_line > 30:
             self.last_line = now
@@ -85,16 +106,27 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line for people, above the progress bar."""
         if self.active:
-            tqdm.write(text, file=sys.stderr)
+            self._on_screen(lambda: tqdm.write(text, file=sys.stderr))
+
+    def _on_screen(self, write: Callable[[], object]) -> None:
+        """To a terminal that may be closed, a pipe that nobody reads, or a file on a full disk."""
+        with contextlib.suppress(OSError, ValueError):
+            write()
 
     def close(self) -> None:
         """Bring everything to the disk."""
         if self.active:
-            self.bar.close()
-            self.file.close()
-            self.tensorboard.close()
+            self._on_screen(self.bar.close)
+            self._unless_refused("metrics.jsonl", self._write_lines)
+            self._unless_refused("tensorboard", self.tensorboard.close)
             if self.wandb is not None:
-                self.wandb.finish()
+                self._unless_refused("W&B", self.wandb.finish)
+
+
+def _report(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands its errors on to `add_scalar`: they need not be printed, too."""
+    if "tensorboard" not in type(failure.thread).__module__:
+        threading.__excepthook__(failure)
 
 
 def _step(line: str) -> float:

@@ -1,9 +1,11 @@
 """A training run on disk: its folder, log and checkpoints, and the signals that end it. It sees no loss or gradient."""
 
 import math
+import shutil
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,7 +23,7 @@ from skipless.ssl.model.attention import choose_backend
 from skipless.ssl.model.vit import Attention, VisionTransformer
 from skipless.ssl.optim.schedules import Schedule
 from skipless.ssl.run.checkpoints import export_backbone, load_checkpoint, load_shards, save_checkpoint, save_shards
-from skipless.ssl.run.folder import in_place_of_last, last_checkpoint, lock_folder
+from skipless.ssl.run.folder import in_place_of_last, last_checkpoint, last_in_words, lock_folder
 from skipless.ssl.run.logging import RunLog
 from skipless.ssl.run.parallel import is_sharded
 from skipless.ssl.run.watch import Watch
@@ -147,8 +149,9 @@ class Run:
         if self.first_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.folder)
-            for unfinished in self.folder.glob(".*.*.[0-9]*"):  # of a process that was killed while it wrote
-                unfinished.unlink()
+            for folder in (self.folder, self.folder / "checkpoints"):
+                for unfinished in folder.glob(".*.*.[0-9]*"):  # of a process that was killed while it wrote
+                    unfinished.unlink()
             write_text(self.folder / "settings.yaml", yaml.safe_dump(written, sort_keys=False))
         steps = self.schedule.steps
         self.log = RunLog(self.folder, written, start, steps, active=self.first_process, wandb=settings.wandb)
@@ -271,6 +274,7 @@ class Run:
 
         Raises:
             ValueError: weights are not finite; nothing is written.
+            OSError: the disk refuses it; says what the last checkpoint is.
         """
         self._check_finite(step)
         if not (self.first_process or self.sharded):
@@ -285,8 +289,18 @@ class Run:
             **self.data,
         }
         write = save_shards if self.sharded else save_checkpoint
-        write(self.folder / "checkpoints", step, state, self.settings.keep)
+        with self._saying_what_is_left(step):
+            write(self.folder / "checkpoints", step, state, self.settings.keep)
         self.saved = step
+
+    @contextmanager
+    def _saying_what_is_left(self, step: int) -> Iterator[None]:
+        checkpoints = self.folder / "checkpoints"
+        try:
+            yield
+        except OSError as error:
+            shutil.rmtree(checkpoints / f".step-{step}", ignore_errors=True)
+            raise OSError(f"stopped at step {step}: {error}; {last_in_words(checkpoints)}") from None
 
     def _close(self) -> None:
         self.log.close()
@@ -324,7 +338,8 @@ class Run:
                 **provenance(self.device),
                 "settings": plain(self.settings),
             }
-            export_backbone(self.folder, backbone, facts)
+            with self._saying_what_is_left(self.schedule.steps):
+                export_backbone(self.folder, backbone, facts)
         self.say(*remarks, f"done: {name} is {self.folder / 'backbone.safetensors'}")
         self._close()
         return self.folder

@@ -1,15 +1,21 @@
 """The training command as a user runs it: its equivalences, its endings, and its errors."""
 
+import contextlib
 import dataclasses
+import errno
+import itertools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import typing
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -292,6 +298,71 @@ def test_weights_that_an_update_ruined_are_neither_saved_nor_exported(
     assert "stopped at step 20: weights are NaN" in error_line(done.stderr)
     assert last(tmp_path / "run")["step"] == 15
     assert not (tmp_path / "run/backbone.safetensors").exists()
+
+
+def after_steps(count: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Let something happen in the middle of a step of training."""
+    steps, update = itertools.count(1), pretrain.update_teacher
+
+    def acting(*arguments: typing.Any) -> None:
+        update(*arguments)
+        if next(steps) == count:
+            act()
+
+    monkeypatch.setattr(pretrain, "update_teacher", acting)
+
+
+def full_disk(_: int) -> typing.NoReturn:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_disk_that_refuses_a_checkpoint(
+    photos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """Full, or `ulimit -f`: a sentence, the last checkpoint whole, nothing beside it, and the run can be resumed."""
+    out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    refuse = (
+        partial(monkeypatch.setattr, os, "fsync", full_disk)
+        if full
+        else partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    )
+    with monkeypatch.context() as patch:
+        after_steps(7, patch, refuse)
+        done = run(photos, out)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.undo()
+    checkpoints = out / "checkpoints"
+    said = {
+        True: f"no space left in {checkpoints} for step-10.pt",
+        False: f"{checkpoints / 'step-10.pt'} cannot be written: File too large",
+    }[full]
+    assert done.returncode == 2
+    assert error_line(done.stderr) == f"stopped at step 10: {said}; the last checkpoint is step 5"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["last.pt", "step-5.pt"]
+    (out / ".metrics.jsonl.123").touch()  # of a process that was killed while it wrote
+    (checkpoints / ".step-10.pt.123").touch()
+    train(photos, out, "--resume")
+    assert_same_weights(out, reference)
+    assert [path.name for path in out.rglob(".*")] == [".lock"]
+
+
+def test_logs_that_cannot_be_written_do_not_end_training(
+    photos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For some steps metrics.jsonl is on a full disk, and nobody reads what is said (`2>&1 | head`)."""
+    metrics, aside = tmp_path / "run/metrics.jsonl", tmp_path / "run/aside"
+    read, write = os.pipe()
+    os.close(read)
+
+    def main(words: Sequence[str]) -> None:
+        after_steps(7, monkeypatch, lambda: (metrics.rename(aside), metrics.symlink_to("/dev/full")))
+        after_steps(14, monkeypatch, lambda: aside.rename(metrics))
+        with contextlib.redirect_stderr(os.fdopen(write, "w")):
+            pretrain.main(words)
+
+    assert call(main, words(photos, tmp_path / "run")).returncode == 0
+    assert losses(tmp_path / "run") == losses(reference)
 
 
 ORPHAN = """

@@ -109,6 +109,9 @@ def guard(command: Callable[[], object]) -> None:
 
     # Imported by whoever works with tensors; a command that does not shall not wait seconds for torch.
     distributed: Any = sys.modules.get("skipless.common.distributed")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed; takes the number that else the next file would get
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of file names that are no text
     status = interrupted = 0
@@ -123,12 +126,12 @@ def guard(command: Callable[[], object]) -> None:
         sys.stderr.close()
         status = 141
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from what was saved; for training, with --resume", file=sys.stderr)
+        _tell("interrupted: the same command goes on from what was saved; for training, with --resume")
         status = 130
     except Exception as error:
         if isinstance(error, ValueError | OSError | ArgumentError) or lacks_memory(error):
             who = f" (process {distributed.rank()})" if distributed and distributed.rank() else ""
-            print(f"error{who}: {sentence(error)}", file=sys.stderr)
+            _tell(f"error{who}: {sentence(error)}")
             status = 2
         elif distributed and distributed.world_size() > 1:
             traceback.print_exc()
@@ -137,11 +140,11 @@ def guard(command: Callable[[], object]) -> None:
             raise
     finally:
         _end_loader_workers()
+        _leave_stderr()
     if distributed and status and distributed.world_size() > 1:
         # The others may wait for this process in a collective, and leaving the group would then wait for them.
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
-                stream.flush()
+        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
+            sys.stdout.flush()
         os._exit(status)
     if distributed:
         distributed.stop()
@@ -393,6 +396,19 @@ def _expand_home(settings: T) -> T:
         if (new := expanded(value)) is not value:
             object.__setattr__(settings, field.name, new)
     return settings
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it
+        print(text, file=sys.stderr)
+
+
+def _leave_stderr() -> None:
+    """Let no line that could not be written decide the exit code."""
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _end_loader_workers() -> None:

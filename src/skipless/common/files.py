@@ -1,7 +1,10 @@
 """Files that appear whole or not at all, and results for machines and for people."""
 
+import contextlib
+import errno
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,7 +14,11 @@ from typing import Any
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, bring it to the disk, and rename it to `path`."""
+    """Let `write` fill a file beside `path`, bring it to the disk, and rename it to `path`.
+
+    Raises:
+        OSError: the disk refuses it; says what and why in words.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(beside)
@@ -21,8 +28,55 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.umask(mask)
         beside.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
         os.replace(beside, path)
+    except Exception as error:
+        if refusal := refused(path, error):
+            raise refusal from None
+        raise
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, state: Any) -> None:
+    """torch.save, atomically; raises as `write_atomically` does. (Torch's own writer does not tell why it fails.)"""
+    import torch
+
+    def write(beside: Path) -> None:
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+
+    write_atomically(path, write)
+
+
+def refused(path: Path, error: BaseException) -> OSError | None:
+    """In words, what the disk said that led to this error of writing `path`; None if it said nothing.
+
+    Args:
+        error: Python's, torch's (its context is Python's) or safetensors' (its text has the number).
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        number = re.search(r"\(os error (\d+)\)", str(cause))
+        code = cause.errno if isinstance(cause, OSError) else int(number[1]) if number else None
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            return OSError(f"no space left in {path.parent} for {path.name}")
+        if code is not None:
+            return OSError(f"{path} cannot be written: {os.strerror(code)}")
+        cause = cause.__context__ if isinstance(error, RuntimeError) else None
+    return None
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append to a text file, or leave it as it is and raise OSError."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        data = text.encode()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 @contextmanager
