@@ -136,6 +136,7 @@ def test_wheel_holds_every_source_file_and_recipe(tmp_path: Path) -> None:
     expected |= {f"skipless/common/{file.name}" for file in python_files("common")}
     for folder in FOLDERS:
         files = [*python_files(folder), *(ROOT / folder).rglob("*.yaml"), *(ROOT / folder).rglob("*.html")]
+        files += (ROOT / folder).rglob("shipped/*.*")
         expected |= {f"skipless/{file.relative_to(ROOT).as_posix()}" for file in files}
     assert {name for name in held if ".dist-info/" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") for name in held)
