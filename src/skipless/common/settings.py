@@ -67,12 +67,14 @@ def refuse_nonsense(settings: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             refuse_nonsense(value, f"{name}.")
             continue
+        if value == field.default:
+            continue
         for part in value if isinstance(value, tuple | list) else (value,):
             if isinstance(part, int | float) and not (math.isfinite(part) and abs(part) <= LARGEST):
                 raise ValueError(f"{name} is {part:g}; give a number that is finite and not beyond {LARGEST:g}")
             if isinstance(part, int | float) and part < 0 and field.name not in SIGNED:
                 raise ValueError(f"{name} is {part:g}; it cannot be negative")
-            if isinstance(part, str | Path) and not str(part).strip() and part != field.default:
+            if isinstance(part, str | Path) and not str(part).strip():
                 raise ValueError(f"{name} is empty: give it a value, or leave it out")
             if field.name in WRITTEN and isinstance(part, str | Path) and re.match(r"\w+:/", str(part)):
                 raise ValueError(f"{name} is {part}, an address: give a path on this machine, and copy what is there")
