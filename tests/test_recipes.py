@@ -71,7 +71,7 @@ def test_dino_settings_are_the_official_ones() -> None:
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("vits16")])
 def test_one_gpu_version_keeps_the_batch(name: str) -> None:
     one = settings(name, "--config", str(CONFIGS / "one_gpu.yaml"))
-    assert (one.batch_size, one.accumulate) == (1024, 8)
+    assert (one.batch_size, one.accumulate) == (1024, 4)
 
 
 @pytest.mark.parametrize("name", DISTILLED)
@@ -124,7 +124,7 @@ def test_deit_settings_are_the_published_ones() -> None:
     assert (images.mixup, images.cutmix, images.label_smoothing, images.erasing) == (0.8, 1.0, 0.1, 0.25)
     assert (images.size, images.scale, images.randaugment) == (224, (0.08, 1.0), 9)
     one = supervised_settings("supervised_vitb16_residual", "--config", str(CONFIGS / "one_gpu.yaml"))
-    assert (one.batch_size, one.accumulate) == (1024, 8)
+    assert (one.batch_size, one.accumulate) == (1024, 4)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "soap", "muon"])
