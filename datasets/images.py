@@ -8,7 +8,10 @@
 No label file is needed. Where the folders right below the root are classes, `labels` and `classes` come from them.
 """
 
+import errno
 import hashlib
+import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +30,9 @@ from skipless.datasets.storage.shards import INDEX, Shards, read_index, read_sha
 from skipless.datasets.storage.tar import expand_braces, scan_shards
 from skipless.datasets.storage.zip import list_archive, read_zip_member
 
+DISK_ERRORS = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV)
+PAUSES = (0.5, 1, 2, 4, 8, 15)  # seconds before another try
+
 
 class UnreadableImage(ValueError):
     """An image that cannot be read: `path` says where it lies (printable), `reason` what is wrong with it."""
@@ -38,6 +44,10 @@ class UnreadableImage(ValueError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+class GoneError(OSError):
+    """The place where the images lie is not there any more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,13 +96,38 @@ class ImageSource:
             raise UnreadableImage(self.place(index), str(error)) from error
 
     def read_bytes(self, index: int) -> bytes:
-        """The image's file as it is stored. Raises UnreadableImage."""
+        """The image's file as it is stored. Waits for a disk that is away to come back, half a minute at most.
+
+        Raises:
+            UnreadableImage: it cannot be read; GoneError: none can.
+        """
+        for pause in (*PAUSES, 0):
+            try:
+                if self.members is None or self.fetch is None:
+                    return read_file(self.root / self.names[index])
+                return self.fetch(*self.members[index].tolist())
+            except (OSError, ValueError) as error:
+                failure, there = error, self._there()
+                if there and getattr(error, "errno", None) not in DISK_ERRORS:
+                    break
+            time.sleep(pause)
+        if there:
+            raise UnreadableImage(self.place(index), reason_of(failure)) from failure
+        raise GoneError(
+            f"the images in {self.origin or self.root} have been gone for {sum(PAUSES):.0f} seconds: is the disk still "
+            "there?"
+        ) from failure
+
+    def _there(self) -> bool:
+        """Whether the folder or the archive is; a disk that is not mounted leaves an empty folder."""
+        if "://" in self.origin or self.origin.startswith("hf:"):  # their readers wait themselves
+            return True
+        place = self.origin or self.root
         try:
-            if self.members is None or self.fetch is None:
-                return read_file(self.root / self.names[index])
-            return self.fetch(*self.members[index].tolist())
-        except (OSError, ValueError) as error:
-            raise UnreadableImage(self.place(index), reason_of(error)) from error
+            with os.scandir(place) as entries:
+                return any(entries)
+        except OSError:
+            return os.path.isfile(place)
 
     def place(self, index: int) -> str:
         """Where an image lies, for messages."""

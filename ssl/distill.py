@@ -110,7 +110,7 @@ def distill(cfg: Settings) -> Path:
             meter.restart_clock()
 
     measure(start)
-    batches = meter.timed(iter(loader))
+    batches = meter.timed(run.saving_where_data_ends(iter(loader)))
     for step in range(start, schedule.steps):
         now = schedule.at(step)
         set_rates(optimizer, now.lr, now.weight_decay, freeze_last_layer=False)
@@ -134,7 +134,7 @@ def distill(cfg: Settings) -> Path:
         done = step + 1
         saving = (interrupted := run.interrupted()) or run.save_due(done)
         if saving or done % cfg.log_every == 0:
-            unreadable.check()
+            unreadable.check(partial(run.save, done))
             means, speed = meter.read()  # between two checkpoints the host waits for the device here alone
             text = f"loss {means['loss']:.3f}, cosine similarity {means['cosine']:.3f}"
             run.log_step(done, means | now.metrics() | speed, text)

@@ -82,7 +82,7 @@ def pretrain(cfg: Settings) -> Path:
             meter.restart_clock()  # images a second are those of training
 
     measure_teacher(start)
-    batches = meter.timed(iter(loader))
+    batches = meter.timed(run.saving_where_data_ends(iter(loader)))
     for step in range(start, schedule.steps):
         now = schedule.at(step)
         set_rates(optimizer, now.lr, now.weight_decay, now.last_layer_frozen)
@@ -108,7 +108,7 @@ def pretrain(cfg: Settings) -> Path:
         done = step + 1
         saving = (interrupted := run.interrupted()) or run.save_due(done)
         if saving or done % cfg.log_every == 0:
-            unreadable.check()
+            unreadable.check(partial(run.save, done))
             means, speed = meter.read()  # between two checkpoints the host waits for the device here alone
             more = {"below_ln_k": ln_k - means["loss"]} | now.metrics()
             run.log_step(done, means | more | speed, f"loss {means['loss']:.3f} (ln K {ln_k:.2f})")

@@ -128,7 +128,7 @@ def train(cfg: Settings) -> Path:
             meter.restart_clock()
 
     measure(start)
-    batches = meter.timed(iter(loader))
+    batches = meter.timed(run.saving_where_data_ends(iter(loader)))
     for step in range(start, schedule.steps):
         now = schedule.at(step)
         set_rates(optimizer, now.lr, now.weight_decay, freeze_last_layer=False)

@@ -149,16 +149,19 @@ class UnreadableImages:
 
     def __init__(self, images: ImageSource, share: float, path: Path):
         self.images, self.share, self.path = images, share, path
-        known = path.read_text().splitlines() if path.exists() else []  # by a run that is resumed
-        self.here: set[str] = set(known)
+        known = set(path.read_text().splitlines()) if path.exists() else set()  # by a run that is resumed
+        self.here: set[str] = known if len(known) <= share * len(images) else set()  # too many have been mended since
         self.everywhere: set[str] = set()
 
     def add(self, lines: list[str]) -> None:
         """Note `path: reason` of images that this process could not read."""
         self.here.update(lines)
 
-    def check(self) -> None:
+    def check(self, save: Callable[[], object]) -> None:
         """Write the file where there are new ones. All processes must call it.
+
+        Args:
+            save: called where there are too many, before the run ends.
 
         Raises:
             ValueError: there are too many.
@@ -170,10 +173,11 @@ class UnreadableImages:
         if distributed.rank() == 0:
             write_text(self.path, "".join(f"{line}\n" for line in sorted(everywhere)))
         if len(everywhere) > self.share * len(self.images):
+            save()
             raise ValueError(
                 f"{len(everywhere)} of {len(self.images)} images in {self.images.origin} cannot be read, more than "
                 f"data.max_unreadable ({self.share:g}) allows: {'; '.join(sorted(everywhere)[:5])}; "
-                f"{self.path} has all"
+                f"{self.path} has all. The run is saved: mend them, and go on with --resume"
             )
 
     def in_words(self) -> list[str]:

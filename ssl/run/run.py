@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import yaml
@@ -27,6 +27,8 @@ from skipless.ssl.run.folder import in_place_of_last, last_checkpoint, last_in_w
 from skipless.ssl.run.logging import RunLog
 from skipless.ssl.run.parallel import is_sharded
 from skipless.ssl.run.watch import Watch
+
+Batch = TypeVar("Batch")
 
 # Settings, and groups of them, that a resumed run may have others of.
 FREE = ("out", "device", "wandb", "keep", "log_every", "save_every_epochs", "accumulate")
@@ -62,6 +64,7 @@ class Run:
         self.folder = Path(settings.out)
         self.sharded = is_sharded(parts["student"])
         self.first_process = distributed.rank() == 0
+        self.start = self.done = 0  # steps, before this process and with its own
         self.seconds_before, self.began = 0.0, time.perf_counter()
         self.signaled = self.ended_by = 0  # numbers of signals: that here, that of all processes
         self.watch = Watch()
@@ -153,6 +156,7 @@ class Run:
                 for unfinished in folder.glob(".*.*.[0-9]*"):  # of a process that was killed while it wrote
                     unfinished.unlink()
             write_text(self.folder / "settings.yaml", yaml.safe_dump(written, sort_keys=False))
+        self.start = self.done = start
         steps = self.schedule.steps
         self.log = RunLog(self.folder, written, start, steps, active=self.first_process, wandb=settings.wandb)
         parameters = sum(p.numel() for p in network.parameters())
@@ -188,9 +192,32 @@ class Run:
 
     def interrupted(self) -> bool:
         """Count a step, and tell whether any process was asked to end."""
+        self.done += 1
         self.log.advance()
         self.ended_by = int(distributed.all_reduce_max(torch.tensor(float(self.signaled))).item())
         return self.ended_by > 0
+
+    def saving_where_data_ends(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; where one process fails to get its next, all save what is done, and end.
+
+        Raises:
+            ValueError: in this process, or in another.
+        """
+        while True:
+            failure = None
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (OSError, ValueError) as error:
+                failure = cli.sentence(error)
+            if distributed.any_process(failure is not None):
+                reason = failure or "another process cannot read its images"
+                if self.done == self.start:
+                    raise ValueError(reason)
+                self.save(self.done)
+                raise ValueError(f"{reason}; step {self.done} is saved: go on with --resume")
+            yield batch
 
     def save_due(self, step: int) -> bool:
         """Whether a checkpoint is due after so many steps."""

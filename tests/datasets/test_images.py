@@ -43,6 +43,7 @@ def test_unreadable_image_survives_pickling() -> None:
 
 def test_a_file_that_vanished_is_unreadable(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
+    save(tmp_path / "b.png")
     images = open_images(tmp_path)
     (tmp_path / "a.png").unlink()
     with pytest.raises(UnreadableImage, match="No such file"):

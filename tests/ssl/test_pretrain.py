@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import typing
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +26,7 @@ import yaml
 from helpers import ROOT, Done, Running, call, error_line, logged, run_group, start
 
 from skipless.common import cli
+from skipless.datasets import images
 from skipless.datasets.images import open_images
 from skipless.ssl import pretrain, supervised
 from skipless.ssl.config import Settings
@@ -539,6 +541,46 @@ def test_unreadable_images_are_listed_and_too_many_stop_the_run(photos: Path, tm
     assert strict.returncode == 2
     assert broken.name in error_line(strict.stderr)
     assert "data.max_unreadable (0.01)" in strict.stderr
+    assert 0 < last(tmp_path / "b")["step"] <= 5
+    shutil.copy(photos / broken.relative_to(data), broken)
+    train(data, tmp_path / "b", "--resume")
+
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_a_run_whose_images_are_gone_waits_for_them_and_then_saves(
+    photos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returns: bool
+) -> None:
+    data, away, out = tmp_path / "data", tmp_path / "away", tmp_path / "run"
+    shutil.copytree(photos, data)
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if returns and len(pauses) == 3:
+            away.rename(data)
+
+    monkeypatch.setattr(images, "time", types.SimpleNamespace(sleep=sleep))
+    after_steps(7, monkeypatch, lambda: data.rename(away))
+    done = run(data, out)
+    if not returns:
+        assert done.returncode == 2
+        said = error_line(done.stderr)
+        assert said.startswith(f"the images in {data} have been gone for 30 seconds: is the disk still there?")
+        assert said.endswith("step 7 is saved: go on with --resume")
+        assert 30 <= sum(pauses) < 31
+        away.rename(data)
+        train(data, out, "--resume")
+    assert_same_weights(out, reference)
+
+
+def test_a_killed_loader_process_is_named(photos: Path, tmp_path: Path) -> None:
+    command = start(COMMAND, words(photos, tmp_path / "run", "--data.workers=1", "--epochs=400"))
+    wait_for_losses(command, tmp_path / "run", 1)
+    loader = subprocess.run(["pgrep", "-P", str(command.process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(loader.stdout.split()[-1]), signal.SIGKILL)
+    done = command.wait()
+    assert done.returncode == 2
+    assert error_line(done.stderr).startswith("a process that loads images was killed, most likely for want of memory")
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def guard(command: Callable[[], object]) -> None:
         _tell("interrupted: the same command goes on from what was saved; for training, with --resume")
         status = 130
     except Exception as error:
-        if isinstance(error, ValueError | OSError | ArgumentError) or lacks_memory(error):
+        if isinstance(error, ValueError | OSError | ArgumentError) or lacks_memory(error) or _lost_worker(error):
             who = f" (process {distributed.rank()})" if distributed and distributed.rank() else ""
             _tell(f"error{who}: {sentence(error)}")
             status = 2
@@ -158,9 +158,19 @@ def lacks_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or re.search(said, str(error)) is not None
 
 
+def _lost_worker(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+
+
 def sentence(error: BaseException) -> str:
     """An error's message in one line, without the traceback that one from inside a loader's worker carries."""
     text = str(error).strip()
+    if _lost_worker(error):
+        where = "shared memory (/dev/shm; Docker: --shm-size)" if "shared memory" in text else "memory"
+        return (
+            f"a process that loads images was killed, most likely for want of {where}: take fewer (workers), or more "
+            "memory; training goes on with --resume"
+        )
     if lacks_memory(error):
         bytes_asked = re.search(r"allocate ([\d.]+ \w+)", text)
         asked = f" ({bytes_asked[1]} more were wanted)" if bytes_asked else ""
