@@ -37,7 +37,9 @@ from skipless.__main__ import COMMANDS
 from skipless.common import cli
 
 # Where the work of a command begins: a function that it calls then, of its own module if nothing else is said.
-WORK = {name: "announce" for name in ("segmentation", "discovery", "retrieval", "clustering", "knn", "linear")}
+WORK = {
+    name: "announce" for name in ("segmentation", "discovery", "retrieval", "clustering", "knn", "linear", "saliency")
+}
 WORK |= {"pretrain": "Run", "distill": "Run", "supervised": "Run", "report": "run_quietly", "quantization": "announce"}
 WORK |= {"pca": "save_figure", "attention-maps": "save_figure", "similarity": "save_figure", "conditioning": "measure"}
 WORK |= {"recipe": "measure"}

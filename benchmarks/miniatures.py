@@ -54,6 +54,7 @@ def command_lines(folder: Path, out: Path) -> dict[str, list[str]]:
         ],
         "segmentation": [*dense, "--protocol=quick", "--quick.size=32", "--quick.epochs=1"],
         "discovery": [*model, "--data.name=scenes", f"--data.root={scenes}"],
+        "saliency": [*model, "--data.name=saliency", f"--data.root={scenes / 'VOCdevkit/VOC2012'}"],
         "retrieval": [*dense, "--size=32"],
         "clustering": [*dense, "--size=32", "--seeds=1"],
         "knn": [*classes, "--k=3"],

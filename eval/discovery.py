@@ -18,22 +18,21 @@ An interrupted run with --out is continued by the same command. torchrun shares 
 import json
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from skipless.common import cli
 from skipless.common.files import write_text
 from skipless.datasets.labels.counts import BOX_COUNTS, describe_split
-from skipless.eval.backbones import Backbone, FeatureKind, choose_block
+from skipless.eval.backbones import choose_block
 from skipless.eval.evaluation import EvaluationSettings, SheetSettings, announce, finish, prepare
 from skipless.eval.objects.data import DataSettings, open_data
 from skipless.eval.objects.report import draw, report
 from skipless.eval.objects.scores import detections, graph_report, score
-from skipless.eval.objects.search import Method, Search, find_objects
+from skipless.eval.objects.search import FeatureChoice, Method, Search, choose_features, find_objects
 
 PICTURES = 12
-FeatureChoice = Literal["auto", FeatureKind]
 # From CutLER's release, which refines masks by a CRF, and lets the sign of LAPACK's eigenvector decide whose corners
 # count.
 MASKCUT_DIFFERS = ("no-crf", "corners-by-seed")
@@ -126,13 +125,6 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         for log in context.out.glob("found-*.jsonl"):
             log.unlink()
     return result
-
-
-def choose_features(features: FeatureChoice, backbone: Backbone) -> FeatureKind:
-    """What auto means for a backbone: in DINOv2's weights the bias of the keys drowns what tells patches apart."""
-    if features != "auto":
-        return features
-    return "keys_without_bias" if backbone.family.startswith("DINOv2") else "keys"
 
 
 def check(settings: Settings, patch: int) -> int | None:

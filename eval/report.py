@@ -38,6 +38,7 @@ from skipless.eval.dense.quick import QuickSettings
 from skipless.eval.evaluation import EvaluationSettings, differing_settings
 from skipless.eval.figures.pictures import pick_images
 from skipless.eval.objects import data as objects
+from skipless.eval.objects.search import FeatureChoice, choose_features
 from skipless.eval.page.render import write_page
 from skipless.eval.page.tables import latex_table, markdown_table, table_of, usable
 
@@ -83,7 +84,7 @@ class DiscoveryData(objects.DataSettings):
     """Data set."""
     root: str = ""
     """Folder, laid out as its authors ship it; left out, the tasks are left out."""
-    features: discovery.FeatureChoice = "auto"
+    features: FeatureChoice = "auto"
     """What patches are compared by: keys, or keys_without_bias where a trained bias makes all keys alike; auto is that
     for the families of DINOv2."""
 
@@ -260,7 +261,7 @@ def planned(settings: Settings, candidate: Candidate, folder: Path) -> list[Task
         add("retrieval", retrieval, data=masks, size=s.size, **on_features)
         add("clustering", clustering, data=part(dense.SplitSettings, s), size=s.size, **on_features)
     if d.root:
-        boxes, features = part(objects.DataSettings, d), discovery.choose_features(d.features, candidate.backbone)
+        boxes, features = part(objects.DataSettings, d), choose_features(d.features, candidate.backbone)
         for method in ("lost", "tokencut"):
             add(method, discovery, data=boxes, method=method, features=features, every_block=True, **common)
     return [task for task in plan if task.name in settings.tasks]

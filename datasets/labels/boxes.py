@@ -8,6 +8,7 @@
 Boxes are x0, y0, x1, y1 in pixels of the image as stored, half-open: the box of the whole image is 0, 0, W, H.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -86,16 +87,25 @@ def folder_boxes(path: str | Path) -> BoxSet:
     source = open_images(path)
     if source.members is not None:
         raise ValueError(f"{path}: is a zip archive; unpack it and give the folder")
-    count = len(source)
+    names = [name.rpartition(".")[0] for name in source.names]
+    return set_without_boxes("folder", [source.root / name for name in source.names], names, upright=True)
+
+
+def set_without_boxes(
+    name: str, images: Iterable[Path], names: Sequence[str] | None = None, *, upright: bool = False
+) -> BoxSet:
+    """Images without any box, all of them as one split; called by `names`, or as their files are."""
+    images = tuple(images)
+    count = len(images)
     return BoxSet(
-        "folder",
+        name,
         "all",
-        tuple(name.rpartition(".")[0] for name in source.names),
-        tuple(source.root / name for name in source.names),
+        tuple(names or (image.stem for image in images)),
+        images,
         tuple(range(count)),
         (np.zeros((0, 4)),) * count,
         (np.zeros(0, np.int64),) * count,
         (np.zeros(0, bool),) * count,
         (np.zeros(0, bool),) * count,
-        upright=True,
+        upright=upright,
     )

@@ -15,6 +15,9 @@ COUNTS = {
     ("coco-stuff-171", "val"): 5000,
     ("ade20k", "train"): 20210,
     ("ade20k", "val"): 2000,
+    ("ecssd", "all"): 1000,
+    ("duts-te", "all"): 5019,
+    ("dut-omron", "all"): 5168,
 }
 """Images by data set and split, from the authors' own descriptions; of VOC 2012 the lists for segmentation."""
 

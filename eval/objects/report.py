@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
-from pycocotools import mask as coco_mask
 
 from skipless.common.files import printable
 from skipless.datasets.labels.boxes import BoxSet
 from skipless.eval.figures.pictures import label_row, sheet, write_figure
 from skipless.eval.metrics import box_iou
+from skipless.eval.objects.search import decode
 
 # Okabe and Ito's, which people with any kind of color blindness tell apart.
 COLORS = ("#D55E00", "#56B4E9", "#F0E442", "#CC79A7", "#E69F00")
@@ -107,7 +107,7 @@ def _draw_found(parts: Any, image: np.ndarray, entry: dict[str, Any], objects: l
         parts[1].imshow(np.array(entry["map"]), extent=(0, width, height, 0), cmap="viridis", interpolation="bilinear")
     overlay = (0.35 * image).astype(np.uint8)
     for number, item in enumerate(objects):
-        mask = coco_mask.decode({**item["rle"], "counts": item["rle"]["counts"].encode()}).astype(bool)
+        mask = decode(item)
         color = np.array(to_rgb(COLORS[number % len(COLORS)]))
         overlay[mask] = 0.6 * image[mask] + 0.4 * 255 * color
         _frame(parts[0], item["box"], color, "-")

@@ -33,6 +33,7 @@ EARLY = 8
 """Images after which graphs that say nothing are warned of."""
 
 Method = Literal["lost", "tokencut", "maskcut"]
+FeatureChoice = Literal["auto", FeatureKind]
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class Search:
     """What patches are compared by."""
     blocks: list[int]
     """Blocks, from 0, whose features are searched; the last is the one that is shown."""
-    size: int | None
-    """Side in pixels of the squares that images are resized to; None for the original size."""
+    size: int | Literal["nearest"] | None
+    """Side in pixels of the squares that images are resized to; nearest: sides are resized to the nearest multiple of
+    the patch; None: they keep their size, and are padded to a multiple of the patch."""
     tau: float | None
     """Threshold of tokencut and maskcut; None for the published one."""
     batch_size: int
@@ -77,7 +79,7 @@ def find_objects(
         os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
     rest = [index for index in range(len(images)) if index not in known]
     batches = _batches(images, rest, backbone.patch, search)[distributed.rank() :: distributed.world_size()]
-    loader = read_batches_leniently(partial(_read_picture, images, search), batches, search.workers)
+    loader = read_batches_leniently(partial(_read_picture, images, search, backbone.patch), batches, search.workers)
     threshold: dict[str, Any] = {} if search.tau is None else {"tau": search.tau}
     locate = {"lost": lost, "tokencut": partial(tokencut, **threshold), "maskcut": partial(maskcut, **threshold)}
     mine: list[dict[str, Any]] = []
@@ -95,6 +97,18 @@ def find_objects(
     for part in distributed.gather_objects(mine):
         known |= {entry["index"]: entry for entry in part}
     return [known[index] for index in range(len(images))]
+
+
+def choose_features(features: FeatureChoice, backbone: Backbone) -> FeatureKind:
+    """What auto means for a backbone: in DINOv2's weights the bias of the keys drowns what tells patches apart."""
+    if features != "auto":
+        return features
+    return "keys_without_bias" if backbone.family.startswith("DINOv2") else "keys"
+
+
+def decode(item: dict[str, Any]) -> np.ndarray:
+    """The mask of one of an entry's objects, bool [H, W]."""
+    return coco_mask.decode({**item["rle"], "counts": item["rle"]["counts"].encode()}).astype(bool)
 
 
 def complete_graphs(entries: list[dict[str, Any]], features: FeatureKind) -> str:
@@ -220,13 +234,15 @@ def _batches(images: BoxSet, indices: list[int], patch: int, search: Search) -> 
     """Images that have one size after padding, together; in the order of the first of each batch."""
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index in indices:
-        height = width = search.size or 0
-        if search.size is None:
+        height = width = search.size if isinstance(search.size, int) else 0
+        if not isinstance(search.size, int):
             try:
                 with Image.open(images.images[index]) as header:
                     width, height = header.size
             except Exception:  # whatever is wrong with it, reading it will say so
                 pass
+        if search.size == "nearest":
+            height, width = _nearest(height, patch), _nearest(width, patch)
         groups[_padded((height, width), patch)].append(index)
     step = search.batch_size
     return sorted(group[start : start + step] for group in groups.values() for start in range(0, len(group), step))
@@ -237,12 +253,18 @@ def _padded(shape: Sequence[int], patch: int) -> tuple[int, int]:
     return -(-shape[0] // patch), -(-shape[1] // patch)
 
 
-def _read_picture(images: BoxSet, search: Search, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+def _nearest(side: int, patch: int) -> int:
+    """The multiple of the patch that is nearest to a side, at least one patch."""
+    return max(round(side / patch), 1) * patch
+
+
+def _read_picture(images: BoxSet, search: Search, patch: int, index: int) -> tuple[np.ndarray, tuple[int, int]]:
     """uint8 [H, W, 3] as the network takes it, and the original (H, W)."""
     picture, size = images.read_image(index), search.size
     original = (picture.shape[0], picture.shape[1])
     if size is None:
         return picture, original
-    if search.method == "maskcut":  # as in CutLER's release
-        return np.array(Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS)), original
+    if size == "nearest" or search.method == "maskcut":  # by Lanczos, as in TokenCut's and CutLER's releases
+        height, width = (_nearest(side, patch) if size == "nearest" else size for side in original)
+        return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)), original
     return resample(picture, size, size), original

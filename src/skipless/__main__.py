@@ -22,6 +22,7 @@ COMMANDS = {
     "report": ("eval.report", "Measure several backbones and write one page about them."),
     "segmentation": ("eval.segmentation", "Linear segmentation of frozen features, mIoU."),
     "discovery": ("eval.discovery", "Find objects without labels: LOST, TokenCut, MaskCut."),
+    "saliency": ("eval.saliency", "Unsupervised saliency: maxF, IoU and accuracy of cut-out objects."),
     "retrieval": ("eval.retrieval", "Segmentation by the nearest patches of a memory, mIoU."),
     "clustering": ("eval.clustering", "Segmentation by k-means, without labels, mIoU."),
     "knn": ("eval.knn", "k-NN classification of frozen features."),
