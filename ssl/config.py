@@ -165,6 +165,8 @@ def resolve(settings: S, images: Images, device: torch.device, image_size: int) 
         settings.precision = earlier.get("precision", "auto")
     if settings.precision == "auto":
         settings.precision = "bf16" if has_bf16(device) else "fp32"
+    for name in ("patches", "positions") if earlier else ():  # as earlier versions chose them
+        setattr(model, name, getattr(model, name) or earlier["model"].get(name, "default"))
     model.patches, model.positions = embedding_of(model)
     if model.pool == "cls" and not model.residual:
         notes.append(

@@ -31,10 +31,11 @@ class ModelSettings:
     patch: int = 16
     """Side of a patch in pixels. Half the patch: four times the tokens, finer features, four times the time."""
     residual: bool = False
-    """With skip connections (true) or without (false)."""
+    """With skip connections (true) or without (false). The embedding stays the same, unless `init` is default."""
     init: Literal["default", "paper-dino", "paper-supervised", "small"] | None = None
-    """Initialization; by default `small` without skip connections and `default` (ViT's usual one) with them. `small` is
-    for narrow models and small budgets, `paper-dino` is arXiv 2510.00345's for ViT-S on ImageNet."""
+    """Initialization; by default `small` without skip connections, and with them ViT's usual one with the embedding of
+    `small`. `default` is ViT's usual one with the usual embedding. `small` is for narrow models and small budgets,
+    `paper-dino` is arXiv 2510.00345's for ViT-S on ImageNet."""
     alpha: float | None = None
     """Noise in the query-key product, instead of the initialization's own."""
     beta: float | Literal["auto"] | None = None
@@ -54,11 +55,11 @@ class ModelSettings:
     patches: Literal["default", "whitened"] | None = None
     """Initialization of the patch embedding: torch's usual one (default), or one that makes the images' patches
     uncorrelated and of equal variance, measured on some hundred of them (whitened): tokens that differ from the start.
-    Where it is not given: whitened with the initialization `small`, default with all others."""
+    Where it is not given: whitened with the initialization `small` or where none is named, default with all others."""
     positions: Literal["default", "sines"] | None = None
     """Initialization of the positions: ViT's usual noise, next to nothing (default), or sines and cosines of row and
-    column, of a size that counts beside whitened patches. Learned in both. Where it is not given: sines with `small`,
-    default with all others."""
+    column, of a size that counts beside whitened patches. Learned in both. Where it is not given: sines with `small` or
+    where none is named, default with all others."""
     pool: Pool = "mean"
     """What the DINO head reads: `mean` of the patch tokens, or the class token `cls` (DINO's). Without skip connections
     use mean: near-identity attention starves a class token, and the loss would stay at ln K."""
@@ -80,8 +81,9 @@ def initialization_of(model: ModelSettings) -> str:
 
 
 def embedding_of(model: ModelSettings) -> tuple[Literal["default", "whitened"], Literal["default", "sines"]]:
-    """How patch embedding and positions start; where the settings do not say, as the initialization has it."""
-    small = initialization_of(model) == "small"
+    """How patch embedding and positions start; where the settings do not say, as the initialization has it. Where they
+    name none either, a residual model has the embedding of the skipless one: it differs in its skips alone."""
+    small = model.init in (None, "small")
     return model.patches or ("whitened" if small else "default"), model.positions or ("sines" if small else "default")
 
 
