@@ -9,28 +9,19 @@ import yaml
 
 from skipless.common.files import printable
 from skipless.common.settings import flat
+from skipless.ssl.formats.layouts import Written
 from skipless.ssl.model.load import Loaded
 
-LOADING = {
-    "safetensors": """from modeling_skipless import load  # the file beside the weights; it needs torch and safetensors
-
-model = load("FOLDER")
-cls, patches = model(images)  # [B, D] and [B, h, w, D]""",
-    "torch-export": """import torch
-
-model = torch.export.load("FOLDER/model.pt2").module()
-cls, patches = model(images)  # [B, D] and [B, h, w, D]; any B, images of {side} x {side} pixels""",
-}
 # Where a run was, and how it was watched, is no property of the model.
 PRIVATE = ("out", "device", "resume", "wandb", "keep", "log_every", "save_every_epochs", "data.workers")
 PAPER = "[Cutting the Skip: Training Residual-Free Transformers](https://arxiv.org/abs/2510.00345)"
 
 
-def model_card(loaded: Loaded, name: str, form: str, license: str, results: Sequence[Path]) -> str:
+def model_card(loaded: Loaded, name: str, written: Written, license: str, results: Sequence[Path]) -> str:
     """The card in Markdown, with a head of YAML as Hugging Face reads it.
 
     Args:
-        name: title; form: what it was exported to, a key of `LOADING`.
+        name: title; written: what was exported.
         license: of the weights, by Hugging Face's identifier.
         results: files that evaluations wrote (.json), or folders of them; those of other weights are left out.
 
@@ -40,13 +31,13 @@ def model_card(loaded: Loaded, name: str, form: str, license: str, results: Sequ
     architecture = loaded.model.architecture
     kind = "with skip connections" if architecture["residual"] else f"without skip connections ({PAPER})"
     parts = [
-        head(license, form),
+        head(license, written.library),
         f"# {name}",
         f"A Vision Transformer {kind}: {architecture['depth']} blocks, {architecture['dim']} wide, "
         f"{architecture['heads']} heads, patches of {architecture['patch']} pixels, {architecture['registers']} "
         f"registers, {sum(p.numel() for p in loaded.model.parameters()) / 1e6:.1f} M parameters; trained at "
         f"{architecture['image_size']} pixels.",
-        f"## Load\n\n```python\n{LOADING[form].format(side=architecture['image_size'])}\n```",
+        f"## Load\n\n```python\n{written.load.replace('FOLDER', name)}\n```",
         f"`images` are RGB in [0, 1], less the mean {list(loaded.mean)}, divided by {list(loaded.std)}."
         + (" For a vector of an image take the mean of the patches, as in training." if loaded.pool == "mean" else ""),
     ]
@@ -60,9 +51,8 @@ def model_card(loaded: Loaded, name: str, form: str, license: str, results: Sequ
     return "\n\n".join(parts) + "\n"
 
 
-def head(license: str, form: str) -> str:
+def head(license: str, library: str) -> str:
     """What Hugging Face's site reads of a card."""
-    library = {"timm": "timm", "hf": "transformers", "onnx": "onnx"}.get(form, "pytorch")
     fields = {
         "license": license,
         "library_name": library,

@@ -32,6 +32,7 @@ ACTIVATIONS_THERE = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
     "quick_gelu": "quick_gelu",
 }
 HEAD_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"]
@@ -146,18 +147,19 @@ def _about(path: Path, beside: dict[str, Any]) -> dict[str, Any]:
         description(path.with_name("config.json")),
         description(path.with_name("preprocessor_config.json")),
     )
-    timm = config.get("pretrained_cfg")
+    timm, arguments = config.get("pretrained_cfg"), config.get("model_args")
+    arguments = arguments if isinstance(arguments, dict) else {}  # timm's
     if isinstance(timm, dict):
         pictures = {"image_mean": timm.get("mean"), "image_std": timm.get("std")}
     about = {
-        "heads": beside.get("heads", config.get("num_attention_heads")),
+        "heads": beside.get("heads", config.get("num_attention_heads", arguments.get("num_heads"))),
         "norm_eps": config.get("layer_norm_eps"),
         "rope_base": config.get("rope_theta"),
     }
     heads = about["heads"]
     if heads is not None and not (isinstance(heads, int) and heads > 0):
         raise ValueError(f"{path.with_suffix('.json')}: heads is {heads!r}; give the number of attention heads")
-    activation = config.get("hidden_act", "gelu")
+    activation = config.get("hidden_act", arguments.get("act_layer") or "gelu")
     if activation not in ACTIVATIONS_THERE and not (activation == "silu" and config.get("use_gated_mlp")):
         raise ValueError(f"{path.with_name('config.json')}: hidden_act is {activation!r}, which no ViT here has")
     about["activation"] = ACTIVATIONS_THERE.get(activation)

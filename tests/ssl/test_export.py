@@ -13,6 +13,7 @@ from helpers import call, error_line, tiny_vit
 from torch import Tensor
 
 from skipless.ssl import export
+from skipless.ssl.formats.layouts import Written
 from skipless.ssl.model.load import load_vit
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.run.checkpoints import export_backbone
@@ -106,6 +107,97 @@ def test_automodel_reads_our_own_layout(
     assert list(processor.image_mean) == [0.485, 0.456, 0.406]
 
 
+# Who interpolates positions by the same rule; the others have the same features at the grid's own size.
+SAME_RULE = {"timm": "exact and antialiased", "hf": "exact"}
+RESIDUAL: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "registers and layer scale": {"registers": 2, "layer_scale": 0.5},
+    "exact": {"position_offset": 0.0, "activation": "gelu_tanh"},
+    "exact and antialiased": {"position_offset": 0.0, "position_antialias": True},
+    "gates": {"swiglu": True, "mlp_ratio": 8 / 3, "layer_scale": 1.0},
+}
+
+
+def reread(form: str, out: Path) -> Any:
+    """A function from images to tokens, by the library that the folder is for."""
+    if form == "timm":
+        timm = pytest.importorskip("timm", reason="timm is not installed")
+        return timm.create_model(f"local-dir:{out}", pretrained=True).eval().forward_features
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    model, report = transformers.AutoModel.from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert type(model).__name__ in ("Dinov2Model", "Dinov2WithRegistersModel")
+    return lambda pictures: model.eval()(pixel_values=pictures).last_hidden_state
+
+
+@pytest.mark.parametrize("form", SAME_RULE)
+@pytest.mark.parametrize("name", RESIDUAL)
+def test_layouts_of_timm_and_hugging_face(form: str, name: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", **RESIDUAL[name])
+    if (form, name) == ("timm", "gates"):
+        words = ["--ckpt", run, "--to", form, "--out", tmp_path / "out"]
+        assert "has gated MLPs, which timm" in error_line(call(export.main, words).stderr)
+        return
+    model, prefix = load_vit(run).model, 1 + RESIDUAL[name].get("registers", 0)
+    for size in (None, 48):
+        out = exported(run, tmp_path / f"out {size}", form, *(["--size", size] if size else []))
+        compute = reread(form, out)
+        side = size or 32
+        sizes = [(side, side), *([(24, 56)] if SAME_RULE[form] == name and not size else [])]
+        with torch.no_grad():
+            for height, width in sizes:
+                pictures = images(height, width)
+                tokens = compute(pictures)
+                same(model, pictures, tokens[:, 0], tokens[:, prefix:].unflatten(1, (height // 8, width // 8)))
+                again = load_vit(out).model(pictures) if name != "gates" or form == "hf" else tokens
+                torch.testing.assert_close(again, tokens, atol=1e-4, rtol=0)
+
+
+def test_pooled_vector_of_timm_is_what_the_head_read(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    out = exported(make_run(tmp_path / "run", registers=1), tmp_path / "out", "timm")
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    with torch.no_grad():
+        pictures = images(32, 32)
+        torch.testing.assert_close(model(pictures), model.forward_features(pictures)[:, 2:].mean(1))
+    assert model.pretrained_cfg["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_skipless_models_are_for_automodel_and_not_for_timm(runs: dict[str, Path], tmp_path: Path) -> None:
+    out = exported(runs["skipless"], tmp_path / "out", "hf")
+    assert "trust_remote_code=True" in (out / "README.md").read_text()
+    assert (out / "modeling_skipless.py").exists()
+    words = ["--ckpt", runs["skipless"], "--to", "timm", "--out", tmp_path / "timm"]
+    assert "has no skip connections, which timm" in error_line(call(export.main, words).stderr)
+    assert not (tmp_path / "timm").exists()
+
+
+@pytest.mark.parametrize(("name", "size"), [("skipless", 32), ("residual", 48), ("gates and rotary positions", 32)])
+def test_onnx_takes_any_number_of_images(runs: dict[str, Path], name: str, size: int, tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'skipless[onnx]'")
+    import onnxruntime
+
+    out = exported(runs[name], tmp_path / "out", "onnx", "--size", size)
+    session = onnxruntime.InferenceSession(out / "model.onnx")
+    for batch in (1, 5):
+        pictures = images(size, size, batch)
+        cls, patches = session.run(None, {"images": pictures.numpy()})
+        same(load_vit(runs[name]).model, pictures, torch.from_numpy(cls), torch.from_numpy(patches))
+
+
+def test_without_a_package_it_is_said(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("timm", "onnx", "onnxscript"):
+        monkeypatch.setitem(sys.modules, package, None)
+    words = ["--ckpt", runs["residual"], "--to", "timm", "--out", tmp_path / "out"]
+    done = call(export.main, words)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}: not read back, for timm is not installed\n")
+    words = ["--ckpt", runs["residual"], "--to", "onnx", "--out", tmp_path / "program"]
+    assert "pip install 'skipless[onnx]'" in error_line(call(export.main, words).stderr)
+    assert not (tmp_path / "program").exists()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_program_of_torch_export(runs: dict[str, Path], name: str, tmp_path: Path) -> None:
     out = exported(runs[name], tmp_path / "out", "torch-export")
@@ -140,11 +232,11 @@ def test_card_says_what_the_run_recorded(runs: dict[str, Path], tmp_path: Path) 
 def test_refusals_leave_nothing_behind(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--ckpt", runs["skipless"], "--to", "safetensors", "--out", tmp_path / "out"]
     (tmp_path / "figures.json").write_text("[]")
+    assert "no multiple of the patch" in error_line(call(export.main, [*words, "--size", 30]).stderr)
     assert "is no result" in error_line(call(export.main, [*words, "--results", tmp_path / "figures.json"]).stderr)
     with monkeypatch.context() as patch:
-        patch.setitem(
-            export.WRITERS, "safetensors", lambda folder, loaded: lambda x: loaded.model.features(x + 1)[0][::-1]
-        )
+        wrong = Written(lambda: lambda x: load_vit(runs["skipless"]).model.features(x + 1)[0][::-1], "", "")
+        patch.setitem(export.WRITERS, "safetensors", lambda folder, loaded: wrong)
         assert "computes other features" in error_line(call(export.main, words).stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
     exported(runs["skipless"], tmp_path / "out", "safetensors")
