@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 from skipless.common import cli, distributed
+from skipless.common.progress import Progress
 from skipless.eval.backbones import Weights, choose_block, load_backbone
 from skipless.eval.figures.attention_maps import Attention, Query, attention_maps, draw_attention
 from skipless.eval.figures.pictures import check_out, fit, parse_point, pick_images, save_figure
@@ -78,7 +78,7 @@ def draw(settings: Settings) -> None:
         query = (point[1] * (fed[0].shape[2] // side) // height, point[0] * (fed[0].shape[3] // side) // width)
 
     def look(query: Query) -> list[Attention]:
-        bar = tqdm(fed, desc="attention", unit="image", disable=len(fed) < 20)
+        bar = Progress(fed, desc="attention", unit="image", active=len(fed) >= 20)
         return [attention_maps(backbone, image, (block,), query)[0] for image in bar]
 
     attention = look(query)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from skipless.common.progress import duration
 from skipless.datasets.labels.classes import LabeledSet
 from skipless.eval.backbones import Backbone
 from skipless.eval.evaluation import Context
@@ -89,7 +90,7 @@ def headline(result: dict[str, Any]) -> list[str]:
         f"{checkpoint['architecture']} ({checkpoint['path']}), blocks {', '.join(map(str, details['blocks']))}; "
         f"{result['dataset']} {result['split']}, {result['images']:,} images of {details['classes']} classes, "
         f"by {details['train_images']:,} training images; seed {result['seed']}; "
-        f"{result['seconds'] / 60:.1f} minutes on {result['hardware']}, {result['precision']}.",
+        f"{duration(result['seconds'])} on {result['hardware']}, {result['precision']}.",
         "",
         *([f"Careful: {careful}.", ""] if careful else []),
     ]

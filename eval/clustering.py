@@ -32,10 +32,10 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from tqdm import tqdm
 
 from skipless.common import cli
 from skipless.common.distributed import gather_objects, rank, world_size
+from skipless.common.progress import Progress
 from skipless.datasets.labels.masks import SegmentationSet
 from skipless.eval.dense.data import SplitSettings, described, open_split, square_features
 from skipless.eval.dense.report import choose_shown, finish_segmentation, protocol_id
@@ -96,7 +96,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     for choice in context.choices:
         x = standardized_components(features, choice)
         mine = {}
-        for seed in tqdm(seeds[rank() :: world_size()], desc="k-means", unit="run", disable=rank() > 0):
+        for seed in Progress(seeds[rank() :: world_size()], desc="k-means", unit="run", active=rank() == 0):
             assigned = kmeans(x, clusters, seed).reshape(-1, *features.grid)  # [N, h, w]
             confusion = cluster_confusion(labels, sample_grid(assigned), classes, clusters)
             class_of = match_clusters(confusion)
@@ -209,7 +209,7 @@ def merge_clusters(confusion: np.ndarray, class_of: np.ndarray) -> np.ndarray:
 
 def sample_labels(images: SegmentationSet, workers: int) -> np.ndarray:
     """The labels that are scored, uint8 [N, 100, 100]. Raises ValueError for an unreadable mask."""
-    batches = tqdm([[index] for index in range(len(images))], desc="labels", unit="image", disable=rank() > 0)
+    batches = Progress([[index] for index in range(len(images))], desc="labels", unit="image", active=rank() == 0)
     return np.stack([points for (points,) in read_batches(partial(_points, images), batches, workers)])
 
 

@@ -23,10 +23,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from skipless.common import cli
 from skipless.common.files import write_result
+from skipless.common.progress import Progress
 from skipless.common.provenance import provenance
 from skipless.datasets.images import ImageSource, open_images
 from skipless.datasets.storage.names import dataset_name
@@ -194,7 +194,7 @@ def compare(settings: Settings) -> None:
     details: list[dict[str, Any]] = []
     statistics: dict[str, Statistics] = {}
     images: dict[int, Tensor] = {}
-    with tqdm(total=sum(1 if settings.cheap else depth + 2 for depth in depths)) as progress:
+    with Progress(desc="conditioning", total=sum(1 if settings.cheap else depth + 2 for depth in depths)) as progress:
         for candidate in candidates:
             name, model = candidate.name, candidate.model
             progress.set_description(name)

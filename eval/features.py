@@ -28,11 +28,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from skipless.common.distributed import any_process, rank, world_size
 from skipless.common.files import write_atomically, write_text
 from skipless.common.pixels import center_crop, resample
+from skipless.common.progress import Progress
 from skipless.datasets.images import UnreadableImage
 from skipless.eval.backbones import Backbone, FeatureKind
 from skipless.eval.reading import read_batches
@@ -197,7 +197,7 @@ def _fill_shards(
     ]
     loader = read_batches(read, [rows for _, rows in batches], workers)
     total = done + sum(len(features.rows(index)) for index in missing)
-    with tqdm(total=total, initial=done, desc=title, unit="image", disable=rank() > 0) as progress:
+    with Progress(total=total, initial=done, desc=title, unit="image", active=rank() == 0) as progress:
         for (index, rows), pictures in zip(batches, loader, strict=True):
             shard, blocks = features.rows(index), missing[index]
             first = rows[0] - shard[0]

@@ -22,9 +22,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from skipless.common import cli, distributed
+from skipless.common.progress import Progress
 from skipless.datasets.labels.masks import read_values
 from skipless.eval.backbones import Weights, choose_blocks, load_backbone
 from skipless.eval.figures.pca import (
@@ -142,7 +142,7 @@ def make_columns(
         if settings.names and len(settings.names) != count:
             raise ValueError(f"names has {len(settings.names)} titles, and the figure shows {count}; give one for each")
         name = Path(ckpt).stem if settings.compare else "block"
-        bar = tqdm(pictures, desc=Path(ckpt).name, unit="image", disable=len(pictures) * backbone.depth < 50)
+        bar = Progress(pictures, desc=Path(ckpt).name, unit="image", active=len(pictures) * backbone.depth >= 50)
         features = [patch_features(backbone, picture, settings.size, blocks) for picture in bar]
         for block, block_features in zip(blocks, map(list, zip(*features, strict=True)), strict=True):
             title = name if settings.compare and settings.blocks == "last" else f"{name} {block + 1}"

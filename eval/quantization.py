@@ -33,9 +33,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from skipless.common import cli
+from skipless.common.progress import Progress, duration
 from skipless.datasets.labels.classes import LabeledData, LabeledSet, open_splits
 from skipless.eval.backbones import Backbone
 from skipless.eval.classification import (
@@ -253,7 +253,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         contexts[name] = replace(context, backbone=quantize(backbone, w, a, largest))
     hits: dict[str, np.ndarray] = {}
     segmented: dict[str, Outcome] = {}
-    for name, quantized in tqdm(contexts.items(), desc="arithmetics", disable=not context.first):
+    for name, quantized in Progress(contexts.items(), desc="arithmetics", active=context.first):
         hits[name] = knn_hits(quantized, train, val, settings)
         if masks:
             few = replace(quantized, batch_size=16)
@@ -313,7 +313,7 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         f"**{result['protocol']}** {result['checkpoint']['architecture']} ({result['checkpoint']['path']}); "
         f"{result['dataset']} {result['split']}, {result['images']:,} images, by {details['train_images']:,}; seed "
-        f"{result['seed']}; {result['seconds'] / 60:.1f} minutes on {result['hardware']}.",
+        f"{result['seed']}; {duration(result['seconds'])} on {result['hardware']}.",
         "",
         "W4A8: weights in 4 bits, activations in 8. A drop is in points, with its 95 % interval over the same images.",
         "",

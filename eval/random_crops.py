@@ -11,11 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from skipless.common import distributed
 from skipless.common.files import save_tensors
 from skipless.common.pixels import crop_box, resample
+from skipless.common.progress import Progress
 from skipless.datasets.labels.classes import LabeledSet
 from skipless.eval.classification import Pooling
 from skipless.eval.dense.heads import Heads, groups_by_rate, row_batches, set_rates, unfinished_state
@@ -80,7 +80,7 @@ def train_on_random_crops(
     parts, same = (parts_of_steps(len(train), plan, context.batch_size, begin) for _ in range(2))
     samples = read_batches(read, (part.keys for part in same), context.workers)
     done = begin * per_epoch
-    with tqdm(total=total, initial=done, desc="linear heads", unit="step", disable=not context.first) as progress:
+    with Progress(total=total, initial=done, desc="linear heads", unit="step", active=context.first) as progress:
         for part, crops in zip(parts, samples, strict=True):
             if crops:
                 add_gradients(context, heads, crops, plan.pool, part.step_images)

@@ -36,11 +36,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from skipless.common import cli
 from skipless.common.distributed import rank, world_size
 from skipless.common.memory import host_memory
+from skipless.common.progress import Progress
 from skipless.datasets.labels.masks import SegmentationSet
 from skipless.eval.dense.data import DataSettings, described, open_split, square_features
 from skipless.eval.dense.labels import predict, read_label_shares
@@ -197,7 +197,7 @@ def build_memory(features: Features, blocks: Sequence[int], patches: Sequence[np
     """
     memory = np.empty((sum(map(len, patches)), features.dim * len(blocks)), np.float32)
     filled = 0
-    for row, kept in enumerate(tqdm(patches, desc="memory", unit="image", disable=rank() > 0)):
+    for row, kept in enumerate(Progress(patches, desc="memory", unit="image", active=rank() == 0)):
         memory[filled : filled + len(kept)] = unit(features.read([row], blocks).flatten(0, 2).numpy()[kept])
         filled += len(kept)
     return memory
@@ -270,7 +270,7 @@ def segment(
     """
     mine = range(rank(), len(images), world_size())
     together = max(1, QUERIES // (queries.grid[0] * queries.grid[1]))
-    with tqdm(total=len(mine), desc=f"{images.name} {images.split}", unit="image", disable=rank() > 0) as progress:
+    with Progress(total=len(mine), desc=f"{images.name} {images.split}", unit="image", active=rank() == 0) as progress:
         for batch in (mine[first : first + together] for first in range(0, len(mine), together)):
             x = unit(queries.read(batch, blocks).flatten(0, 2).numpy())
             shares = torch.from_numpy(in_context_labels(*search(x), labels, temperature)).to(device)

@@ -22,6 +22,7 @@ from scipy.stats import bootstrap
 
 from skipless.common import cli
 from skipless.common.files import printable
+from skipless.common.progress import duration
 from skipless.datasets.labels.counts import describe_split
 from skipless.datasets.labels.saliency import SaliencyName, SaliencySet, saliency_masks
 from skipless.eval.backbones import choose_block
@@ -154,7 +155,7 @@ def report(result: dict[str, Any]) -> str:
         f"**{result['protocol']}** {100 * result['value']:.1f} maxF",
         "",
         f"{checkpoint['architecture']} ({checkpoint['path']}), block {details['block']}; {details['data']}; "
-        f"{result['seconds'] / 60:.1f} minutes on {result['hardware']}. Without a bilateral solver.",
+        f"{duration(result['seconds'])} on {result['hardware']}. Without a bilateral solver.",
         "",
         "| | percent | 95 % interval |",
         "|---|---:|---|",

@@ -25,6 +25,7 @@ import matplotlib.pyplot as plt
 
 from skipless.common import cli
 from skipless.common.pixels import center_crop
+from skipless.common.progress import duration
 from skipless.datasets.images import open_images
 from skipless.datasets.synthetic.dataset import write_scenes
 from skipless.eval.backbones import Backbone, load_backbone
@@ -88,7 +89,7 @@ def demo(settings: Settings) -> None:
     print_dense(out)
     print(f"PCA picture: {picture}\npage:        {page}   (open it in a browser)")
     print(f"backbone:    {run / 'backbone.safetensors'}\nmetrics:     {run / 'metrics.jsonl'}")
-    print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes in all. Next, on your own images (any folder):\n")
+    print(f"\n{duration(time.perf_counter() - began)} in all. Next, on your own images (any folder):\n")
     print("    python ssl/pretrain.py --config configs/imagenette_cpu.yaml --data.path FOLDER --out runs/mine")
 
 

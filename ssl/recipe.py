@@ -23,6 +23,7 @@ import yaml
 
 from skipless.common import cli, distributed
 from skipless.common.files import write_text
+from skipless.common.progress import rate
 from skipless.datasets.images import open_images
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -85,7 +86,7 @@ def write_recipe(settings: Settings) -> Path:
         "",
         f"  python ssl/pretrain.py --config {out} --out runs/{out.stem}",
         "",
-        f"- {speed:,.1f} images/s were measured, in steps of {recipe['batch_size']} images;",
+        f"- {rate(speed)} images/s were measured, in steps of {recipe['batch_size']} images;",
         *(f"- {reason};" for reason in reasons),
         f"- everything else is as in configs/{base}.yaml, whose head says why.",
     ]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from skipless.common.progress import Progress
 from skipless.datasets.labels.masks import list_folder, read_names
 from skipless.datasets.labels.voc import voc_palette
 from skipless.datasets.public.archives import COCO20K_NAMES
@@ -42,7 +42,7 @@ def augmented(archives: Sequence[Path], work: Path, root: Path) -> Path:
     unpack(archives[0], work, keep=lambda name: re.search(r"/dataset/cls/\w+\.mat$", name) is not None)
     masks.mkdir()
     palette = voc_palette().ravel().tolist()
-    for path in tqdm(sorted(source.glob("*.mat")), desc="masks as PNG", unit="mask"):
+    for path in Progress(sorted(source.glob("*.mat")), desc="masks as PNG", unit="mask"):
         mask = Image.fromarray(np.asarray(loadmat(path)["GTcls"]["Segmentation"][0, 0], np.uint8))
         mask.putpalette(palette)
         mask.save(masks / f"{path.stem}.png")

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from tqdm import tqdm
+from skipless.common.progress import Progress
 
 TIMEOUT = 60.0
 """Seconds without a byte after which a server counts as gone."""
@@ -181,8 +181,5 @@ def _read(response: Any) -> bytes:
 
 
 def progress(what: str, size: int, start: int = 0) -> Any:
-    """A bar in bytes with the time that is left; in a log, one line a minute."""
-    interval = 0.2 if sys.stderr.isatty() else 60
-    return tqdm(
-        desc=what, total=size, initial=start, unit="B", unit_scale=True, mininterval=interval, maxinterval=2 * interval
-    )
+    """A bar in bytes with the time that is left; in a log, lines with it."""
+    return Progress(desc=what, total=size, initial=start, unit="B", unit_scale=True)

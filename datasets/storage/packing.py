@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from skipless.common.files import holds_already, whole_folder
 from skipless.common.processes import available_cores, spread
+from skipless.common.progress import Progress
 from skipless.datasets.images import ImageSource, UnreadableImage
 from skipless.datasets.storage.decode import decode
 from skipless.datasets.storage.names import Names
@@ -153,7 +153,7 @@ def _write(source: ImageSource, images: Iterable[Packed], folder: Path, shard_si
     archive: tarfile.TarFile | None = None
     try:
         for index, (data, extension, problem) in enumerate(
-            tqdm(images, total=len(source), desc=f"packing {source.origin}", unit="image")
+            Progress(images, total=len(source), desc=f"packing {source.origin}", unit="image")
         ):
             if problem:
                 unreadable.append(problem)

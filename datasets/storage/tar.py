@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
+from skipless.common.progress import Progress
 from skipless.datasets.storage.names import EXTENSIONS, Names, folder_classes, is_image, plain
 from skipless.datasets.storage.shards import Shards
 
@@ -57,7 +57,9 @@ def scan_shards(files: Sequence[str]) -> Shards:
     samples: list[Sample] = []
     table: list[tuple[int, int, int, int]] = []
     left_out = 0
-    for shard, place in enumerate(tqdm(files, desc="reading the headers of tars", unit="tar", disable=len(files) < 9)):
+    for shard, place in enumerate(
+        Progress(files, desc="reading the headers of tars", unit="tar", active=len(files) >= 9)
+    ):
         if not Path(place).is_file():
             raise FileNotFoundError(f"{place}: no such tar")
         with open(place, "rb", buffering=0) as file:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from tqdm import tqdm
 
 from skipless.common.files import holds_already, whole_folder
 from skipless.common.processes import available_cores, spread
+from skipless.common.progress import Progress
 from skipless.datasets.labels.voc import voc_palette
 from skipless.datasets.synthetic.drawing import CLASSES, MIN_SIZE, Scene, render_scene
 
@@ -65,7 +65,10 @@ def write_scenes(
     # Starting a process costs about as much as drawing a hundred scenes.
     processes = min(workers or available_cores(), -(-len(tasks) // 4))
     try:
-        with whole_folder(root) as folder, tqdm(total=train + val, desc=f"scenes in {root}", unit="scene") as progress:
+        with (
+            whole_folder(root) as folder,
+            Progress(total=train + val, desc=f"scenes in {root}", unit="scene") as progress,
+        ):
             _write_lists(folder / "VOCdevkit" / "VOC2012", counts)
             for done in spread(partial(_write_range, folder, size, seed), tasks, processes):
                 progress.update(done)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from skipless.common.distributed import all_reduce_mean, broadcast, rank, world_size
+from skipless.common.progress import Progress
 from skipless.ssl.optim.schedules import cosine
 
 
@@ -78,7 +78,7 @@ def fit(
         batches: rows of each of the `steps`.
         losses: of a step's rows, one after the other: each is gone before the next is made.
     """
-    with tqdm(total=steps, desc="linear heads", unit="step", disable=rank() > 0) as progress:
+    with Progress(total=steps, desc="linear heads", unit="step", active=rank() == 0) as progress:
         for step, rows in enumerate(batches):
             set_rates(optimizer, step, steps)
             for loss in losses(rows):

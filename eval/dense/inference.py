@@ -9,9 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from skipless.common.distributed import rank, world_size
+from skipless.common.progress import Progress
 from skipless.datasets.labels.masks import SegmentationSet
 from skipless.eval.backbones import Backbone, pad_to_patch
 from skipless.eval.dense.augmentation import Library, resize_image, resize_mask, size_within
@@ -72,7 +72,7 @@ def score_heads(
     batches = _batches(len(images), context.batch_size)
     samples = read_batches(partial(_read, images, settings, library), batches, context.workers)
     title = f"{images.name} {images.split}"
-    with tqdm(total=sum(map(len, batches)), desc=title, unit="image", disable=rank() > 0) as progress:
+    with Progress(total=sum(map(len, batches)), desc=title, unit="image", active=rank() == 0) as progress:
         for batch, pairs in zip(batches, samples, strict=True):
             pictures = [context.backbone.normalize(picture[None])[0] for picture, _ in pairs]
             logits = _patch_logits(heads, context.backbone, pictures, settings, context.batch_size)

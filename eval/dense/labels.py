@@ -6,9 +6,9 @@ from functools import partial
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from skipless.common.distributed import rank
+from skipless.common.progress import Progress
 from skipless.datasets.labels.masks import SegmentationSet
 from skipless.eval.reading import read_batches
 
@@ -41,7 +41,7 @@ def read_label_shares(
         ValueError: an unreadable mask, or one that is not as large as its image.
     """
     batches = [[int(row)] for row in rows]
-    progress = tqdm(desc="labels of patches", unit="image", total=len(batches), disable=rank() > 0)
+    progress = Progress(desc="labels of patches", unit="image", total=len(batches), active=rank() == 0)
     with progress:
         for (shares,) in read_batches(partial(_read_shares, images, grid), batches, workers):
             yield shares

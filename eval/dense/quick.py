@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from skipless.common.distributed import rank, world_size
+from skipless.common.progress import Progress
 from skipless.datasets.labels.masks import SegmentationSet
 from skipless.eval.dense.data import square_features
 from skipless.eval.dense.heads import Heads, fit, groups_by_rate, row_batches
@@ -152,7 +152,7 @@ def score_heads(
     device = heads[0].mean.device
     tally = Tally(sum(len(head.weights) for head in heads), len(rows), len(images.classes), device, shown)
     mine = range(rank(), len(rows), world_size())
-    for position in tqdm(mine, desc=title, unit="image", disable=rank() > 0):
+    for position in Progress(mine, desc=title, unit="image", active=rank() == 0):
         row = int(rows[position])
         mask = torch.from_numpy(images.read_matched_mask(int(image_of_row[row]))).to(device)
         logits: list[Tensor] = []  # [P, C] of each head

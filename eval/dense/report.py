@@ -9,6 +9,7 @@ import torch
 from matplotlib.patches import Patch
 
 from skipless.common.files import printable
+from skipless.common.progress import duration
 from skipless.datasets.labels.counts import COUNTS, describe_split
 from skipless.datasets.labels.masks import VOID, SegmentationSet
 from skipless.eval.evaluation import Context, finish, name_blocks
@@ -62,7 +63,7 @@ def report(result: dict[str, Any], how: str, published: str = "recipe") -> str:
         "",
         f"{checkpoint['architecture']} ({checkpoint['path']}), blocks {', '.join(map(str, details['blocks']))}; "
         f"{describe_split(result['dataset'], result['split'], result['images'])}; {how}; seed {result['seed']}; "
-        f"{result['seconds'] / 60:.1f} minutes on {result['hardware']}, {result['precision']}.",
+        f"{duration(result['seconds'])} on {result['hardware']}, {result['precision']}.",
         "",
     ]
     if details["changed_settings"]:

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
-from tqdm import tqdm
 
 from skipless.common.distributed import all_reduce_mean, rank, world_size
 from skipless.common.files import save_tensors
+from skipless.common.progress import Progress
 from skipless.datasets.labels.masks import VOID, SegmentationSet
 from skipless.eval.backbones import Backbone
 from skipless.eval.dense.augmentation import AugmentationSettings, Library, augment
@@ -134,7 +134,7 @@ def train_heads(
     keys = StepKeys(len(train), chosen.batch_size, chosen.iterations is None, seed, start, total)
     batches = read_batches(partial(read_crop, train, settings, seed), keys, context.workers)
     heads.train()
-    with tqdm(total=total, initial=start, desc="head", unit="step", disable=rank() > 0) as progress:
+    with Progress(total=total, initial=start, desc="head", unit="step", active=rank() == 0) as progress:
         for iteration, samples in enumerate(batches, start):
             images, masks = collate(samples, backbone)
             for group in optimizer.param_groups:

@@ -8,6 +8,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
 from skipless.common.files import printable
+from skipless.common.progress import duration
 from skipless.datasets.labels.boxes import BoxSet
 from skipless.eval.figures.pictures import label_row, sheet, write_figure
 from skipless.eval.metrics import box_iou
@@ -31,7 +32,7 @@ def report(result: dict[str, Any]) -> str:
         headline,
         "",
         f"{checkpoint['architecture']} ({checkpoint['path']}), block {details['block']}; {details['data']}; "
-        f"{result['seconds'] / 60:.1f} minutes on {result['hardware']}.",
+        f"{duration(result['seconds'])} on {result['hardware']}.",
         "",
     ]
     if "whole_image" in details:

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tqdm import tqdm
 
 from skipless.common import distributed
 from skipless.common.pixels import resample
 from skipless.common.processes import one_thread
+from skipless.common.progress import Progress
 from skipless.datasets.labels.boxes import BoxSet
 from skipless.eval.backbones import Backbone, FeatureKind, pad_to_patch
 from skipless.eval.features import data_sha256
@@ -84,7 +84,7 @@ def find_objects(
     locate = {"lost": lost, "tokencut": partial(tokencut, **threshold), "maskcut": partial(maskcut, **threshold)}
     mine: list[dict[str, Any]] = []
     share = sum(map(len, batches))
-    with tqdm(total=share, desc=search.method, unit="image", disable=distributed.rank() > 0) as progress:
+    with Progress(total=share, desc=search.method, unit="image", active=distributed.rank() == 0) as progress:
         for batch, pictures in zip(batches, loader, strict=True):
             entries = _search_batch(backbone, images, batch, pictures, search, locate[search.method], shown)
             if log:

@@ -19,9 +19,9 @@ import jinja2
 import matplotlib
 import numpy as np
 from markupsafe import Markup
-from tqdm import tqdm
 
 from skipless.common.files import printable, write_text
+from skipless.common.progress import Progress
 from skipless.datasets.images import read_image
 from skipless.eval.backbones import Backbone
 from skipless.eval.figures.pca import align, component_colors, pca_components
@@ -113,7 +113,7 @@ def viewer_content(
     """
     shown = {name: _spread(backbone.depth, MAX_BLOCKS) for name, backbone in backbones.items()}
     features: dict[str, list[list[np.ndarray]]] = {}  # [checkpoint][image][block]
-    with tqdm(total=len(backbones) * len(pictures), desc="pictures", unit="image") as progress:
+    with Progress(total=len(backbones) * len(pictures), desc="pictures", unit="image") as progress:
         for name, backbone in backbones.items():
             features[name] = []
             for _, picture in pictures:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
 from skipless.common import distributed
 from skipless.common.files import write_atomically
 from skipless.common.pixels import center_crop, crop_box, resample
+from skipless.common.progress import Progress
 from skipless.datasets.images import ImageSource, UnreadableImage
 from skipless.ssl.data.crops import color_jitter, draw_jitter, first_readable
 from skipless.ssl.data.loader import leave_signals_to_main
@@ -81,7 +81,9 @@ class TeacherFeatures:
         files = range(distributed.rank(), -(-len(self.images) // IMAGES_PER_FILE), distributed.world_size())
         missing = [number for number in files if not self._path(number).exists()]
         squares = CentralSquares(self.images, self.teacher.size)
-        bar = tqdm(missing, desc="teacher's features", unit_scale=IMAGES_PER_FILE, unit="image", disable=not missing)
+        bar = Progress(
+            missing, desc="teacher's features", unit_scale=IMAGES_PER_FILE, unit="image", active=bool(missing)
+        )
         for number in bar:
             first = number * IMAGES_PER_FILE
             part = Subset(squares, range(first, min(first + IMAGES_PER_FILE, len(self.images))))

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from skipless.common.files import printable
+from skipless.common.progress import duration
 from skipless.common.settings import flat
 from skipless.ssl.formats.layouts import Written
 from skipless.ssl.model.load import Loaded
@@ -115,7 +116,7 @@ def training(about: dict[str, Any], loaded: Loaded) -> str:
     lines = [
         f"On `{printable(Path(str(data)).name)}`, {settings.get('epochs')} epochs of batches of "
         f"{settings.get('batch_size')}, on {about.get('hardware', 'a machine that is not recorded')}"
-        + (f", in {seconds / 3600:.1f} hours" if seconds else "")
+        + (f", in {duration(seconds)}" if seconds else "")
         + f"; commit {about.get('commit') or 'not recorded'}, torch {versions.get('torch', 'not recorded')}.",
         "All settings:",
         f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```",

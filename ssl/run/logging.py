@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from skipless.common.files import append_text, write_text
+from skipless.common.progress import duration
 
 
 class RunLog:
@@ -100,8 +101,8 @@ class RunLog:
         now = time.monotonic()
         if self.bar.disable and now - self.last_line > 30:
             self.last_line = now
-            minutes = (now - self.began) / (step - self.start) * (self.total - step) / 60
-            self.say(f"step {step:,} of {self.total:,}, {minutes:.0f} min left; {text}")
+            left = (now - self.began) / (step - self.start) * (self.total - step)
+            self.say(f"step {step:,} of {self.total:,}, {duration(left)} left; {text}")
 
     def say(self, text: str) -> None:
         """A line for people, above the progress bar."""

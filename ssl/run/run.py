@@ -16,6 +16,7 @@ from torch import nn
 from skipless.common import cli, distributed
 from skipless.common.files import write_text
 from skipless.common.precision import describe
+from skipless.common.progress import rate
 from skipless.common.provenance import provenance
 from skipless.common.settings import LATER, flat, plain
 from skipless.ssl.config import RunSettings
@@ -256,7 +257,7 @@ class Run:
         utilization = values.get("model_flops_utilisation")
         self.log.progress(
             step,
-            f"{text}, {values['images_per_second']:.0f} images/s, data {100 * values['data_share']:.0f} %, "
+            f"{text}, {rate(values['images_per_second'])} images/s, data {100 * values['data_share']:.0f} %, "
             f"{values['memory_gb']:.1f} GB"
             + (f", {100 * utilization:.0f} % of peak FLOPs" if utilization is not None else ""),
         )
