@@ -31,7 +31,14 @@ from skipless.common import cli, distributed
 from skipless.common.pixels import normalize
 from skipless.datasets.labels.classes import LabeledData, LabeledSet, open_splits
 from skipless.ssl.config import RunSettings, check, check_size, resolve
-from skipless.ssl.data.augmentation import Augmentation, TrainingImages, ValidationImages, mixing
+from skipless.ssl.data.augmentation import (
+    Augmentation,
+    TrainingImages,
+    ValidationImages,
+    collate,
+    mixing,
+    prepare,
+)
 from skipless.ssl.data.loader import StepBatches, leave_signals_to_main, loader_workers, micro_batches, step_loader
 from skipless.ssl.data.squares import Images
 from skipless.ssl.model.build import ModelSettings as BackboneSettings
@@ -108,7 +115,7 @@ def train(cfg: Settings) -> Path:
     start = run.resume(may_change=("validate_every_epochs",))
 
     order = StepBatches(len(images), cfg.batch_size, cfg.accumulate, cfg.seed, start, schedule.steps)
-    loader = step_loader(TrainingImages(images, cfg.augmentation, cfg.seed), order, workers, device)
+    loader = step_loader(TrainingImages(images, cfg.augmentation, cfg.seed), order, workers, device, collate)
     mix = mixing(cfg.augmentation, len(images.classes))
     # The backward pass is twice the forward.
     meter = Meter(["loss"], cfg.batch_size // cfg.accumulate, 3 * classifier.backbone.flops(size, size), device)
@@ -134,7 +141,7 @@ def train(cfg: Settings) -> Path:
         set_rates(optimizer, now.lr, now.weight_decay, freeze_last_layer=False)
         distributed.seed_step(cfg.seed, step, schedule.steps)
         for batch, last in micro_batches(batches, cfg.accumulate):
-            views, targets = (x.to(device, non_blocking=True) for x in batch)
+            views, targets = prepare(batch, device)
             if mix is not None:
                 views, targets = mix(views, targets)
             with parallel.sync_gradients(last):

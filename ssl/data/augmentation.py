@@ -1,7 +1,7 @@
 """Augmentation for classification: random crops, RandAugment, erasing and mixing; central crops for validation."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from skipless.common.pixels import MEAN, STD, center_crop, crop_box, resample
+from skipless.common.pixels import MEAN, center_crop, crop_box, normalize, resample
 from skipless.datasets.images import UnreadableImage
 from skipless.datasets.labels.classes import LabeledSet
 
@@ -56,8 +56,16 @@ class Augmentation:
             raise ValueError(f"augmentation.label_smoothing is {self.label_smoothing:g}; it must be in [0, 1)")
 
 
-class TrainingImages(Dataset[tuple[Tensor, int]]):
-    """Augmented images, float32 [3, S, S], normalized, and their classes, for keys (epoch, index).
+Box = tuple[int, int, int, int]
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class TrainingImages(Dataset[tuple[Tensor, Box, Tensor, int]]):
+    """Augmented images and their classes, for keys (epoch, index), as bytes: a quarter of what floats would take.
+
+    An item is an image, uint8 [S, S, 3]; the rectangle to be erased in it, (top, left, height, width), 0 of each for
+    none; float32 [3, height, width], the noise that takes its place; and the class. `collate` makes a batch of them,
+    and `prepare` the network's input.
 
     What comes out depends on (seed, epoch, index) alone. Crop and flip are Szegedy et al.'s (arXiv 1409.4842);
     RandAugment (arXiv 1909.13719) and erasing (arXiv 1708.04896) are torchvision's. DeiT used timm's RandAugment,
@@ -77,15 +85,13 @@ class TrainingImages(Dataset[tuple[Tensor, int]]):
                 fill=[round(255 * channel) for channel in MEAN],
             )
             changes += [v2.RandomApply([one], p=0.5)] * 2
-        changes += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-        if augmentation.erasing:
-            changes.append(v2.RandomErasing(augmentation.erasing, value="random", inplace=True))
-        self.change = v2.Compose(changes)
+        self.change = v2.Compose(changes) if changes else v2.Identity()
+        self.erasing = v2.RandomErasing(value="random")
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Box, Tensor, int]:
         cv2.setNumThreads(0)  # workers share the cores
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
@@ -96,7 +102,33 @@ class TrainingImages(Dataset[tuple[Tensor, int]]):
             view = np.ascontiguousarray(view[:, ::-1])
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
             torch.default_generator.manual_seed(int(rng.integers(2**62)))
-            return self.change(torch.from_numpy(view).permute(2, 0, 1)), int(self.images.labels[index])
+            changed = self.change(torch.from_numpy(view).permute(2, 0, 1))
+            box, noise = (0, 0, 0, 0), torch.empty(3, 0, 0)
+            if self.augmentation.erasing and torch.rand(1) < self.augmentation.erasing:
+                drawn = self.erasing.make_params([changed])
+                if drawn["v"] is not None:
+                    box, noise = (drawn["i"], drawn["j"], drawn["h"], drawn["w"]), drawn["v"]
+        return changed.permute(1, 2, 0), box, noise, int(self.images.labels[index])
+
+
+def collate(items: Sequence[tuple[Tensor, Box, Tensor, int]]) -> Batch:
+    """A batch of `TrainingImages`: uint8 [B, S, S, 3], rectangles [B, 4], their noise one after the other, classes [B].
+
+    All tensors are on the CPU.
+    """
+    views, boxes, noise, labels = zip(*items, strict=True)
+    return torch.stack(views), torch.tensor(boxes), torch.cat([x.flatten() for x in noise]), torch.tensor(labels)
+
+
+def prepare(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch on the device: float32 [B, 3, S, S], normalized and erased, and classes int64 [B]. Without a wait."""
+    views, noise, labels = (x.to(device, non_blocking=True) for x in (batch[0], batch[2], batch[3]))
+    images, boxes = normalize(views[None]), batch[1].tolist()
+    pieces = noise.split([3 * height * width for _, _, height, width in boxes])
+    for image, (top, left, height, width), piece in zip(images, boxes, pieces, strict=True):
+        if height:
+            image[:, top : top + height, left : left + width] = piece.view(3, height, width)
+    return images, labels
 
 
 class ValidationImages(Dataset[tuple[Tensor, int]]):
