@@ -1,6 +1,7 @@
 # make demo    a short tour of pretraining and evaluation on synthetic images, on whatever machine this is
 # make test    the test suite (SKIPLESS_TEST_DATA=FOLDER adds the tests on real images, see CONTRIBUTING.md)
 # make lint    ruff and mypy
+# make stress  kills, full disks, flipped bits, hostile files, absurd settings: what is lost (25 minutes on two cores)
 # make docs    the documentation site, into build/site
 # make clean   remove the virtual environment and the caches
 #
@@ -12,7 +13,7 @@ EXTRA = $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 PY = .venv/bin/python
 ENVIRONMENT = $(if $(filter .venv/bin/python,$(PY)),.venv/.stamp)
 
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test stress lint docs clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -24,6 +25,9 @@ demo: $(ENVIRONMENT)
 # -P keeps the repository itself off the search path, so that a mistake in ssl/ is reported by its test and cannot stop pytest.
 test: $(ENVIRONMENT)
 	OMP_NUM_THREADS=1 $(PY) -P -m pytest -q -n 2 --dist loadfile --durations=5
+
+stress: $(ENVIRONMENT)
+	OMP_NUM_THREADS=1 $(PY) benchmarks/stress.py --out results/analysis/stress
 
 docs: $(ENVIRONMENT)
 	$(PY) -m mkdocs build

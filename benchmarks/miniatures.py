@@ -67,7 +67,7 @@ def command_lines(folder: Path, out: Path) -> dict[str, list[str]]:
         "crop-sheet": [picture, f"--out={out / 'crops.png'}"],
         "summarize": [str(out / "pretrain"), f"--out={out / 'summary'}"],
         "prepare": ["voc07", f"--root={out / 'prepared'}", "--dry-run"],
-        "export": [f"--ckpt={out / 'pretrain'}", "--to=safetensors"],
+        "export": [f"--ckpt={weights}", "--to=safetensors"],
         "shard": [str(train), str(out / "shards"), "--workers=1"],
         "scenes": ["--train=10", "--val=10", "--size=32", "--workers=1"],
     }  # fmt: skip

@@ -1,12 +1,14 @@
 """What a user trusts every command with."""
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers import call, error_line, run
+from helpers import ROOT, call, error_line, run
 
 from skipless.__main__ import COMMANDS
 from skipless.common import cli
@@ -24,6 +26,14 @@ def test_no_command_opens_a_socket_unless_a_url_is_named(tmp_path: Path) -> None
 def test_settings_that_nobody_means_are_refused_in_a_sentence() -> None:
     """A short part of the campaign: `make stress` has 5,000 draws."""
     done = run("benchmarks/fuzzing.py", ["--draws=100"])
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_short_part_of_the_campaign_loses_nothing() -> None:
+    """`make stress` has all of it."""
+    words = ["--share=0.01", "--kinds", "kills", "signals", "bits", "disk", "limit"]
+    command = [sys.executable, ROOT / "benchmarks" / "stress.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
