@@ -61,6 +61,7 @@ def command_lines(folder: Path, out: Path) -> dict[str, list[str]]:
         "linear": [*classes, "--epochs=1"],
         "quantization": [*classes, "--k=3"],
         "conditioning": [f"--images={train}", "--size=tiny", "--pixels=32", "--count=2", "--cheap"],
+        "embed": [str(train), *cached, "--size=32", f"--out={out / 'vectors.npz'}"],
         "pca": [*pictures, f"--images={train}", "--count=2", f"--out={out / 'pca.png'}"],
         "attention-maps": [*pictures, picture.replace("image", "images", 1), f"--out={out / 'attention.png'}"],
         "similarity": [*pictures, picture, f"--out={out / 'similarity.png'}"],

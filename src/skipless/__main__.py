@@ -29,6 +29,7 @@ COMMANDS = {
     "linear": ("eval.linear", "Linear classification of frozen features."),
     "quantization": ("eval.quantization", "What 8 and 4 bits cost a backbone."),
     "conditioning": ("eval.conditioning", "Condition numbers, ranks and Jacobians of every block."),
+    "embed": ("eval.embed", "Vectors of a folder of images, in one file."),
     "pca": ("eval.pca", "Pictures of patch features in three colors."),
     "attention-maps": ("eval.attention_maps", "Pictures of where each head looks."),
     "similarity": ("eval.similarity", "Pictures of the patches that resemble a chosen one."),
