@@ -118,8 +118,10 @@ class Backbone(Loaded):
 
     def normalize(self, images: np.ndarray | Tensor) -> Tensor:
         """uint8 [B, H, W, 3] RGB -> float32 [B, 3, H, W] on the model's device."""
-        x = torch.as_tensor(images).to(self.device).permute(0, 3, 1, 2).float() / 255
-        mean, std = (torch.tensor(value, device=x.device)[:, None, None] for value in (self.mean, self.std))
+        pixels, mean, std = (
+            torch.as_tensor(values).to(self.device, non_blocking=True) for values in (images, self.mean, self.std)
+        )
+        x, mean, std = pixels.permute(0, 3, 1, 2).float() / 255, mean[:, None, None], std[:, None, None]
         return (x - mean) / std
 
     @torch.no_grad()

@@ -182,8 +182,9 @@ def train_on_crops(
         heads.append(Heads(mean, torch.where(std > 1e-5 * mean.abs(), std, 1.0), len(rates), classes))
 
     def losses(batch: np.ndarray) -> Iterator[Tensor]:
+        taken = torch.from_numpy(batch).to(device, non_blocking=True)
         for head, rows in zip(heads, x, strict=True):
-            yield mean_loss(head(rows[batch]), y[batch])
+            yield mean_loss(head(rows[taken]), y[taken])
 
     steps = settings.epochs * math.ceil(len(y) / settings.images_per_step)
     batches = row_batches(len(y), settings.images_per_step, range(settings.epochs), settings.seed)

@@ -17,6 +17,38 @@ class SegmentationScores(NamedTuple):
     pixel_accuracy: float
 
 
+def pixel_pairs(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
+    """Pixels by true class (rows) and predicted class (columns), counted on the device without waiting for it.
+
+    Args:
+        truth, prediction: integers of any shape, the same.
+
+    Returns:
+        int64 [classes + 1, classes + 1], of which the last row and column are of what is not in 0..classes - 1.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    if truth.shape != prediction.shape:
+        raise ValueError(f"truth is {list(truth.shape)} and prediction {list(prediction.shape)}; sizes must be equal")
+    y, p = (torch.where((x >= 0) & (x < classes), x.long(), classes) for x in (truth, prediction))
+    pairs = (y * (classes + 1) + p).flatten()
+    counts = pairs.new_zeros((classes + 1) ** 2).scatter_add_(0, pairs, torch.ones_like(pairs))
+    return counts.view(classes + 1, classes + 1)
+
+
+def known_pairs(pairs: Tensor) -> Tensor:
+    """Confusion matrices [..., C, C] from `pixel_pairs` [..., C + 1, C + 1] and their sums.
+
+    Raises:
+        ValueError: a prediction that is no class. It is here that the host waits for the device.
+    """
+    outside = pairs[..., -1]
+    if not (outside == 0).all():
+        raise ValueError(f"pixels predicted to be of no class of 0 to {pairs.shape[-1] - 2}: {int(outside.sum()):,}")
+    return pairs[..., :-1, :-1]
+
+
 def confusion_matrix(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
     """Pixels by true class (rows) and predicted class (columns).
 
@@ -30,13 +62,7 @@ def confusion_matrix(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
     Raises:
         ValueError: shapes that differ, or a prediction that is no class.
     """
-    if truth.shape != prediction.shape:
-        raise ValueError(f"truth is {list(truth.shape)} and prediction {list(prediction.shape)}; sizes must be equal")
-    if prediction.numel() and not 0 <= int(prediction.min()) <= int(prediction.max()) < classes:
-        raise ValueError(f"predictions are {int(prediction.min())} to {int(prediction.max())}, with {classes} classes")
-    counted = (truth >= 0) & (truth < classes)
-    pairs = truth[counted].long() * classes + prediction[counted].long()
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    return known_pairs(pixel_pairs(truth, prediction, classes))
 
 
 def segmentation_scores(confusion: Tensor) -> SegmentationScores:

@@ -122,7 +122,7 @@ def add_gradients(
     context: Context, heads: Sequence[Heads], crops: list[tuple[np.ndarray, int]], pool: Pooling, step_images: int
 ) -> None:
     """Add to the heads' gradients those of some crops of a step."""
-    y = torch.tensor([label for _, label in crops], device=context.device)
+    y = torch.tensor([label for _, label in crops]).to(context.device, non_blocking=True)
     views = context.backbone.normalize(np.stack([view for view, _ in crops]))
     features = dict(zip(context.blocks, context.backbone.features(views, context.blocks), strict=True))
     for head, choice in zip(heads, context.choices, strict=True):

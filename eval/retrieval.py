@@ -273,9 +273,9 @@ def segment(
     with Progress(total=len(mine), desc=f"{images.name} {images.split}", unit="image", active=rank() == 0) as progress:
         for batch in (mine[first : first + together] for first in range(0, len(mine), together)):
             x = unit(queries.read(batch, blocks).flatten(0, 2).numpy())
-            shares = torch.from_numpy(in_context_labels(*search(x), labels, temperature)).to(device)
+            shares = torch.from_numpy(in_context_labels(*search(x), labels, temperature)).to(device, non_blocking=True)
             for index, image_shares in zip(batch, shares.chunk(len(batch)), strict=True):
-                mask = torch.from_numpy(images.read_matched_mask(index)).to(device)
+                mask = torch.from_numpy(images.read_matched_mask(index)).to(device, non_blocking=True)
                 yield index, mask, predict(image_shares.T.unflatten(1, queries.grid), mask.shape)
                 progress.update()
 

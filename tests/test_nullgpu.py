@@ -33,11 +33,15 @@ RECIPE = [
     "--model.heads=3", "--optimizer.name=adamw", "--optimizer.warmup_epochs=1", "--dino.out_dim=64",
     "--dino.hidden_dim=64", "--dino.freeze_last_layer=1", "--monitor.every_epochs=0", "--crops.device=device", EAGER,
 ]  # fmt: skip
-FAST = ["--device=cuda", "--workers=0"]
-# Those of dense features check their predictions, which a kernel that does nothing leaves as memory happens to be.
+CLASSES = ["--data.name=arrays", "--size=32"]
+DENSE = ["--data.name=voc12", "--size=64"]
 EVALUATIONS = {
-    "knn": ["--data.name=arrays", "--size=32", "--k=[5,3]"],
-    "linear": ["--data.name=arrays", "--size=32", "--epochs=2", "--images-per-step=13"],
+    "knn": [*CLASSES, "--k=[5,3]"],
+    "linear": [*CLASSES, "--epochs=2", "--images-per-step=13"],
+    "segmentation": [*DENSE[:1], "--protocol=quick", "--quick.size=64", "--quick.epochs=2"],
+    "retrieval": [*DENSE, "--data.train_split=train", "--k=5"],
+    "clustering": [*DENSE, "--seeds=2"],
+    "discovery": ["--data.name=folder", "--method=tokencut"],
 }
 
 
@@ -51,7 +55,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(null_gpu: NullGPU, folder: Path, photos: Path, color_classes: Path, tiny_run: Path) -> dict[str, Any]:
+def alone(
+    null_gpu: NullGPU, folder: Path, photos: Path, color_classes: Path, tiny_run: Path, tiny_voc: Path, tiny_ckpt: Path
+) -> dict[str, Any]:
     """What every command of one process did; they run one after the other in the same one."""
     commands = {name: pretraining(photos, folder / name, EAGER, *more) for name, more in RUNS.items()}
     compiled = pretraining(photos, folder / "compiled", *RUNS["adamw"])
@@ -67,10 +73,13 @@ def alone(null_gpu: NullGPU, folder: Path, photos: Path, color_classes: Path, ti
     distillation = [f"--data.path={photos}", f"--teacher.ckpt={tiny_run}", "--views.size=32"]
     commands["distill"] = ["skipless.ssl.distill", f"--out={folder / 'distill'}", *distillation, *TINY]
     commands["distill"] += ["--monitor.every_epochs=0", "--optimizer.name=soap"]
+    data = dict.fromkeys(EVALUATIONS, tiny_voc) | {"knn": color_classes, "linear": color_classes, "discovery": photos}
     for task, more in EVALUATIONS.items():
-        where = [f"--ckpt={tiny_run}", f"--data.root={color_classes}", f"--out={folder / task}"]
-        where += [f"--cache={folder / 'cache'}"]
-        commands[task] = [f"skipless.eval.{task}", *where, *FAST, *more]
+        where = [f"--ckpt={tiny_ckpt}", f"--data.root={data[task]}", f"--out={folder / task}", *more]
+        where += [] if task == "discovery" else [f"--cache={folder / 'cache'}"]
+        commands[task] = [f"skipless.eval.{task}", "--device=cuda", "--workers=0", *where]
+    commands["pca"] = ["skipless.eval.pca", f"--ckpt={tiny_ckpt}", f"--images={photos}", "--size=64", "--device=cuda"]
+    commands["pca"] += [f"--out={folder / 'pca.png'}"]
     return null_gpu.run(commands, folder)[0]
 
 
@@ -143,13 +152,23 @@ def test_attention_is_chosen_by_trying(null_gpu: NullGPU, folder: Path) -> None:
         assert f"torch's varlen attention {refused}" in chosen[name][1]
 
 
-@pytest.mark.parametrize("task", list(EVALUATIONS))
+@pytest.mark.parametrize("task", [*EVALUATIONS, "pca"])
 def test_evaluations_end_with_a_figure(task: str, alone: dict[str, Any], folder: Path) -> None:
     done = alone[task]
     assert done["status"] == 0, done["printed"]
-    assert done["kernels"] > 5
+    assert done["to_device"] > 5
     assert not done["tf32"]
-    assert 0 <= json.loads((folder / task / f"{task}.json").read_text())["value"] <= 1
+    if task == "pca":
+        assert (folder / "pca.png").exists()
+        return
+    value = json.loads((folder / task / f"{task}.json").read_text())["value"]
+    assert value is None if task == "discovery" else 0 <= value <= 1
+
+
+@pytest.mark.parametrize("task", ["segmentation", "retrieval"])
+def test_predictions_are_scored_without_a_wait(task: str, alone: dict[str, Any]) -> None:
+    assert alone[task]["step"]["kernels"] > 20
+    assert alone[task]["step"]["waits"] == 0
 
 
 @pytest.mark.parametrize("way", ["ddp", "shard"])

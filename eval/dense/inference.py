@@ -81,7 +81,7 @@ def score_heads(
                 path = images.images[batch[int(finite.int().argmin())]]
                 raise ValueError(f"{path}: {not_finite(context.backbone)}")
             for index, picture, (_, mask), parts in zip(batch, pictures, pairs, logits, strict=True):
-                truth = torch.from_numpy(mask).to(context.device).long()
+                truth = torch.from_numpy(mask).to(context.device, non_blocking=True).long()
                 if settings.kind == "square":
                     truth = nearest_labels(truth[None], (settings.grid, settings.grid))[0]
                 # Choice by choice, since those of all choices at the size of the image would fill the memory.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skipless.common.distributed import all_reduce_sum, gather_objects
 from skipless.eval.evaluation import Context
-from skipless.eval.metrics import confusion_matrix, image_counts, miou_interval, segmentation_scores
+from skipless.eval.metrics import image_counts, known_pairs, miou_interval, pixel_pairs, segmentation_scores
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Outcome:
 
 
 class Tally:
-    """Adds up what several heads predict.
+    """Adds up what several heads predict, where they predict it: nothing waits for the device before the `outcome`.
 
     Args:
         heads, images, classes: how many there are.
@@ -37,24 +37,24 @@ class Tally:
     """
 
     def __init__(self, heads: int, images: int, classes: int, device: torch.device, shown: Sequence[int] = ()):
-        self.confusions = torch.zeros(heads, classes, classes, dtype=torch.int64, device=device)
+        self.pairs = torch.zeros(heads, classes + 1, classes + 1, dtype=torch.int64, device=device)
         self.counts = torch.zeros(heads, images, 3, classes, dtype=torch.int64, device=device)
-        self.predictions: dict[int, np.ndarray] = {}
+        self.predictions: dict[int, Tensor] = {}
         self.shown = shown
 
     def add(self, head: int, image: int, truth: Tensor, prediction: Tensor) -> None:
         """Compare integers [H, W] with each other; what is not in 0..C - 1 in the truth does not count."""
-        confusion = confusion_matrix(truth, prediction, self.confusions.shape[-1])
-        self.confusions[head] += confusion
-        self.counts[head, image] = image_counts(confusion)
-        if image in self.shown and head == len(self.confusions) - 1:
-            self.predictions[image] = prediction.to(torch.uint8).cpu().numpy()
+        pairs = pixel_pairs(truth, prediction, self.counts.shape[-1])
+        self.pairs[head] += pairs
+        self.counts[head, image] = image_counts(pairs[:-1, :-1])
+        if image in self.shown and head == len(self.pairs) - 1:
+            self.predictions[image] = prediction.to(torch.uint8)
 
     def outcome(self) -> Outcome:
-        """The sum over all processes."""
-        gathered = gather_objects(self.predictions)
+        """The sum over all processes. Raises ValueError where a prediction was no class."""
+        gathered = gather_objects({image: mask.cpu().numpy() for image, mask in self.predictions.items()})
         predictions = {image: prediction for part in gathered for image, prediction in part.items()}
-        return Outcome(all_reduce_sum(self.confusions), all_reduce_sum(self.counts), predictions)
+        return Outcome(known_pairs(all_reduce_sum(self.pairs)), all_reduce_sum(self.counts), predictions)
 
 
 class Figures(NamedTuple):

@@ -126,9 +126,9 @@ def train_heads(
     optimizer = torch.optim.AdamW(groups_by_rate(heads, rates), weight_decay=settings.weight_decay)
 
     def losses(batch: np.ndarray) -> Iterator[Tensor]:
-        target = shares[batch].to(device).flatten(0, 2).float()  # [P, C]
+        target = shares[batch].to(device, non_blocking=True).flatten(0, 2).float()  # [P, C]
         for choice, head in zip(choices, heads, strict=True):
-            x = features.read(rows[batch], choice).to(device).flatten(0, 2)
+            x = features.read(rows[batch], choice).to(device, non_blocking=True).flatten(0, 2)
             log_p = head(x).log_softmax(-1)  # [P, heads, C]
             yield -(target * log_p.sum(1)).sum() / target.sum().clamp(min=1e-6)
 
@@ -154,10 +154,11 @@ def score_heads(
     mine = range(rank(), len(rows), world_size())
     for position in Progress(mine, desc=title, unit="image", active=rank() == 0):
         row = int(rows[position])
-        mask = torch.from_numpy(images.read_matched_mask(int(image_of_row[row]))).to(device)
+        mask = torch.from_numpy(images.read_matched_mask(int(image_of_row[row]))).to(device, non_blocking=True)
         logits: list[Tensor] = []  # [P, C] of each head
         for choice, head in zip(choices, heads, strict=True):
-            logits += head(features.read([row], choice).to(device)[0].flatten(0, 1)).unbind(1)
+            x = features.read([row], choice).to(device, non_blocking=True)
+            logits += head(x[0].flatten(0, 1)).unbind(1)
         for number, patches in enumerate(logits):
             tally.add(number, position, mask, predict(patches.T.unflatten(1, features.grid), mask.shape))
     return tally.outcome()
@@ -169,7 +170,7 @@ def _mean_and_std(
     """float32 [D] each, over all patches of some rows."""
     total = torch.zeros(2, features.dim * len(choice), dtype=torch.float64, device=device)
     for first in range(0, len(rows), 16):
-        x = features.read(rows[first : first + 16], choice).to(device).flatten(0, 2).float()
+        x = features.read(rows[first : first + 16], choice).to(device, non_blocking=True).flatten(0, 2).float()
         total += torch.stack([x.sum(0), x.square().sum(0)]).double()
     mean, square = total / (len(rows) * features.grid[0] * features.grid[1])
     # The floor keeps a channel that never changes from being blown up.

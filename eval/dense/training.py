@@ -251,9 +251,11 @@ def training_length(settings: OptimizerSettings, images: int) -> int:
 def collate(samples: list[Any], backbone: Backbone) -> tuple[Tensor, Tensor]:
     """Normalized images [B, 3, S, S], zero where they are padded, and int64 masks [B, S, S]."""
     images = backbone.normalize(np.stack([image for image, _, _ in samples]))
-    inside = torch.from_numpy(np.stack([where for _, _, where in samples])).to(images.device)
-    masks = torch.from_numpy(np.stack([mask for _, mask, _ in samples])).long().to(images.device)
-    return images * inside[:, None], masks
+    inside, masks = (
+        torch.from_numpy(np.stack(arrays)).to(images.device, non_blocking=True)
+        for arrays in ([where for _, _, where in samples], [mask for _, mask, _ in samples])
+    )
+    return images * inside[:, None], masks.long()
 
 
 def read_crop(

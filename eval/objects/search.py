@@ -167,9 +167,9 @@ def _search_group(
         {"index": index, "size": list(original), "blocks": []} for index, _, original in group
     ]
     for block, outputs in zip(search.blocks, features, strict=True):
-        broken = (~outputs.patches.isfinite()).flatten(1).any(1)
-        if broken.any():
-            path = images.images[group[int(broken.nonzero()[0])][0]]
+        finite = outputs.patches.isfinite().flatten(1).all(1)
+        if not finite.all():
+            path = images.images[group[int(finite.int().argmin())][0]]
             raise ValueError(
                 f"{path}: {search.features} of block {block + 1} of {backbone.path} are NaN or infinite; "
                 "check the checkpoint"

@@ -183,7 +183,7 @@ def test_class_codes_as_features_give_a_perfect_figure() -> None:
     for index, mask, prediction in module.segment(features, (0,), val, search, labels, 0.02, torch.device("cpu")):  # type: ignore[arg-type]
         tally.add(0, index, mask, prediction)
     counts = np.bincount(np.concatenate(masks[4:]).ravel(), minlength=3)[:3]
-    np.testing.assert_array_equal(tally.confusions[0], np.diag(counts))
+    np.testing.assert_array_equal(tally.outcome().confusions[0], np.diag(counts))
     np.testing.assert_array_equal(tally.predictions[1], np.where(masks[5] == VOID, 0, masks[5]))
 
 
