@@ -52,8 +52,10 @@ class Compiler:
     def __init__(self, on: bool):
         self.on = on
         if on:
+            from torch._functorch import config  # torch has not always imported it by itself
+
             # The backward pass is compiled in the forward pass, where an error has no consequences yet.
-            torch._functorch.config.force_non_lazy_backward_lowering = True
+            config.force_non_lazy_backward_lowering = True
 
     def __call__(self, function: F) -> F:
         """`function`, compiled for each combination of shapes that it gets."""

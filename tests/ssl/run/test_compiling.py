@@ -1,9 +1,12 @@
 """What is compiled, and what happens where it cannot be."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch._functorch import config
 
 from skipless.ssl.config import DataSettings, Settings
 from skipless.ssl.dino import DINOLoss, cross_entropy
@@ -43,7 +46,7 @@ def test_where_the_compiler_fails_a_function_runs_as_it_was_written(capfd: pytes
 
     torch._dynamo.reset()
     x = torch.arange(3.0, requires_grad=True)
-    lazy = torch._functorch.config.patch(force_non_lazy_backward_lowering=False)  # and as it was, afterwards
+    lazy = config.patch(force_non_lazy_backward_lowering=False)  # and as it was, afterwards
     with lazy, torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
         compiler = Compiler(True)
         either = compiler(square)
@@ -55,6 +58,13 @@ def test_where_the_compiler_fails_a_function_runs_as_it_was_written(capfd: pytes
     assert said.count("not compiled, as torch.compile fails here") == 1
     assert "no-such-compiler" in said
     assert not compiler.on
+
+
+def test_a_compiler_can_be_made_where_torch_has_imported_none_of_its_own() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from skipless.ssl.run.compiling import Compiler; Compiler(True)"], capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_compiled_loss_is_the_loss() -> None:
