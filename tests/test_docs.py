@@ -220,6 +220,18 @@ def test_changelog_has_functions_that_exist() -> None:
         assert pydoc.locate(f"skipless.{new}") is not None, new
 
 
+def test_every_promise_names_tests_that_exist() -> None:
+    sources = "".join(path.read_text() for path in ROOT.glob("tests/**/*.py"))
+    tests = set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))
+    page = (ROOT / "docs/reliability.md").read_text()
+    promises = re.findall(r"^\| (?!what happens|-).* \| (.*) \|$", page, re.MULTILINE)
+    assert len(promises) > 30
+    for shown_by in promises:
+        named = re.findall(r"`(\w+)`", shown_by)
+        assert named, shown_by
+        assert [name for name in named if name not in tests] == []
+
+
 def test_site_is_built_without_a_warning(tmp_path: Path) -> None:
     """Every page and anchor that is linked to is there, and every module of the reference."""
     pytest.importorskip("mkdocs", reason="the site needs mkdocs-material and mkdocstrings")
