@@ -28,7 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("datasets", "ssl", "eval", "configs")
 PARTS = ("common", "datasets", "ssl", "eval")  # those with code
 # Used where installed: every module of the package must import without them, and their names must stay free.
-OPTIONAL_MODULES = {"datasets", "faiss", "timm", "wandb", "xformers"}
+OPTIONAL_MODULES = {
+    "datasets", "faiss", "onnx", "onnxruntime", "onnxscript", "pyarrow", "timm", "transformers", "wandb", "xformers",
+}  # fmt: skip
 
 
 def place(folder: str) -> Path:

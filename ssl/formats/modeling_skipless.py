@@ -155,7 +155,7 @@ def load(folder: str | Path = Path(__file__).parent) -> SkiplessViT:
     return model.eval()
 
 
-if "transformers" in sys.modules:  # as when AutoModel reads this file; importing it takes seconds
+if sys.modules.get("transformers"):  # as when AutoModel reads this file; importing it takes seconds
     from transformers import PretrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
