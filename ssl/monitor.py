@@ -20,6 +20,10 @@ from skipless.ssl.dino import DINOOutput, Pool, diagnose_collapse
 from skipless.ssl.model.statistics import DEAD, cheap_conditioning, effective_rank, mean_share
 from skipless.ssl.model.vit import VisionTransformer
 
+STATISTICS = 512
+"""Queries that token statistics are of: they take an eigendecomposition an image, which some versions of torch compute
+one by one on a GPU."""
+
 
 @dataclass
 class MonitorSettings:
@@ -162,7 +166,8 @@ class CollapseAlarm:
 
 
 class LabeledImages(Dataset):
-    """Center crops of some images of a source, uint8 [S, S, 3], with their labels. Unreadable images come as None."""
+    """Center crops of some images of a source, uint8 [S, S, 3], with their labels and positions. Unreadable images come
+    as None."""
 
     def __init__(self, images: ImageSource, indices: np.ndarray, labels: np.ndarray, size: int):
         self.images, self.indices, self.labels, self.size = images, indices, labels, size
@@ -170,13 +175,13 @@ class LabeledImages(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int] | None:
+    def __getitem__(self, position: int) -> tuple[Tensor, int, int] | None:
         resize = round(self.size * 8 / 7)
         try:
             image = self.images.read(int(self.indices[position]), min_side=resize)
         except UnreadableImage:
             return None
-        return torch.from_numpy(center_crop(image, self.size, resize)), int(self.labels[position])
+        return torch.from_numpy(center_crop(image, self.size, resize)), int(self.labels[position]), position
 
 
 def labeled_sets(
@@ -240,14 +245,14 @@ def measure_blocks(
     """k-NN accuracy and token statistics after every block.
 
     Images are shared out over the processes; all of them get the result. The feature of an image is its class token or
-    the mean of its patch tokens after the final norm; the statistics are those of the patch tokens before it, over the
-    queries.
+    the mean of its patch tokens after the final norm; the statistics are those of the patch tokens before it, over at
+    most STATISTICS queries, evenly spread.
 
     Returns:
         For each block {"knn": top-1 in [0, 1], "mean_share": in [0, 1], "effective_rank": >= 1}.
     """
-    bank_features, bank_labels, _ = _describe(backbone, bank, pool, workers, statistics=False)
-    query_features, query_labels, statistics = _describe(backbone, queries, pool, workers, statistics=True)
+    bank_features, bank_labels, _ = _describe(backbone, bank, pool, workers, statistics=0)
+    query_features, query_labels, statistics = _describe(backbone, queries, pool, workers, STATISTICS)
     share, effective = statistics.mean(axis=0).T
     device = backbone.pos_embed.device
     return [
@@ -305,29 +310,33 @@ def knn_accuracy(
 
 
 def _describe(
-    backbone: VisionTransformer, images: LabeledImages, pool: Pool, workers: int, statistics: bool
+    backbone: VisionTransformer, images: LabeledImages, pool: Pool, workers: int, statistics: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features [depth, N, D], labels [N] and (mean share, effective rank) [N, depth, 2] of all images."""
+    """Features [depth, N, D] and labels [N] of all images, and (mean share, effective rank) [n, depth, 2] of some, at
+    most `statistics` of them, whatever the number of processes."""
     device = backbone.norm.weight.device
     mine = torch.utils.data.Subset(images, range(rank(), len(images), world_size()))
     loader = DataLoader(
         mine, batch_size=64, num_workers=workers, collate_fn=_readable, worker_init_fn=leave_signals_to_main
     )
+    spread = np.linspace(0, len(images) - 1, min(statistics, len(images))).round().astype(int)
     features, labels, numbers = [], [], []
-    for views, batch_labels in loader:
+    for views, batch_labels, rows in loader:
         if not len(batch_labels):
             continue
+        described = torch.from_numpy(np.isin(rows, spread).nonzero()[0]).to(device)
         blocks = backbone.features(normalize(views[None].to(device)), blocks=range(backbone.depth), norm=False)
         pooled, stats = [], []
         for block in blocks:
             patches = block.patches.flatten(1, 2).float()
             tokens = block.cls[:, None] if pool == "cls" else patches
             pooled.append(backbone.norm(tokens.float()).mean(1).cpu())
-            if statistics:
+            if len(described):
+                patches = patches[described]
                 stats.append(torch.stack([mean_share(patches), effective_rank(patches)], dim=-1).cpu())
         features.append(torch.stack(pooled).numpy())
         labels.append(batch_labels)
-        if statistics:
+        if stats:
             numbers.append(torch.stack(stats, dim=1).numpy())
     parts = gather_objects((features, labels, numbers))
     if not any(part[1] for part in parts):
@@ -336,11 +345,12 @@ def _describe(
     return (
         np.concatenate(joined[0], axis=1),
         np.concatenate(joined[1]),
-        np.concatenate(joined[2]) if statistics else np.zeros((0, backbone.depth, 2)),
+        np.concatenate([np.zeros((0, backbone.depth, 2)), *joined[2]]),
     )
 
 
-def _readable(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, np.ndarray]:
+def _readable(samples: list[tuple[Tensor, int, int] | None]) -> tuple[Tensor, np.ndarray, np.ndarray]:
     kept = [sample for sample in samples if sample is not None]
-    views = torch.stack([view for view, _ in kept]) if kept else torch.empty(0, dtype=torch.uint8)
-    return views, np.array([label for _, label in kept], dtype=np.int64)
+    views = torch.stack([sample[0] for sample in kept]) if kept else torch.empty(0, dtype=torch.uint8)
+    labels, positions = (np.array([sample[i] for sample in kept], dtype=np.int64) for i in (1, 2))
+    return views, labels, positions

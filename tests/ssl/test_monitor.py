@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 
+from skipless.common.pixels import normalize
 from skipless.datasets.images import open_images
 from skipless.eval.figures.pca import pca_colors
 from skipless.eval.summarize import summarize, table
+from skipless.ssl import monitor
 from skipless.ssl.model.statistics import effective_rank, mean_share, token_statistics
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.monitor import MonitorSettings, describe_blocks, knn_accuracy, labeled_sets, measure_blocks
@@ -89,6 +91,19 @@ def test_val_beside_train_is_classified(classes: Path) -> None:
     # A linear look at the mean color is enough to tell red from green, trained or not.
     measured = measure_blocks(backbone, bank, queries, k=3, pool="mean")
     assert [block["knn"] for block in measured] == [1.0, 1.0]
+
+
+def test_statistics_are_of_some_queries_evenly_spread(classes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor, "STATISTICS", 3)
+    (classes / "val/green/00.png").write_bytes(b"")  # its statistics are left out, and no other's are taken
+    found = labeled_sets(open_images(classes / "train"), MonitorSettings(), default_size=16)
+    assert found is not None
+    backbone = VisionTransformer(16, 2, 2, patch=8, image_size=16).eval()
+    measured = measure_blocks(backbone, *found[:2], k=3, pool="mean")
+    views = torch.stack([found[1][i][0] for i in (2, 5)])  # type: ignore[index]
+    expected = token_statistics(backbone, normalize(views[None]))
+    for name in ("mean_share", "effective_rank"):
+        assert [block[name] for block in measured] == pytest.approx(expected[name], rel=1e-4)
 
 
 def test_without_val_every_tenth_image_is_classified(classes: Path) -> None:
