@@ -81,7 +81,7 @@ def distill(cfg: Settings) -> Path:
     monitor = Monitor(cfg.monitor, images, size, cfg.model.pool, device, workers)
 
     torch.manual_seed(cfg.seed)
-    backbone = build_backbone(cfg.model, size, cfg.seed, None if cfg.last_checkpoint else images)
+    backbone = build_backbone(cfg.model, size, cfg.seed, images, fresh=not cfg.last_checkpoint)
     student = Student(backbone, teacher.model.dim, cfg.distillation, cfg.model.pool).to(device)
     distributed.sync(student)
     parallel = parallelize(student, device, cfg.precision)

@@ -54,7 +54,7 @@ def pretrain(cfg: Settings) -> Path:
     monitor = Monitor(cfg.monitor, images, size, cfg.model.pool, device, workers)
 
     torch.manual_seed(cfg.seed)
-    backbone = build_backbone(cfg.model, cfg.position_size, cfg.seed, None if cfg.earlier else images)
+    backbone = build_backbone(cfg.model, cfg.position_size, cfg.seed, images, fresh=not cfg.earlier)
     student = build_dino(backbone, cfg.dino, cfg.model.pool, cfg.ibot.on, cfg.ibot.out_dim).to(device)
     distributed.sync(student)
     teacher, compiler = make_teacher(student), Compiler(cfg.compile is True)

@@ -194,8 +194,7 @@ def build_classifier(cfg: Settings, classes: int, images: Images | None = None) 
 
     Draws from torch's global random state, except for the skipless initialization, which draws from the seed.
     """
-    fresh = None if cfg.last_checkpoint else images
-    backbone = build_backbone(cfg.model, cfg.augmentation.size, cfg.seed, fresh)
+    backbone = build_backbone(cfg.model, cfg.augmentation.size, cfg.seed, images, fresh=not cfg.last_checkpoint)
     if cfg.model.pool == "gathering-cls":
         gather_into_cls_(backbone)
     return Classifier(backbone, classes, cfg.model.pool)

@@ -102,7 +102,9 @@ def initialization_arguments(model: ModelSettings) -> dict[str, Any]:
     return PRESETS[initialization_of(model)] | changed_initialization(model)
 
 
-def build_backbone(model: ModelSettings, image_size: int, seed: int, images: Images | None = None) -> VisionTransformer:
+def build_backbone(
+    model: ModelSettings, image_size: int, seed: int, images: Images | None = None, fresh: bool = True
+) -> VisionTransformer:
     """The backbone at its start, initialized as the settings say.
 
     Draws from torch's global random state; skipless initialization and whitening draw from `seed`.
@@ -111,6 +113,7 @@ def build_backbone(model: ModelSettings, image_size: int, seed: int, images: Ima
         image_size: side of the images that the grid of positions fits, in pixels.
         images: those to train on, if patches are to be whitened where the settings say so: some hundred, evenly spread,
             are looked at. Only the first process does, from which the others get their weights before training.
+        fresh: False where a checkpoint's weights will take the place of these: what takes time is left out.
 
     Raises:
         ValueError: none of the images can be read, or all their patches are the same.
@@ -127,12 +130,12 @@ def build_backbone(model: ModelSettings, image_size: int, seed: int, images: Ima
         attention=model.attention,
         checkpoint_activations=model.checkpoint_activations,
     )
-    if initialization_of(model) != "default":
+    if fresh and initialization_of(model) != "default":
         skipless_init_(backbone, **initialization_arguments(model), seed=seed)
     patches, positions = embedding_of(model)
     if positions == "sines":
         sine_positions_(backbone)
-    if patches == "whitened" and images is not None and distributed.rank() == 0:
+    if fresh and patches == "whitened" and images is not None and distributed.rank() == 0:
         squares = normalized_squares(images, images_to_whiten_on(image_size, model.patch), image_size)
         whiten_patches_(backbone.patch_embed.proj, squares, seed)
     return backbone

@@ -33,6 +33,7 @@ from skipless.ssl.config import Settings
 from skipless.ssl.data.loader import StepBatches
 from skipless.ssl.data.squares import normalized_squares
 from skipless.ssl.dino import update_teacher
+from skipless.ssl.model import build
 from skipless.ssl.model.build import build_backbone, embedding_of
 from skipless.ssl.model.embedding import sine_positions_, whiten_patches_
 from skipless.ssl.model.initialization import PRESETS, choose_beta
@@ -516,18 +517,17 @@ def test_a_small_skipless_model_starts_from_whitened_patches_and_sines(photos: P
     torch.testing.assert_close(trained["pos_embed"][:, 1:], model.pos_embed[:, 1:].detach())
 
 
-def test_only_a_fresh_run_reads_images_to_whiten_patches_on(
+def test_a_resumed_run_is_neither_initialized_nor_are_patches_whitened(
     photos: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = cli.parse(Settings, [str(word) for word in words(photos, copied)]).model
     with pytest.raises(ValueError, match="none of 0 images"):
         build_backbone(model, 32, 0, images=[])  # type: ignore[arg-type]
 
-    def build(*arguments: object) -> VisionTransformer:
-        assert arguments[3] is None
-        return build_backbone(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(pretrain, "build_backbone", build)
+    monkeypatch.setattr(build, "skipless_init_", None)
+    with pytest.raises(TypeError):
+        build_backbone(model, 32, 0)
+    monkeypatch.setattr(build, "normalized_squares", None)
     train(photos, copied, "--resume")
 
 
