@@ -86,6 +86,20 @@ def test_what_may_be_negative_or_empty_is_taken() -> None:
             "you tried to allocate 314572800 bytes. Error code 12"),
             "(314572800 bytes more were wanted)",
         ),
+        (
+            RuntimeError(
+                "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                "RuntimeError: unable to allocate shared memory(shm) for file </torch_9>: No space left (28)"
+            ),
+            "/dev/shm is full",
+        ),
+        (
+            RuntimeError(
+                "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
+                "are out of shared memory. Please try to raise your shared memory limit."
+            ),
+            "--ipc=host",
+        ),
         (RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has"), "(20.00 MiB more were wanted)"),
     ],
 )  # fmt: skip

@@ -154,7 +154,7 @@ def guard(command: Callable[[], object]) -> None:
 
 def lacks_memory(error: BaseException) -> bool:
     """Whether an error says that memory is not enough: of Python, NumPy, torch or OpenCV."""
-    said = r"allocate memory|enough memory|out of memory|Insufficient memory|Storage size calculation overflow"
+    said = r"(allocate|enough|out of|Insufficient) memory|shared memory\(shm\)|Storage size calculation overflow"
     return isinstance(error, MemoryError) or re.search(said, str(error)) is not None
 
 
@@ -166,10 +166,15 @@ def sentence(error: BaseException) -> str:
     """An error's message in one line, without the traceback that one from inside a loader's worker carries."""
     text = str(error).strip()
     if _lost_worker(error):
-        where = "shared memory (/dev/shm; Docker: --shm-size)" if "shared memory" in text else "memory"
+        where = "shared memory (/dev/shm; Docker: --ipc=host or --shm-size)" if "shared memory" in text else "memory"
         return (
             f"a process that loads images was killed, most likely for want of {where}: take fewer (workers), or more "
             "memory; training goes on with --resume"
+        )
+    if "shared memory(shm)" in text:
+        return (
+            "/dev/shm is full, through which loader workers hand over images (Docker makes it 64 MB large): start the "
+            "container with --ipc=host, or lower workers or batch-size"
         )
     if lacks_memory(error):
         bytes_asked = re.search(r"allocate ([\d.]+ \w+)", text)
