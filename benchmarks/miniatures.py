@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -21,9 +22,19 @@ PRETRAINING = [
 ]  # fmt: skip
 
 
+PAIR = {"imname": "a.jpg", "imsize": [32, 32, 3], "bndbox": [2, 2, 30, 30], "kps": [[4, 5], [20, 30]]}
+
+
 def write_data(folder: Path) -> None:
-    """Leave FOLDER/scenes, in VOC's layout and as class folders, and FOLDER/vit.safetensors, a random ViT."""
+    """Leave FOLDER/scenes, in VOC's layout and as class folders, FOLDER/pairs, in SPair-71k's, and
+    FOLDER/vit.safetensors, a random ViT."""
     write_scenes(folder / "scenes", train=24, val=12, size=32, workers=1)
+    photo = next((folder / "scenes/train").rglob("*.jpg"))
+    for place in ("pairs/JPEGImages/cat", "pairs/PairAnnotation/test"):
+        (folder / place).mkdir(parents=True)
+    shutil.copy(photo, folder / "pairs/JPEGImages/cat/a.jpg")
+    names = {f"{side}_{name}": value for side in ("src", "trg") for name, value in PAIR.items()}
+    (folder / "pairs/PairAnnotation/test/1.json").write_text(json.dumps({"category": "cat", **names}))
     torch.manual_seed(0)
     model = VisionTransformer(24, 2, 2, patch=8, image_size=32)
     weights = folder / "vit.safetensors"
@@ -65,6 +76,8 @@ def command_lines(folder: Path, out: Path) -> dict[str, list[str]]:
         "pca": [*pictures, f"--images={train}", "--count=2", f"--out={out / 'pca.png'}"],
         "attention-maps": [*pictures, picture.replace("image", "images", 1), f"--out={out / 'attention.png'}"],
         "similarity": [*pictures, picture, f"--out={out / 'similarity.png'}"],
+        "match": [*2 * [picture.removeprefix("--image=")], *pictures, f"--out={out / 'match.png'}"],
+        "correspondence": [*pictures, f"--data.root={folder / 'pairs'}"],
         "crop-sheet": [picture, f"--out={out / 'crops.png'}"],
         "summarize": [str(out / "pretrain"), f"--out={out / 'summary'}"],
         "prepare": ["voc07", f"--root={out / 'prepared'}", "--dry-run"],

@@ -15,6 +15,7 @@ COUNTS = {
     ("coco-stuff-171", "val"): 5000,
     ("ade20k", "train"): 20210,
     ("ade20k", "val"): 2000,
+    ("spair", "test"): 12234,
     ("ecssd", "all"): 1000,
     ("duts-te", "all"): 5019,
     ("dut-omron", "all"): 5168,
