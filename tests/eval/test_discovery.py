@@ -939,3 +939,14 @@ def test_the_published_settings_are_the_defaults() -> None:
     assert (found.method, found.features, found.block) == ("tokencut", "auto", "last")
     assert (found.size, found.tau) == (None, None)
     assert (found.no_hard, found.every_block, found.untrained) == (False, False, False)
+
+
+def test_a_dangling_link_in_a_folder_is_left_out_and_said(
+    ckpt: Path, tmp_path: Path, undrawn: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    picture(64, 40, 0).save(tmp_path / "in/a.png")
+    (tmp_path / "in/gone.png").symlink_to("nowhere.png")
+    found = measure(tmp_path / "in", ckpt, name="folder")
+    assert len(found["details"]["unreadable"]) == 1
+    assert "gone.png" in found["details"]["unreadable"][0]

@@ -273,3 +273,12 @@ def test_help_says_what_is_wanted(command: str, sentences: list[str], capsys: py
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert all(sentence in text for sentence in sentences)
+
+
+def test_a_picture_of_one_pixel(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (1, 1), "red").save(tmp_path / "one.png")
+    more = ["--images", tmp_path / "one.png", "--out", tmp_path / "a.png"]
+    pca.main(words(folder, "pca", *more))
+    assert (tmp_path / "a.png").exists()
+    sentence = refusal(pca.main, words(folder, "pca", *more, "--size=8"), capsys)
+    assert "there are 1 patches, and three colors need three: give a larger --size" in sentence

@@ -294,3 +294,9 @@ def test_photographs_of_a_class_are_found_by_a_trained_network(knn: Evaluation, 
     found = knn.measure("--ckpt", ckpt, "--data.root", tmp_path, "--cache", tmp_path / "cache", "--size=112")
     assert found["images"] == 15
     assert found["value"] > 0.5
+
+
+def test_a_size_below_a_patch_is_refused_and_one_between_is_named_as_measured(knn: Evaluation) -> None:
+    assert "size is 5, less than one patch of" in knn.refused("--size=5")
+    assert "13px" not in (protocol := knn.measure("--size=13")["protocol"])
+    assert protocol.endswith("8px")

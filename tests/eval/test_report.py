@@ -321,3 +321,38 @@ def test_choosing_an_image_changes_all_of_the_viewer(page: Any) -> None:
 def test_page_fits_a_phone(page: Any) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_names_have_no_meaning_of_their_own_in_tables() -> None:
+    table = table_of({r"a_b\c*": [result("knn", 0.5)], "<x>\n[y](z)": [result("knn", 0.25)]})
+    head = markdown_table(table).splitlines()[0]
+    assert head == r"| protocol | data | metric | a_b\\c\* | \<x\>\\n\[y\](z) |"
+    assert (
+        r"Protocol & Data & a\_b\textbackslash{}c* & <x>\textbackslash{}n[y](z) \\" in latex_table(table).splitlines()
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"value": "high"}, "it holds 'high' in the place of a number"),
+        ({"value": float("nan")}, "it holds nan in the place of a number"),
+        ({"protocol": ["knn"]}, "its protocol is ['knn']"),
+        ({"details": None}, "'NoneType' object has no attribute 'get'"),
+        ({"details": {"interval_95": [0.1]}}, "not enough values to unpack"),
+        ({"versions": "none"}, "its versions is 'none'"),
+        ({"dataset": None}, "its dataset is None"),
+    ],
+)
+def test_a_malformed_result_is_left_out_and_said(
+    report: Any, checkpoints: list[Path], scenes: Path, tmp_path: Path, change: dict[str, Any], reason: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    done, _ = report
+    good = json.loads((done / "results/deep/knn/knn.json").read_text())
+    (tmp_path / "damaged.json").write_text(json.dumps(good | change))
+    line = ["--ckpt", checkpoints[0], "--images", scenes / "val", "--count=2", "--out", tmp_path / "out"]
+    main(list(map(str, [*line, "--collect", tmp_path])))
+    said = capsys.readouterr().out
+    assert f"damaged.json is left out, as it is a damaged result: {reason}" in said
+    assert (tmp_path / "out/report.html").exists()

@@ -275,3 +275,10 @@ def test_underscores_and_dashes_are_one() -> None:
     one, two = (parse([*SOURCE, *flags]) for flags in words)
     assert one == two
     assert (one.batch_size, one.every_block, one.data.train_split) == (3, True, "a-b")
+
+
+def test_held_out_images_without_a_label_are_named(segmentation: Evaluation, tiny_voc: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(tiny_voc, tmp_path / "VOCdevkit")
+    Image.fromarray(np.full((64, 80), 255, np.uint8)).save(data / "VOC2012/SegmentationClass/train09.png")
+    sentence = segmentation.refused("--data.root", data, "--cache", tmp_path / "cache", *QUICK)
+    assert "the 1 images that are held out to choose the learning rate have no labeled pixel (train09" in sentence
