@@ -1,5 +1,6 @@
 """Object discovery without labels: LOST, TokenCut or MaskCut on the features of any ViT, scored by CorLoc or AP.
 
+    python eval/discovery.py                      # on what is there: see "Without flags" in docs/evaluation.md
     python eval/discovery.py --method tokencut --ckpt dino_vits16.pth --data.name voc07 --data.root VOCdevkit
     python eval/discovery.py --method maskcut --ckpt runs/photos --data.name coco --data.root coco --out found
     python eval/discovery.py --method lost --every-block --ckpt runs/photos --data.name voc12 --data.root VOCdevkit
@@ -25,6 +26,7 @@ import numpy as np
 from skipless.common import cli
 from skipless.common.files import write_text
 from skipless.datasets.labels.counts import BOX_COUNTS, describe_split
+from skipless.eval import defaults
 from skipless.eval.backbones import choose_block
 from skipless.eval.evaluation import EvaluationSettings, SheetSettings, announce, finish, prepare
 from skipless.eval.objects.data import DataSettings, open_data
@@ -32,6 +34,12 @@ from skipless.eval.objects.report import draw, report
 from skipless.eval.objects.scores import detections, graph_report, score
 from skipless.eval.objects.search import FeatureChoice, Method, Search, choose_features, find_objects
 
+PLACES = {
+    "VOCdevkit/VOC2007": ("voc07", "VOCdevkit"),
+    "VOCdevkit/VOC2012/Annotations": ("voc12", "VOCdevkit"),
+    "coco/train2014": ("coco20k", "coco"),
+    "coco/annotations/instances_val2017.json": ("coco", "coco"),
+}
 PICTURES = 12
 # From CutLER's release, which refines masks by a CRF, and lets the sign of LAPACK's eigenvector decide whose corners
 # count.
@@ -164,7 +172,9 @@ def protocol_id(settings: Settings, block: int, size: int | None) -> str:
     return "/".join(parts)
 
 
-main = partial(cli.run, evaluate, Settings, __doc__)
+fill = partial(defaults.fill, "discovery", PLACES, "voc07", [])
+
+main = partial(cli.run, evaluate, Settings, __doc__, fill=fill)
 
 if __name__ == "__main__":
     main()

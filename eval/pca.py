@@ -2,6 +2,7 @@
 
 The first thing to look at in a self-supervised model: with good features, objects come out in colors of their own.
 
+    python eval/pca.py                                      # of what is there: "Without flags" in docs/evaluation.md
     python eval/pca.py --ckpt runs/photos --images photos --out pca.png              # 8 of the images, evenly spread
     python eval/pca.py --ckpt runs/photos --images photos --blocks 3,6,9,12 --out blocks.pdf
     python eval/pca.py --compare runs/residual runs/skipless --images photos --names Residual Skipless --out two.svg
@@ -15,7 +16,7 @@ as they can. The same features give the same colors on every run and machine, in
 component is turned so that it is skewed to the right.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -24,9 +25,12 @@ import numpy as np
 import torch
 
 from skipless.common import cli, distributed
+from skipless.common.files import new_path
 from skipless.common.progress import Progress
 from skipless.datasets.labels.masks import read_values
+from skipless.datasets.public.places import DATA, first_there, say, scenes_instead
 from skipless.eval.backbones import Weights, choose_blocks, load_backbone
+from skipless.eval.defaults import choose_ckpt, say_ckpt
 from skipless.eval.figures.pca import (
     Column,
     Foreground,
@@ -38,6 +42,9 @@ from skipless.eval.figures.pca import (
     without_position,
 )
 from skipless.eval.figures.pictures import check_out, patch_features, pick_images, save_figure
+from skipless.ssl.run.folder import RUNS
+
+PHOTOGRAPHS = ("VOCdevkit/VOC2012/JPEGImages", "VOCdevkit/VOC2007/JPEGImages", "coco/val2017", "coco/train2014")
 
 
 @dataclass
@@ -45,11 +52,13 @@ class Settings:
     """PCA pictures."""
 
     ckpt: str | None = None
-    """Backbone: the folder of a run; a .pt, .pth or .safetensors of ours, DINO, DINOv2 or timm; or timm:NAME."""
+    """Backbone: the folder of a run; a .pt, .pth or .safetensors of ours, DINO, DINOv2 or timm; or timm:NAME. By
+    default the run in runs/ that was finished last, or else skipless:tiny."""
     images: str = ""
-    """A folder or zip archive of images, or one image file."""
-    out: str = "pca.png"
-    """The figure: .png, .pdf or .svg."""
+    """A folder or zip archive of images, or one image file; by default photographs of VOC or COCO in data/, or else
+    synthetic scenes."""
+    out: str | None = None
+    """The figure: .png, .pdf or .svg; by default a new file, runs/pca-1.png and so on."""
     compare: tuple[str, ...] = ()
     """Two or more backbones in place of ckpt."""
     names: tuple[str, ...] = ()
@@ -98,8 +107,12 @@ def draw_pca(settings: Settings) -> None:
         ValueError, FileNotFoundError: a checkpoint, images or settings that cannot be used.
     """
     device = distributed.start(settings.device)
-    out = check_out(settings.out)
+    out = check_out(settings.out or str(new_path(RUNS / "pca", ".png")))
     check(settings)
+    chosen = choose_ckpt() if not settings.ckpt and not settings.compare else ""
+    settings = replace(settings, images=settings.images or choose_images(), ckpt=settings.ckpt or chosen)
+    if chosen:
+        say_ckpt(chosen)
     names, pictures = zip(*pick_images(settings.images, settings.count), strict=True)
     masks = None
     if settings.masks:
@@ -116,16 +129,22 @@ def check(settings: Settings) -> None:
     """Raises ValueError for settings that contradict each other."""
     if len(settings.compare) == 1:
         raise ValueError("compare needs two backbones or more: --compare A B")
-    if (settings.ckpt is None) != bool(settings.compare):
+    if settings.ckpt and settings.compare:
         raise ValueError("give either --ckpt CKPT or --compare A B")
-    if not settings.images:
-        raise ValueError("give --images: a folder or zip archive of images, or one image file")
     if settings.count < 1 or settings.size < 1 or not 0 <= settings.smooth <= 100:
         raise ValueError("count and size must be 1 or more, and smooth 0 to 100 patches")
     if (settings.foreground == "mask") != (settings.masks is not None):
         raise ValueError("foreground mask and masks FOLDER belong together: give both or neither")
     if settings.width is not None and settings.width <= 0:
         raise ValueError(f"width is {settings.width}; give inches, as in 6.9")
+
+
+def choose_images() -> str:
+    """Photographs in data/, else synthetic scenes; says which."""
+    if there := first_there(PHOTOGRAPHS):
+        say(f"images: {DATA / there}")
+        return str(DATA / there)
+    return str(scenes_instead("voc07") / "val")
 
 
 def make_columns(

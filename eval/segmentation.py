@@ -4,6 +4,10 @@ In minutes on a CPU, for comparing checkpoints:
 
     python eval/segmentation.py --protocol quick --ckpt runs/photos --data.name voc12 --data.root VOCdevkit --out voc
 
+By default on the data that datasets/prepare.py has put into data/, or else on synthetic scenes:
+
+    python eval/segmentation.py --ckpt runs/photos
+
 As published, on a GPU (or on several: torchrun --nproc-per-node 8 eval/segmentation.py ...):
 
     python eval/segmentation.py --ckpt dinov2_vits14_pretrain.pth --data.name voc12 --data.root VOCdevkit --out voc
@@ -18,13 +22,16 @@ configs/segmentation/; a figure made with other settings says "(changed)". An in
 command.
 """
 
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from skipless.common import cli
 from skipless.common.settings import flat, plain
+from skipless.eval import defaults
 from skipless.eval.dense.data import DataSettings, described, open_split
 from skipless.eval.dense.outcome import figures
 from skipless.eval.dense.quick import QuickSettings, quick
@@ -32,6 +39,15 @@ from skipless.eval.dense.report import choose_shown, finish_segmentation, protoc
 from skipless.eval.dense.training import TrainingSettings, train_and_evaluate
 from skipless.eval.evaluation import FeatureSettings, SheetSettings, announce, prepare
 
+Protocol = Literal["auto", "mmseg", "dinov3", "neco", "quick"]
+
+PLACES = {
+    "VOCdevkit/VOC2012/SegmentationClass": ("voc12", "VOCdevkit"),
+    "coco/stuffthingmaps": ("coco-stuff-27", "coco"),
+    "ADEChallengeData2016": ("ade20k", "ADEChallengeData2016"),
+}
+ON_CPU = "protocol quick, as by default on a CPU: mmseg, DINOv2's, would take days here (--protocol mmseg)"
+ON_CPU_PUBLISHED = "a head on augmented images takes long on a CPU; --protocol quick takes minutes"
 RECIPES = Path(__file__).resolve().parent.parent / "configs" / "segmentation"
 
 
@@ -40,8 +56,9 @@ class Settings(SheetSettings, FeatureSettings):
     """Linear segmentation."""
 
     data: DataSettings
-    protocol: Literal["mmseg", "dinov3", "neco", "quick"] = "mmseg"
-    """Which recipe of configs/segmentation/ to follow. Figures of different protocols are not comparable."""
+    protocol: Protocol = "auto"
+    """Which recipe of configs/segmentation/ to follow. Figures of different protocols are not comparable. auto is mmseg
+    on a GPU, and quick on a CPU, where the others take days."""
     quick: QuickSettings = field(default_factory=QuickSettings)
     """Settings of the protocol quick, of its recipe."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -63,6 +80,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: a checkpoint, data or settings that cannot be used.
     """
+    settings = replace(settings, protocol=chosen_protocol(settings))
     context = prepare(settings, "segmentation")
     del context.recorded["training" if settings.protocol == "quick" else "quick"]  # which had no effect
     train = open_split(settings.data, settings.data.train_split or default_train_split(settings))
@@ -72,8 +90,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     lines = [described(train), described(val)]
     if train.split == val.split:
         lines.append(f"warning: heads are trained on {train.split}, and measured on the same images")
-    if context.device.type == "cpu" and settings.protocol != "quick":
-        lines.append("a head on augmented images takes long on a CPU; --protocol quick takes minutes")
+    if context.device.type == "cpu":
+        lines.append(ON_CPU if settings.protocol == "quick" else ON_CPU_PUBLISHED)
     announce(context, protocol, *lines)
 
     shown = choose_shown(val)
@@ -117,12 +135,29 @@ def default_train_split(settings: Settings) -> str:
     return "trainaug" if (settings.protocol, settings.data.name) == ("neco", "voc12") else "train"
 
 
+def chosen_protocol(settings: Settings) -> Protocol:
+    """The protocol that is followed: what auto means on the device."""
+    if settings.protocol != "auto":
+        return settings.protocol
+    on_cpu = settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available())
+    return "quick" if on_cpu else "mmseg"
+
+
 def recipe(settings: Settings) -> Path:
     """The file of settings of a protocol."""
-    return RECIPES / f"{settings.protocol}.yaml"
+    return RECIPES / f"{chosen_protocol(settings)}.yaml"
 
 
-main = partial(cli.run, evaluate, Settings, __doc__, recipe=recipe)
+def fill(missing: list[str], words: list[str]) -> list[str]:
+    """What is segmented, and which checkpoint, where that is not told; scenes, which are small, by quick in minutes."""
+    told = any(word.startswith(("--protocol", "--config", "--quick", "--training")) for word in words)
+    on_scenes = [] if told else ["--quick.size=224", "--quick.max_images=500"]
+    if on_scenes and torch.cuda.is_available():  # where auto is another one
+        on_scenes.append("--protocol=quick")
+    return defaults.fill("segmentation", PLACES, "voc12", on_scenes, missing, words)
+
+
+main = partial(cli.run, evaluate, Settings, __doc__, recipe=recipe, fill=fill)
 
 if __name__ == "__main__":
     main()

@@ -4,6 +4,10 @@ One process, on a laptop's CPU or one GPU:
 
     python ssl/pretrain.py --config configs/imagenette_cpu.yaml --data.path photos --out runs/photos
 
+Without flags, on the images that datasets/prepare.py has put into data/, or else for minutes on synthetic scenes:
+
+    torchrun ssl/pretrain.py
+
 One machine with 8 GPUs:
 
     torchrun --nproc-per-node 8 ssl/pretrain.py --config configs/vits16_skipless_soap.yaml --data.path imagenet/train
@@ -35,6 +39,7 @@ from skipless.ssl.objectives.objective import Objective
 from skipless.ssl.optim.optimizers import make_optimizer, set_rates
 from skipless.ssl.optim.schedules import DINOSchedule
 from skipless.ssl.run.compiling import Compiler, resolve_compile
+from skipless.ssl.run.defaults import fill
 from skipless.ssl.run.meter import Meter
 from skipless.ssl.run.parallel import clip_grad_norm, full_backbone, parallelize
 from skipless.ssl.run.run import Run
@@ -182,7 +187,7 @@ def flops_per_image(student: DINOModel, crops: Crops) -> float:
     return 2 * one_global + 3 * (2 * one_global + crops.local_crops_number * one_local)
 
 
-main = partial(cli.run, pretrain, Settings, __doc__)
+main = partial(cli.run, pretrain, Settings, __doc__, fill=fill)
 
 if __name__ == "__main__":
     main()

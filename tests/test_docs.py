@@ -20,6 +20,8 @@ from helpers import ROOT
 
 from skipless.common import cli
 from skipless.common.settings import OLD_NAMES, OLD_VALUES
+from skipless.datasets.public import places
+from skipless.eval import defaults
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("experiments/*.yaml")])
@@ -117,6 +119,8 @@ def only_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cli, "parse", parse_and_stop)
     monkeypatch.setattr(cli, "guard", lambda command: command())
+    monkeypatch.setattr(places, "write_scenes", lambda *arguments, **options: None)
+    monkeypatch.setattr(defaults, "choose_ckpt", lambda: "runs/newest")
     for room in ("benchmarks", "experiments", "examples"):
         monkeypatch.syspath_prepend(ROOT / room)
 

@@ -24,7 +24,8 @@ class DataSettings:
     """Split: for VOC and scenes a list in ImageSets/Main, by default trainval (scenes: val); for coco the part of
     annotations/instances_SPLIT.json, by default val2017."""
     names: str | None = None
-    """coco20k: file with the names of its 19,817 images (datasets/coco_20k_filenames.txt in the release of LOST)."""
+    """coco20k: file with the names of its 19,817 images (datasets/coco_20k_filenames.txt in the release of LOST); by
+    default coco_20k_filenames.txt in root."""
     annotations: str | None = None
     """boxes: file of images and boxes in COCO's format; each file_name in it is a path below root."""
 
@@ -48,9 +49,10 @@ def open_data(data: DataSettings) -> tuple[BoxSet, Path | None]:
         return coco_boxes(annotations, data.root, "boxes"), annotations
     root = Path(data.root).expanduser()
     if data.name == "coco20k":
-        if not data.names:
+        listed = Path(data.names or root / "coco_20k_filenames.txt")
+        if not data.names and not listed.exists():
             raise ValueError("coco20k needs data.names, the list of its images (in the release of LOST)")
-        return coco20k(root, data.names), root / "annotations" / "instances_train2014.json"
+        return coco20k(root, listed), root / "annotations" / "instances_train2014.json"
     split = data.split or "val2017"
     annotations = root / "annotations" / f"instances_{split}.json"
     if not annotations.exists():

@@ -77,7 +77,7 @@ def load_vit(ckpt: str | Path, weights: Weights = "teacher") -> Loaded:
         return _load_timm(name)
     if name.startswith("hf:"):
         return _load_folder(name, _fetch(name))
-    path = _shipped(name) if name.startswith("skipless:") else Path(ckpt).expanduser()
+    path = shipped_file(name) if name.startswith("skipless:") else Path(ckpt).expanduser()
     if path.is_dir():
         if not (path / "backbone.safetensors").exists() and (path / "config.json").exists():
             return _load_folder(name, path)
@@ -130,7 +130,8 @@ def _export(folder: Path, weights: Weights) -> Path:
     return folder / "backbone.safetensors"
 
 
-def _shipped(name: str) -> Path:
+def shipped_file(name: str) -> Path:
+    """The file of skipless:NAME. Raises FileNotFoundError, naming those that there are."""
     path = SHIPPED / f"{name.removeprefix('skipless:')}.safetensors"
     if not path.is_file():
         there = ", ".join(f"skipless:{file.stem}" for file in sorted(SHIPPED.glob("*.safetensors")))

@@ -9,6 +9,7 @@ from typing import IO
 
 from skipless.common.files import write_text
 
+RUNS = Path("runs")  # where commands write that are not told where
 POINTER_BYTES = 200  # a last.pt as small as this is no checkpoint, but the name of one
 
 
@@ -126,3 +127,9 @@ def older_beside(checkpoint: Path) -> str:
     path = path.parent if path.name == "state.pt" else path
     others = [other.name for other in whole_checkpoints(path.parent) if other.name != path.name]
     return f"; delete {path.name} to go on from {others[-1]}, which is beside it" if others else ""
+
+
+def newest_run() -> Path | None:
+    """The folder in `RUNS` of the training run that was finished last."""
+    exports = [(path.stat().st_mtime_ns, path.parent) for path in RUNS.glob("*/backbone.safetensors")]
+    return max(exports)[1] if exports else None

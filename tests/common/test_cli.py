@@ -207,6 +207,25 @@ def test_missing_settings_are_named_as_they_are_given() -> None:
         cli.parse(Packing, [], positional=True)
 
 
+def test_a_command_may_fill_in_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+
+    def fill(missing: list[str], words: list[str]) -> list[str]:
+        asked.append((missing, words))
+        return ["--ckpt=found", "--data.train_split=train"]
+
+    settings = cli.parse(Settings, ["--data.root", "x", "--data.train_split=val"], fill=fill)
+    assert (settings.ckpt, settings.data.root, settings.data.train_split) == ("found", "x", "val")
+    assert asked == [(["ckpt"], ["--data.root=x", "--data.train_split=val"])]
+    with pytest.raises(ValueError, match=r"^--data\.root is missing;"):
+        cli.parse(Settings, [], fill=fill)
+    cli.parse(Settings, ["--ckpt=a", "--data.root=b"], fill=fill)
+    with pytest.raises(SystemExit):
+        cli.parse(Settings, ["--print_config"], fill=fill)
+    assert len(asked) == 2
+    assert "found" not in capsys.readouterr().out
+
+
 def test_help_is_short_and_its_groups_are_told_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
     def told(*words: str) -> str:
         with pytest.raises(SystemExit):

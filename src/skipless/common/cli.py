@@ -32,6 +32,8 @@ from skipless.common.settings import OLD_NAMES, OLD_VALUES, flat, refuse_nonsens
 
 T = TypeVar("T")
 
+Fill = Callable[[list[str], list[str]], list[str]]
+
 LISTS = (tuple, list)
 PARSERS_OWN = ("help", "print_config")
 TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false"}
@@ -48,6 +50,7 @@ def run(
     *,
     positional: bool = False,
     recipe: Callable[[Any], Path] | None = None,
+    fill: Fill | None = None,
 ) -> None:
     """Call `command` with the settings of the command line; whatever the user can mend ends in a sentence.
 
@@ -56,13 +59,16 @@ def run(
         arguments: of the command line; by default the program's.
         positional: fields without a default are given without a flag, in their order.
         recipe: from what was parsed, the file of settings that comes before the user's own.
+        fill: from the names of the required settings that are missing, and the words of the command line, words with
+            some of them.
 
     Exits with status 2 after an error, 130 after an interruption, 128 + its number after a signal on which a run saved
     itself, 141 when nobody reads its output any more.
     """
     file = "/".join(Path(inspect.getsourcefile(command) or "command").parts[-2:])
     prog = sys.argv[0] if sys.argv[0].startswith("skipless ") else file  # the console command sets its own
-    guard(lambda: command(parse(settings, arguments, prog, description, positional=positional, recipe=recipe)))
+    read = functools.partial(parse, positional=positional, recipe=recipe, fill=fill)
+    guard(lambda: command(read(settings, arguments, prog, description)))
 
 
 def parse(
@@ -73,6 +79,7 @@ def parse(
     *,
     positional: bool = False,
     recipe: Callable[[Any], Path] | None = None,
+    fill: Fill | None = None,
 ) -> T:
     """The settings that a command line means; see `run`.
 
@@ -86,8 +93,13 @@ def parse(
         sys.exit(0)
     parser = _parser(settings, prog, description, positional)  # type: ignore[arg-type]  # types are hashable
     words = canonical(settings, words, positional)
+    quiet = [word for word in words if not word.startswith("--print_config")]
+    if fill is not None and quiet == words:
+        try:
+            _parsed(parser, words, positional)
+        except _MissingError as missing:
+            words = quiet = [*fill(missing.names, words), *words]
     if recipe is not None:  # which one, the words say; they are then read over it
-        quiet = [word for word in words if not word.startswith("--print_config")]
         words = [f"--config={recipe(_parsed(parser, quiet, positional))}", *words]
     values = parser.instantiate(_parsed(parser, words, positional)).as_dict()
     values.pop("config", None)
@@ -303,9 +315,17 @@ def _parsed(parser: Any, words: list[str], positional: bool) -> Any:
         missing = re.search(r"the following arguments are required: (.*)", str(error))
         if missing is None:
             raise
-        names = [name.upper() if positional else f"--{name}" for name in missing[1].split(", ")]
+        raise _MissingError(missing[1].split(", "), positional) from None
+
+
+class _MissingError(ValueError):
+    """Required settings that no word gives."""
+
+    def __init__(self, names: list[str], positional: bool) -> None:
+        self.names = names
+        shown = [name.upper() if positional else f"--{name}" for name in names]
         are = "is" if len(names) == 1 else "are"
-        raise ValueError(f"{' and '.join(names)} {are} missing; --help tells what to give") from None
+        super().__init__(f"{' and '.join(shown)} {are} missing; --help tells what to give")
 
 
 def _leaves(settings: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -126,6 +127,11 @@ def holds_already(folder: Path, record: str, read: Callable[[Path], Any], wanted
             f"{folder} already holds {what} with {', '.join(differing)}: delete it, or choose another folder"
         )
     return True
+
+
+def new_path(start: Path, ending: str = "") -> Path:
+    """The first of START-1, START-2, ... (with an ending) that is not there yet."""
+    return next(path for number in itertools.count(1) if not (path := Path(f"{start}-{number}{ending}")).exists())
 
 
 def write_text(path: Path, text: str) -> None:
