@@ -90,9 +90,9 @@ def profile(result: Result) -> str:
 
 
 def roofline(result: Result) -> str:
-    """The least milliseconds of a step, by optimizer."""
-    after = [case for case in result["details"] if case["casts"] == "after"]
-    return ", ".join(f"{case['model']} {case['optimizer']} {case['ms']:.0f} ms" for case in after)
+    """The least milliseconds of a step, by optimizer, in the last way that was computed."""
+    last = {f"{case['model']} {case['optimizer']}": case["ms"] for case in result["details"]}
+    return ", ".join(f"{case} {ms:.0f} ms" for case, ms in last.items())
 
 
 def shares(result: Result) -> list[float]:
