@@ -17,6 +17,11 @@ from skipless.ssl.model.load import Loaded
 PRIVATE = ("out", "device", "resume", "wandb", "keep", "log_every", "save_every_epochs", "data.workers")
 PAPER = "[Cutting the Skip: Training Residual-Free Transformers](https://arxiv.org/abs/2510.00345)"
 
+NO_SKIPS = (
+    "Do not load the weights into another library's ViT: names and shapes fit, but it adds skip connections, and its "
+    "features are others."
+)
+
 
 def model_card(loaded: Loaded, name: str, written: Written, license: str, results: Sequence[Path]) -> str:
     """The card in Markdown, with a head of YAML as Hugging Face reads it.
@@ -39,6 +44,7 @@ def model_card(loaded: Loaded, name: str, written: Written, license: str, result
         f"registers, {sum(p.numel() for p in loaded.model.parameters()) / 1e6:.1f} M parameters; trained at "
         f"{architecture['image_size']} pixels.",
         f"## Load\n\n```python\n{written.load.replace('FOLDER', name)}\n```",
+        *([] if architecture["residual"] else [NO_SKIPS]),
         f"`images` are RGB in [0, 1], less the mean {list(loaded.mean)}, divided by {list(loaded.std)}."
         + (" For a vector of an image take the mean of the patches, as in training." if loaded.pool == "mean" else ""),
     ]

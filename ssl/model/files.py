@@ -17,6 +17,8 @@ from torch import Tensor
 Weights = Literal["teacher", "student"]
 
 ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pth.tar", ".pt.tar", ".tar")
+# A tensor in skipless weights, for which other libraries refuse them: with the same names they would add the skips.
+WITHOUT_SKIPS = "without_skip_connections"
 LARGEST_JSON = 2**22  # bytes; a description has hundreds
 # Where training scripts put the state dict, in the order in which it is looked for; the first stands for the half that
 # is wanted, teacher or student.
@@ -54,7 +56,8 @@ def read_checkpoint(path: Path, weights: Weights, beside: dict[str, Any]) -> Con
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                names = [name for name in file.keys() if name != WITHOUT_SKIPS]  # noqa: SIM118 (not a dict)
+                tensors = {name: file.get_tensor(name) for name in names}
                 stored = (file.metadata() or {}).get("architecture", "")
             if stored.startswith("{"):
                 beside = {**beside, "architecture": json.loads(stored)}

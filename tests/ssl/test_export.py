@@ -218,6 +218,7 @@ def test_card_says_what_the_run_recorded(runs: dict[str, Path], tmp_path: Path) 
     assert card.startswith("---\nlicense: apache-2.0\n")
     assert "# my model\n" in card
     assert "without skip connections" in card
+    assert "Do not load the weights into another library's ViT" in card
     assert "| k-NN accuracy in training, last block | its own images by folder | 37.5 % |" in card
     assert "| mIoU (quick) | voc12, val, 1,449 images | 50.0 % |" in card
     assert "75.0" not in card

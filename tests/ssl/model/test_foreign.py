@@ -8,12 +8,14 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from timm.layers import GluMlp, SwiGLU
 from timm.models.beit import Beit
 from timm.models.vision_transformer import ResPostBlock
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from skipless.ssl.model.foreign import remove_skips_
 from skipless.ssl.model.initialization import skipless_init_
 from skipless.ssl.model.vit import VisionTransformer
+from skipless.ssl.run.checkpoints import export_backbone, load_run_backbone
 
 D, DEPTH, HEADS = 32, 3, 4
 
@@ -226,6 +229,24 @@ def test_whole_timm_model_equals_ours() -> None:
     ours.load_state_dict(reference.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(reference.forward_features(images), ours([images])[0], atol=1e-9, rtol=0)
+
+
+def test_timm_refuses_skipless_weights_until_their_mark_is_taken_off(tmp_path: Path) -> None:
+    """By names and shapes they fit, and timm's model would add skips that they were not trained with."""
+    skipless = perturb_(our_vit(residual=False))
+    export_backbone(tmp_path, skipless, {})
+    weights = load_file(tmp_path / "backbone.safetensors")
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"without_skip_connections"'):
+        timm_vit().load_state_dict(weights)
+    del weights["without_skip_connections"]
+    reference = remove_skips_(timm_vit()).eval()
+    reference.load_state_dict(weights)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(reference.forward_features(images), skipless.eval()([images])[0])
+        torch.testing.assert_close(load_run_backbone(tmp_path)[0]([images])[0], skipless([images])[0])
+    export_backbone(tmp_path, our_vit(residual=True), {})
+    timm_vit().load_state_dict(load_file(tmp_path / "backbone.safetensors"))
 
 
 def test_timm_block_still_honors_an_attention_mask() -> None:
