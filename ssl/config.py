@@ -173,6 +173,11 @@ def resolve(settings: S, images: Images, device: torch.device, image_size: int) 
             "warning: model.pool is cls, but without skip connections a class token hardly sees the patches at the "
             "start, and the loss may stay where it is: use --model.pool mean"
         )
+    if settings.optimizer.name == "adamw" and not model.residual:
+        notes.append(
+            "adamw: a model without skip connections learns better with --optimizer.name soap, at two to three times "
+            "the learning rate"
+        )
     if model.beta == "auto" and earlier:
         model.beta = earlier["model"]["beta"]
         if model.beta is None:

@@ -744,6 +744,7 @@ def test_other_images_and_a_starving_class_token_are_said(photos: Path, tmp_path
     images = shutil.copytree(photos, tmp_path / "images")
     said = train(images, tmp_path / "run", *ONE_EPOCH, "--model.pool=cls")
     assert "without skip connections a class token hardly sees the patches" in said
+    assert "learns better with --optimizer.name soap" in said
     again = ["--model.pool=cls", "--resume"]
     assert "other images" not in train(images, tmp_path / "run", *ONE_EPOCH, *again)
     path = next(images.rglob("*.png"))
