@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from skipless.common.distributed import gather_objects, rank, world_size
 from skipless.common.pixels import center_crop, normalize
 from skipless.datasets.images import ImageSource, UnreadableImage, open_images
-from skipless.ssl.data.loader import leave_signals_to_main
+from skipless.ssl.data.loader import leave_signals_to_main, shared
 from skipless.ssl.data.squares import normalized_squares
 from skipless.ssl.dino import DINOOutput, Pool, diagnose_collapse
 from skipless.ssl.model.statistics import DEAD, cheap_conditioning, effective_rank, mean_share
@@ -317,7 +318,11 @@ def _describe(
     device = backbone.norm.weight.device
     mine = torch.utils.data.Subset(images, range(rank(), len(images), world_size()))
     loader = DataLoader(
-        mine, batch_size=64, num_workers=workers, collate_fn=_readable, worker_init_fn=leave_signals_to_main
+        mine,
+        batch_size=64,
+        num_workers=workers,
+        collate_fn=partial(shared, _readable),
+        worker_init_fn=leave_signals_to_main,
     )
     spread = np.linspace(0, len(images) - 1, min(statistics, len(images))).round().astype(int)
     features, labels, numbers = [], [], []

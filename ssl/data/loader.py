@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from skipless.common import distributed
 from skipless.common.files import write_text
@@ -77,6 +78,27 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
                 yield [(epoch, int(index)) for index in order[first : first + share]]
 
 
+def shared(collate: Callable[[Any], Any], samples: Any) -> Any:
+    """What `collate` makes of samples, its tensors in shared memory already where a loader process makes it.
+
+    They get there anyway, but from a thread of torch's whose errors are lost: with a full /dev/shm, training would
+    wait forever.
+    """
+    batch = collate(samples)
+    if get_worker_info() is not None:
+        for tensor in _tensors(batch):
+            tensor.share_memory_()
+    return batch
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, dict | tuple):
+        for part in batch.values() if isinstance(batch, dict) else batch:
+            yield from _tensors(part)
+
+
 def step_loader(
     dataset: Dataset[Any],
     batches: StepBatches,
@@ -89,7 +111,7 @@ def step_loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=partial(shared, collate or default_collate),
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_main,
     )

@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 from collections import Counter
+from contextlib import nullcontext
 from itertools import permutations
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from skipless.common.pixels import center_crop, crop_box, normalize, resample
 from skipless.datasets.images import ImageSource, open_images
 from skipless.ssl.data import crops as module
 from skipless.ssl.data.crops import CropDataset, Crops, View, apply_view, collate, color_jitter, draw_views, multicrop
+from skipless.ssl.data.loader import StepBatches, crop_loader
 
 PLAIN = {"jitter_probability": 0, "gray_probability": 0, "blur_probability": (0, 0, 0), "solarize_probability": 0}
 
@@ -336,6 +338,20 @@ def source(tmp_path: Path) -> ImageSource:
     (tmp_path / "2.jpg").write_bytes(b"")
     (tmp_path / "3.jpg").write_bytes((tmp_path / "4.jpg").read_bytes()[:-200])
     return open_images(tmp_path)
+
+
+def test_a_full_dev_shm_is_an_error_instead_of_a_wait_without_end(
+    source: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    order = StepBatches(8, 4, 1, 0, 0, 2)
+    for workers in (0, 1):
+        loader, _ = crop_loader(source, SMALL, order, workers, torch.device("cpu"))
+        with pytest.raises(RuntimeError, match="shared memory") if workers else nullcontext():
+            assert len(list(loader)) == 2
 
 
 def batches(source: ImageSource, keys: list[tuple[int, int]], workers: int, seed: int = 0) -> list[dict]:
