@@ -114,8 +114,8 @@ class ImageSource:
         if there:
             raise UnreadableImage(self.place(index), reason_of(failure)) from failure
         raise GoneError(
-            f"the images in {self.origin or self.root} have been gone for {sum(PAUSES):.0f} seconds: is the disk still "
-            "there?"
+            f"the images in {self.origin or self.root} have been gone for {sum(PAUSES):.0f} seconds: look "
+            "whether its disk is there"
         ) from failure
 
     def _there(self) -> bool:

@@ -1,5 +1,6 @@
 """The command line of every command: what its words mean, and how mistakes end."""
 
+import pwd
 import re
 import subprocess
 import sys
@@ -106,6 +107,14 @@ def test_home_is_expanded_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (settings.out, settings.names, settings.data.root) == ("/somewhere/o", ("/somewhere/a", "b"), "/somewhere")
     packing = cli.parse(Packing, ["~/run"], positional=True)
     assert packing.runs == [Path("/somewhere/run")]
+
+
+@pytest.mark.parametrize("words", [["--config", "~/x.yaml"], ["--out=~/o"], ["--data.root=~nosuchuser/x"]])
+def test_a_user_without_a_home_is_told_so(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["uid not found"])
+    with pytest.raises(ValueError, match=r"^~\S+ names a user whose home this machine does not know"):
+        read(*words)
 
 
 def test_required_settings_can_stand_without_flags() -> None:

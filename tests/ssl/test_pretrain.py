@@ -569,7 +569,7 @@ def test_a_run_whose_images_are_gone_waits_for_them_and_then_saves(
     if not returns:
         assert done.returncode == 2
         said = error_line(done.stderr)
-        assert said.startswith(f"the images in {data} have been gone for 30 seconds: is the disk still there?")
+        assert said.startswith(f"the images in {data} have been gone for 30 seconds: look whether its disk is there")
         assert said.endswith("step 7 is saved: go on with --resume")
         assert 30 <= sum(pauses) < 31
         away.rename(data)

@@ -392,7 +392,7 @@ def _with_names_of_today(path: str, kinds: dict[str, Any]) -> str:
 
     if path.startswith("{"):
         return path
-    file = Path(path).expanduser()
+    file = _at_home(path)
     try:
         tree = yaml.safe_load(file.read_text())
     except FileNotFoundError:
@@ -411,6 +411,14 @@ def _with_names_of_today(path: str, kinds: dict[str, Any]) -> str:
     return str(file) if today == tree else json.dumps(today)
 
 
+def _at_home(path: str | Path) -> Path:
+    """A path without ~ and ~user at its start; raises ValueError where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path} names a user whose home this machine does not know: give the whole path") from None
+
+
 def _expand_home(settings: T) -> T:
     """The same settings with ~ and ~user at the start of texts and paths replaced, in place."""
 
@@ -420,10 +428,7 @@ def _expand_home(settings: T) -> T:
         if isinstance(value, tuple | list):
             return type(value)(expanded(part) for part in value)
         if isinstance(value, str | Path) and str(value).startswith("~"):
-            try:
-                return type(value)(Path(value).expanduser())
-            except RuntimeError:
-                raise ValueError(f"{value} names a user that this machine does not know") from None
+            return type(value)(_at_home(value))
         return value
 
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
