@@ -155,7 +155,7 @@ def outcome(main: Callable[[list[str]], object], words: list[str], odd: bool) ->
     except Checked:
         pass
     except Hang:
-        return f"hangs: {traceback.format_exc().splitlines()[-4].strip()}"
+        return " / ".join(["hangs", *(line.strip() for line in traceback.format_exc().splitlines()[-8:])])
     except SystemExit as ending:
         status = int(ending.code or 0)
     except BaseException:
@@ -219,7 +219,7 @@ def measure(given: Settings) -> None:
         write_data(folder)
         (folder / "in").mkdir()
         os.chdir(folder / "in")  # where relative names are written to
-        os.environ["HOME"] = name
+        os.environ |= {"HOME": name, "HF_HUB_OFFLINE": "1"}
         used = int(re.findall(r"VmSize:\s*(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
         lines = command_lines(folder, folder / "out")

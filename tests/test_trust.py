@@ -48,6 +48,7 @@ class Settings:
     images: str = ""
     lr: tuple[float, ...] = (0.1,)
     count: int = 1
+    figure: Path | None = None
     group: Group = field(default_factory=Group)
 
 
@@ -63,6 +64,7 @@ def accept(_: Settings) -> None:
         (["--count=4178527887543384272717488521216"], "not beyond 1e+15"),
         (["--count=-3"], "count is -3; it cannot be negative"),
         (["--out="], "out is empty: give it a value, or leave it out"),
+        (["--figure="], "figure is empty: give it a value, or leave it out"),
         (["--out=s3://bucket/folder"], "out is s3://bucket/folder, an address"),
         (["--count", "a" * 9000], f"count is '{'a' * 70}"),
     ],

@@ -23,6 +23,7 @@ VERSION = 2
 RECORD = "scenes.json"
 SPLITS = ("train", "val")
 SCENES_PER_TASK = 16
+MOST_SCENES = 10**6
 PALETTE = voc_palette().ravel().tolist()
 
 
@@ -36,7 +37,7 @@ def write_scenes(
 
     Args:
         root: folder to make; it must not exist, be empty, or hold scenes of the same settings.
-        train, val: number of scenes, at least 1.
+        train, val: number of scenes, 1 to `MOST_SCENES`.
         size: side of the images in pixels, at least 32.
         seed: everything random follows from it, 0 or larger. Scene i of a split is the same whatever the counts.
         workers: number of processes; None = one for each available core, fewer for few scenes.
@@ -48,6 +49,8 @@ def write_scenes(
     for field, value, least in (("train", train, 1), ("val", val, 1), ("size", size, MIN_SIZE), ("seed", seed, 0)):
         if value < least:
             raise ValueError(f"{field} is {value}: choose {least} or more.")
+    if max(train, val) > MOST_SCENES:
+        raise ValueError(f"train is {train:,} and val {val:,}: choose at most {MOST_SCENES:,}.")
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}: choose 1 or more, or leave it out for one a core.")
     # Resolved, so that the temporary folder lies beside the real one also where `root` is a symlink.

@@ -33,7 +33,7 @@ def pick_images(path: str | Path, count: int) -> list[tuple[str, np.ndarray]]:
     if path.is_file() and path.suffix.lower() != ".zip":
         return [(printable(path.name), read_image(path))]
     source = open_images(path)
-    rows = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int))
+    rows = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
     return [(printable(Path(source.names[row]).name), source.read(int(row))) for row in rows.tolist()]
 
 

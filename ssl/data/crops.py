@@ -92,7 +92,7 @@ class Crops:
         for name in ("global_crops_size", "local_crops_size"):
             check(name, getattr(self, name) >= 1, "it must be at least 1 pixel")
         check("gram_teacher_crops_size", self.gram_teacher_crops_size != 0, "it must be at least 1 pixel")
-        check("local_crops_number", self.local_crops_number >= 0, "it must be 0 or more")
+        check("local_crops_number", 0 <= self.local_crops_number <= 1000, "it must be 0 to 1000")
         for name in ("global_crops_scale", "local_crops_scale"):
             low, high = getattr(self, name)
             check(name, 0 < low <= high <= 1, "it must be two rising shares of the area in (0, 1]")
@@ -104,7 +104,7 @@ class Crops:
             shares = value if isinstance(value, Sequence) else (value,)
             check(name, all(0 <= share <= 1 for share in shares), "probabilities must be in [0, 1]")
         low, high = self.blur_sigma
-        check("blur_sigma", 0 < low <= high < math.inf, "it must be two rising positive numbers of pixels")
+        check("blur_sigma", 0 < low <= high <= 100, "it must be two rising positive numbers of pixels, at most 100")
 
 
 class View(NamedTuple):

@@ -240,6 +240,8 @@ def canonical(settings: type, words: Sequence[str], positional: bool = False) ->
             value = _with_names_of_today(value, kinds)
         elif not _is_setting(name, kinds) and name not in PARSERS_OWN:
             raise ValueError(f"there is no setting --{name}: {_nearest(name, kinds)}--help-all lists them all")
+        if equals and not value.strip() and Path in (kind, *get_args(kind)):  # which would be the current folder
+            raise ValueError(f"{name} is empty: give it a value, or leave it out")
         value = OLD_VALUES.get((name, value), value)
         choices = get_args(kind) if get_origin(kind) is Literal else ()
         if equals and choices and value not in map(str, choices):
