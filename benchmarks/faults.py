@@ -164,7 +164,8 @@ def difference(wanted: Mapping[str, str], got: Mapping[str, str]) -> str:
 
 def left_behind(folder: Path) -> str:
     """Unfinished files and folders that nobody will remove."""
-    left = [p.name for p in folder.rglob(".*") if p.name != ".lock" and not p.name.startswith(".last")]
+    kept = (".lock", ".last.pt", ".metadata")  # the last is the index of a sharded checkpoint
+    left = [path.name for path in folder.rglob(".*") if path.name not in kept]
     return f"left behind: {', '.join(left)}" if left else ""
 
 

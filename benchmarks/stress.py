@@ -51,8 +51,8 @@ class Settings:
     """A campaign of faults."""
 
     kinds: tuple[str, ...] = ()
-    """Which; by default all: settings, hostile, torchrun, twice, bits, commands, disk, limit, signals, groups and
-    kills."""
+    """Which; by default all: kills, hostile, torchrun, twice, bits, commands, disk, limit, signals, groups and
+    settings."""
     share: float = 1.0
     """Of the tries."""
     minutes: float = 25
@@ -121,6 +121,8 @@ def kill(training: Training, work: Path, rng: random.Random) -> tuple[int, str]:
         running = training.start(out, Fault(kill_at=rng.randint(1, training.changes)) if at_change else None)
         if not at_change:
             rng.choice(running).signal_after(rng.uniform(0, training.seconds), signal.SIGKILL)
+            for process in running if len(running) > 1 else ():  # as torchrun asks the others to end
+                process.signal_after(5, signal.SIGTERM)
         ended = [process.end() for process in running]
         kills += any(each.code == -signal.SIGKILL for each in ended)
         if wrong := [each for each in ended if each.code is None]:
@@ -296,7 +298,7 @@ def campaign(settings: Settings, data: Path) -> dict[str, list[Try]]:
     together = [training(name, "pretrain", more, 2) for name, more in GROUPS.items()]
     repeated = [REPEATED[number % len(REPEATED)] for number in range(times(3 * len(REPEATED)))]
     kinds: dict[str, list[Try]] = {
-        "settings": [partial(fuzz_settings, times(2500))] * 2,
+        "kills": spread(kill, alone, 60),
         "hostile": [partial(open_hostile, name, lines, data) for name in list(HOSTILE)[: times(len(HOSTILE))]],
         "torchrun": spread(kill_torchrun, together, 2),
         "twice": spread(start_twice, alone, 5),
@@ -306,7 +308,7 @@ def campaign(settings: Settings, data: Path) -> dict[str, list[Try]]:
         "limit": spread(limit_files, alone, 15),
         "signals": spread(ask_to_end, alone, 30),
         "groups": spread(kill, together, 8),
-        "kills": spread(kill, alone, 60),
+        "settings": [partial(fuzz_settings, times(2500))] * 2,
     }
     unknown = [name for name in settings.kinds if name not in kinds]
     if unknown:
@@ -338,7 +340,8 @@ def stress(settings: Settings) -> None:
         kinds = campaign(settings, root)
         for place, (kind, tries) in enumerate(kinds.items()):
             started = time.monotonic()
-            until = started + (60 * settings.minutes - started + began) / (len(kinds) - place)
+            share = 1 if place else 4  # most of the time for kills
+            until = started + (60 * settings.minutes - started + began) * share / (len(kinds) - place + share - 1)
             with ThreadPoolExecutor(2) as pool:
                 ends = [
                     pool.submit(
