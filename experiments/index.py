@@ -132,6 +132,10 @@ SPECIAL: dict[str, tuple[str, Callable[[Result], str]]] = {
         "Linear segmentation by stage",
         lambda r: "; ".join(f"{row['stage']} {row['ratio']:.1f}" for row in r["details"]) + " times as fast as plain",
     ),
+    "stress": (
+        "Kills, full disks, flipped bits, hostile files, absurd settings",
+        lambda r: f"{sum(row['tried'] for row in r['details']):,} tries, {len(r['lost'])} lost",
+    ),
     "soap-step": ("SOAP's step alone", soap),
     "start-up and memory": ("Start and memory of many small images", start_up),
     "train-step": ("The training step", train_step),
