@@ -27,6 +27,7 @@ from skipless.ssl.model.build import (
     initialization_of,
 )
 from skipless.ssl.model.initialization import PRESETS, choose_beta
+from skipless.ssl.model.start import introduce_start
 from skipless.ssl.monitor import MonitorSettings
 from skipless.ssl.objectives.gram import GramSettings
 from skipless.ssl.objectives.ibot import IBOTSettings
@@ -167,6 +168,8 @@ def resolve(settings: S, images: Images, device: torch.device, image_size: int) 
         settings.precision = "bf16" if has_bf16(device) else "fp32"
     for name in ("patches", "positions") if earlier else ():  # as earlier versions chose them
         setattr(model, name, getattr(model, name) or earlier["model"].get(name, "default"))
+    if settings.earlier is None:
+        notes += introduce_start(model)
     model.patches, model.positions = embedding_of(model)
     if model.pool == "cls" and not model.residual:
         notes.append(
@@ -247,6 +250,8 @@ def check(settings: RunSettings, images: int, source: str, root: Path, device: t
 
 def _check_model(model: ModelSettings, device: torch.device) -> None:
     changed = [*changed_initialization(model)]
+    if changed and model.from_ckpt:
+        raise ValueError(f"model.{changed[0]} has no effect with model.from; leave one of them out")
     if changed and initialization_of(model) == "default":
         raise ValueError(
             f"model.{changed[0]} belongs to the skipless initializations; give model.init {', '.join(PRESETS)}"

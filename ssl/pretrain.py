@@ -33,7 +33,7 @@ from skipless.ssl.data.crops import Crops
 from skipless.ssl.data.device_crops import where_made
 from skipless.ssl.data.loader import StepBatches, UnreadableImages, crop_loader, loader_workers, micro_batches
 from skipless.ssl.dino import DINOModel, build_dino, make_teacher, update_teacher
-from skipless.ssl.model.build import build_backbone
+from skipless.ssl.model.start import start_backbone
 from skipless.ssl.monitor import CollapseAlarm, Monitor
 from skipless.ssl.objectives.objective import Objective
 from skipless.ssl.optim.optimizers import make_optimizer, set_rates
@@ -59,7 +59,7 @@ def pretrain(cfg: Settings) -> Path:
     monitor = Monitor(cfg.monitor, images, size, cfg.model.pool, device, workers)
 
     torch.manual_seed(cfg.seed)
-    backbone = build_backbone(cfg.model, cfg.position_size, cfg.seed, images, fresh=not cfg.earlier)
+    backbone = start_backbone(cfg.model, cfg.position_size, cfg.seed, images, fresh=not cfg.earlier)
     student = build_dino(backbone, cfg.dino, cfg.model.pool, cfg.ibot.on, cfg.ibot.out_dim).to(device)
     distributed.sync(student)
     teacher, compiler = make_teacher(student), Compiler(cfg.compile is True)
@@ -141,6 +141,8 @@ def check_and_resolve(cfg: Settings, images: ImageSource, device: torch.device) 
         )
     if cfg.ibot.on and cfg.ibot.from_epoch >= cfg.epochs:
         raise ValueError(f"ibot.from_epoch is {cfg.ibot.from_epoch} in a run of {cfg.epochs} epochs: lower it")
+    if cfg.extend is not None and cfg.model.from_ckpt is not None:
+        raise ValueError("extend and model.from are both given, and each brings weights: leave one of them out")
     if cfg.extend is not None:
         check_extends(cfg.extend, cfg.out)
     if cfg.dino.freeze_last_layer >= cfg.epochs:

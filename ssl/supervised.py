@@ -42,8 +42,8 @@ from skipless.ssl.data.augmentation import (
 from skipless.ssl.data.loader import StepBatches, leave_signals_to_main, loader_workers, micro_batches, step_loader
 from skipless.ssl.data.squares import Images
 from skipless.ssl.model.build import ModelSettings as BackboneSettings
-from skipless.ssl.model.build import build_backbone
 from skipless.ssl.model.classifier import Classifier, Pool, gather_into_cls_
+from skipless.ssl.model.start import start_backbone
 from skipless.ssl.optim.optimizers import OptimizerSettings, make_optimizer, set_rates
 from skipless.ssl.optim.schedules import Schedule
 from skipless.ssl.run.meter import Meter
@@ -190,11 +190,11 @@ def introduce(images: LabeledSet, val_images: LabeledSet) -> list[str]:
 
 
 def build_classifier(cfg: Settings, classes: int, images: Images | None = None) -> Classifier:
-    """The classifier at its start: backbone and head. `images` are those to whiten patches on; see `build_backbone`.
+    """The classifier at its start: backbone and head. `images` are those to whiten patches on; see `start_backbone`.
 
     Draws from torch's global random state, except for the skipless initialization, which draws from the seed.
     """
-    backbone = build_backbone(cfg.model, cfg.augmentation.size, cfg.seed, images, fresh=not cfg.last_checkpoint)
+    backbone = start_backbone(cfg.model, cfg.augmentation.size, cfg.seed, images, fresh=not cfg.last_checkpoint)
     if cfg.model.pool == "gathering-cls":
         gather_into_cls_(backbone)
     return Classifier(backbone, classes, cfg.model.pool)

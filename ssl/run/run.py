@@ -33,7 +33,7 @@ Batch = TypeVar("Batch")
 
 # Settings, and groups of them, that a resumed run may have others of.
 FREE = ("out", "device", "wandb", "keep", "log_every", "save_every_epochs", "accumulate")
-FREE_GROUPS = ("data.", "model.attention", "model.checkpoint")
+FREE_GROUPS = ("data.", "model.attention", "model.checkpoint", "model.from")
 # Settings that an extended run has to share: the shapes of networks and of the optimizer's state depend on them.
 SHAPING = (
     "model.pool", "dino.out_dim", "dino.hidden_dim", "dino.bottleneck_dim", "dino.norm_last_layer", "ibot.out_dim",

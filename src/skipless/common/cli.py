@@ -28,7 +28,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from skipless.common.settings import OLD_NAMES, OLD_VALUES, flat, refuse_nonsense, renamed
+from skipless.common.settings import OLD_VALUES, TODAY, flat, refuse_nonsense, renamed
 
 T = TypeVar("T")
 
@@ -221,7 +221,7 @@ def canonical(settings: type, words: Sequence[str], positional: bool = False) ->
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        name = OLD_NAMES.get(name, name)
+        name = TODAY.get(name, name)
         kind = kinds.get(name)
         if not equals and name == "config" and rest:
             value, equals = rest.pop(0), "="

@@ -27,6 +27,9 @@ OLD_NAMES = {
     "dino.warmup_teacher_temperature_epochs": "dino.warmup_teacher_temp_epochs",
     "dino.centre_momentum": "dino.center_momentum",
 }
+# Settings whose name is a word of Python's own.
+KEYWORDS = {"model.from": "model.from_ckpt"}
+TODAY = OLD_NAMES | KEYWORDS
 # The same for values: (today's name of the setting, old value).
 OLD_VALUES: dict[tuple[str, Any], Any] = {("dino.balancing", "centre"): "center"}
 # Settings that came after the first runs and results, with the value that those without them had.
@@ -49,6 +52,7 @@ LATER: dict[str, Any] = {
     "gram.every_epochs": 0,
     "crops.gram_teacher_crops_size": None,
     "extend": None,
+    "model.from_ckpt": None,
     "data.void": None,
     "data.annotations": None,
 }
@@ -99,7 +103,7 @@ def renamed(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A tree of settings of any version, under today's names and values."""
     today: dict[str, Any] = {}
     for name, value in tree.items():
-        name = OLD_NAMES.get(f"{prefix}{name}", f"{prefix}{name}").removeprefix(prefix)
+        name = TODAY.get(f"{prefix}{name}", f"{prefix}{name}").removeprefix(prefix)
         if isinstance(value, dict):
             today[name] = renamed(value, f"{prefix}{name}.")
         else:
