@@ -170,7 +170,7 @@ def report(result: dict[str, Any]) -> str:
             for row in details["every_block"]
         ]
     if details["degenerate_images"]:
-        lines += ["", f"In {details['degenerate_images']:,} images there was nothing to cut; the object is the image."]
+        lines += ["", f"Images with nothing to cut: {details['degenerate_images']:,}; the object is the image."]
     return "\n".join(lines) + "\n"
 
 

@@ -21,8 +21,9 @@ COLORS = ("#D55E00", "#56B4E9", "#F0E442", "#CC79A7", "#E69F00")
 def report(result: dict[str, Any]) -> str:
     """The result in Markdown."""
     details, checkpoint = result["details"], result["checkpoint"]
+    searched = result["images"] - len(details["unreadable"])
     if result["value"] is None:
-        headline = f"**{result['protocol']}** {result['images']:,} images searched; none has boxes to compare with"
+        headline = f"**{result['protocol']}** {searched:,} images searched; none has boxes to compare with"
     else:
         headline = f"**{result['protocol']}** {100 * result['value']:.1f} {result['metric']}"
     if "interval_95" in details:
@@ -43,7 +44,7 @@ def report(result: dict[str, Any]) -> str:
             if f"{name}_ap" in details:
                 values = (100 * details[f"{name}_{key}"] for key in ("ap", "ap50", "ap75", "ar100"))
                 lines.append(f"| {name} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
-        lines += ["", f"{details['objects'] / result['images']:.2f} objects an image.", ""]
+        lines += ["", f"{details['objects'] / searched:.2f} objects an image.", ""]
         if "masks_from_boxes" in details:
             lines += [f"{details['masks_from_boxes']:,} true objects have no mask; their boxes stand for them.", ""]
     if "every_block" in details:
@@ -52,17 +53,17 @@ def report(result: dict[str, Any]) -> str:
             f"| {e['block']} | {100 * e['value']:.1f} |" for e in details["every_block"] if e["value"] is not None
         ]
         lines.append("")
-    if details["nearly_complete_graphs"] > 0.1 * result["images"]:
+    if details["nearly_complete_graphs"] > 0.1 * searched:
         advice = " Try --features keys_without_bias." if result["settings"]["features"] == "keys" else ""
         lines += [
-            f"Warning: in {details['nearly_complete_graphs']:,} of {result['images']:,} images nearly all patches "
+            f"Warning: in {details['nearly_complete_graphs']:,} of {searched:,} images nearly all patches "
             f"count as similar, and what is found there means little.{advice}",
             "",
         ]
     if details["degenerate_images"]:
-        lines += [f"In {details['degenerate_images']:,} images there was nothing to cut; the object is the image.", ""]
+        lines += [f"Images with nothing to cut: {details['degenerate_images']:,}; the object is the image.", ""]
     if details["unreadable"]:
-        lines += [f"{len(details['unreadable']):,} images could not be read and were left out:", ""]
+        lines += [f"Images that could not be read and were left out: {len(details['unreadable']):,}", ""]
         lines += [*(f"- {sentence}" for sentence in details["unreadable"]), ""]
     if details["dense_fallbacks"]:
         lines += [f"{details['dense_fallbacks']:,} images needed the dense eigensolver.", ""]

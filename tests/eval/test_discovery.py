@@ -482,7 +482,9 @@ def test_damaged_images_of_a_folder_are_left_out_and_listed(
     (sentence_on_b,) = result["details"]["unreadable"]
     assert "b.jpg: the content is not that of a" in sentence_on_b
     assert [item["file_name"] for item in found_in(tmp_path / "out")] == ["a.jpg", "c.jpg"]
-    assert "1 images could not be read" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "left out: 1\n" in printed
+    assert "2 images searched" in printed  # the damaged one is counted once
     assert Image.open(tmp_path / "out" / "discovery.png").size[0] > 0
     for name in ("a", "c"):
         (tmp_path / "in" / f"{name}.jpg").write_bytes(b"no picture")
@@ -731,7 +733,7 @@ def test_odd_images_are_searched_like_others(save: Save, tmp_path: Path, method:
     result = measure(tmp_path / "in", flat, *flags, name="folder")
     assert result["details"]["degenerate_images"] == (0 if method == "lost" else 2)
     assert result["details"]["nearly_complete_graphs"] == 2
-    told = "In 2 images there was nothing to cut; the object is the image." in (out / "discovery.md").read_text()
+    told = "Images with nothing to cut: 2; the object is the image." in (out / "discovery.md").read_text()
     assert told == (method != "lost")
     found = found_in(out)
     assert [(item["file_name"], item["bbox"]) for item in found[:2]] == [

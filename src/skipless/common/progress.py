@@ -36,7 +36,7 @@ class Progress(tqdm):
     def update(self, n: float | None = 1) -> bool | None:
         """Count `n` more."""
         now, self.done = time.monotonic(), self.done + (n or 0)
-        if self.lines and self.total and now - self.said >= EVERY:
+        if self.lines and self.total and self.done < self.total and now - self.said >= EVERY:
             self.said = now
             left = (now - self.began) / (self.done - self.first) * (self.total - self.done)
             self.write(f"{self.what}: {100 * self.done / self.total:.0f} %, {duration(left)} left", file=sys.stderr)
