@@ -119,7 +119,12 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     }
     if settings.every_block:
         details["every_block"] = [
-            {"block": block + 1, "metric": figure["metric"], "value": figure["value"]}
+            {
+                "block": block + 1,
+                "metric": figure["metric"],
+                "value": figure["value"],
+                "interval_95": figure["details"].get("interval_95"),
+            }
             for block, figure in zip(blocks, scores, strict=True)
         ]
     files = {

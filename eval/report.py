@@ -27,7 +27,7 @@ import numpy as np
 
 from skipless.common import cli, distributed
 from skipless.common.files import printable, write_text
-from skipless.common.settings import LATER, plain
+from skipless.common.settings import LATER, command_line, plain
 from skipless.datasets.images import read_image
 from skipless.datasets.labels.classes import LabeledData
 from skipless.eval import clustering, discovery, knn, linear, retrieval, segmentation
@@ -43,6 +43,10 @@ from skipless.eval.page.render import write_page
 from skipless.eval.page.tables import latex_table, markdown_table, table_of, usable
 
 T = TypeVar("T")
+COMMANDS: dict[str, Any] = {
+    "knn": knn, "linear": linear, "segmentation": segmentation, "retrieval": retrieval, "clustering": clustering,
+    "discovery": discovery,
+}  # fmt: skip
 
 TASKS = ("knn", "linear", "segmentation", "retrieval", "clustering", "lost", "tokencut")
 
@@ -195,6 +199,8 @@ def make_report(settings: Settings) -> Path:
             measurements.append(result)
         results[candidate.name] = measurements + collected(settings, candidate, measurements)
         for result in results[candidate.name]:
+            if command := COMMANDS.get(result["task"]):
+                result["command"] = command_line(f"eval/{result['task']}.py", result["settings"], command.Settings)
             result["careful"] = untrained_vector(candidate.backbone.pool, result["settings"].get("pool", ""))
     table = table_of(results)
     out.mkdir(parents=True, exist_ok=True)
@@ -202,7 +208,8 @@ def make_report(settings: Settings) -> Path:
     write_text(out / "report.tex", latex_table(table))
     page = out / "report.html"
     backbones = {candidate.name: candidate.backbone for candidate in candidates}
-    write_page(page, table, results, backbones, pictures, settings.size, plain(settings))
+    command = command_line("eval/report.py", plain(settings), Settings)
+    write_page(page, table, results, backbones, pictures, settings.size, plain(settings), command)
     print("\n" + markdown_table(table) + f"\nwritten: {page}, report.md, report.tex")
     return page
 

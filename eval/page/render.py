@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from markupsafe import Markup
 
 from skipless.common.files import printable, write_text
 from skipless.common.progress import Progress
+from skipless.common.provenance import provenance
 from skipless.datasets.images import read_image
 from skipless.eval.backbones import Backbone
 from skipless.eval.figures.pca import align, component_colors, pca_components
@@ -50,19 +52,22 @@ def write_page(
     pictures: list[tuple[str, np.ndarray]],
     size: int | None,
     settings: dict[str, Any],
+    command: str,
 ) -> None:
     """Write the page.
 
     Args:
         path: of the HTML file.
         table: of the figures.
-        results: by checkpoint, as the evaluations write them, each with "pictures", the path of its sheet.
+        results: by checkpoint, as the evaluations write them, each with "pictures", the path of its sheet, and maybe
+            "command", which measured it.
         backbones: by checkpoint, on the device to use.
         pictures: names and pixels of the images to look at.
         size: their short side in pixels, see eval/report.py.
-        settings: of the run, to be shown.
+        settings, command: of the run, to be shown.
     """
     look = viewer_content(backbones, pictures, size)
+    here = provenance("cpu")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(results)}
@@ -83,6 +88,7 @@ def write_page(
                 "name": name,
                 "protocol": result["protocol"],
                 "facts": {
+                    **({"command": result["command"]} if "command" in result else {}),
                     "checkpoint": f"{result['checkpoint']['path']} (sha256 {result['checkpoint']['sha256'][:16]}…)",
                     "hardware": result["hardware"],
                     "seconds": f"{result['seconds']:,.0f}",
@@ -96,9 +102,17 @@ def write_page(
             for result in measured
         ],
         settings=json.dumps(settings),
+        command=command,
+        date=time.strftime("%Y-%m-%d"),
+        commits=_different(results, "commit") or [here["commit"] or "not known"],
+        hardware=_different(results, "hardware") or [here["hardware"]],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)
+
+
+def _different(results: dict[str, list[dict[str, Any]]], name: str) -> list[str]:
+    return list(dict.fromkeys(str(result[name] or "not known") for of in results.values() for result in of))
 
 
 def viewer_content(
@@ -206,7 +220,7 @@ def by_block(
                 {
                     "block": entry["block"],
                     "value": entry.get("top1", entry.get("miou", entry.get("value"))),
-                    "interval": entry.get("interval_95"),
+                    "interval": entry.get("interval_95") or _spread_of(entry),
                 }
                 for entry in result["details"].get("every_block", [])
             ]
@@ -214,6 +228,12 @@ def by_block(
                 title = f"{result['protocol']}: {data_of(result)}"
                 series.setdefault((title, result["metric"]), {})[name] = entries
     return [(title, metric, by_checkpoint) for (title, metric), by_checkpoint in series.items()]
+
+
+def _spread_of(entry: dict[str, Any]) -> tuple[float, float] | None:
+    """A standard deviation to both sides of a mean over seeds."""
+    std = entry.get("std")
+    return None if std is None else (entry["miou"] - std, entry["miou"] + std)
 
 
 def curves(series: dict[str, list[dict[str, Any]]], metric: str, colors: dict[str, str]) -> str:

@@ -21,9 +21,16 @@ class Cell:
     spread: float | None = None
     """Standard deviation over seeds, where the figure is their mean."""
     best: bool = False
-    """The highest of its row, if there are several."""
+    """Above all others of its row, with an interval that does not overlap theirs."""
     careful: str = ""
     """What to know before it is compared."""
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """That over images, or one standard deviation to both sides; None where neither was measured."""
+        if self.low is not None and self.high is not None:
+            return self.low, self.high
+        return None if self.spread is None else (self.value - self.spread, self.value + self.spread)
 
     def text(self) -> str:
         """As in 56.3 (54.1-58.4), or 20.1 ± 0.8; with a † where there is something to know."""
@@ -149,8 +156,14 @@ def latex_table(table: Table) -> str:
 
 
 def _marked(cells: list[Cell | None]) -> tuple[Cell | None, ...]:
-    values = [c.value for c in cells if c is not None]
-    return tuple(c and replace(c, best=len(values) > 1 and c.value == max(values)) for c in cells)
+    measured = [c for c in cells if c is not None]
+    intervals = [c.interval for c in measured]
+    known = [interval for interval in intervals if interval is not None]
+    if len(measured) < 2 or len(known) < len(measured):
+        return tuple(cells)
+    top = max(known)
+    alone = all(high < top[0] for low, high in known if (low, high) != top) and known.count(top) == 1
+    return tuple(c and replace(c, best=alone and c.interval == top) for c in cells)
 
 
 def _plain(text: str) -> str:

@@ -90,6 +90,14 @@ def test_command_measures_everything_and_writes_page_and_tables(report: Any) -> 
     assert f"{100 * result['value']:.1f} ({100 * low:.1f}–{100 * high:.1f})" in table
     page = (out / "report.html").read_text()
     assert "shallow &lt;b&gt;" in page
+    by_task = re.findall(r"python (eval/\w+\.py) [^<]*--ckpt=", page)
+    assert {"eval/report.py", "eval/knn.py", "eval/linear.py", "eval/discovery.py", "eval/clustering.py"} <= set(
+        by_task
+    )
+    # A band for each of the two checkpoints on each curve, whether of images or of seeds.
+    plots = [svg for svg in re.findall(r"<svg.*?</svg>", page, re.S) if "viewBox" in svg]
+    assert len(plots) == 4  # k-NN, segmentation, LOST and TokenCut
+    assert [svg.count("PolyCollection_") for svg in plots] == [2] * 4
     assert "shallow <b>" not in page.replace("shallow \\u003cb>", "")
     assert not re.search(r"(?:src|href)=\"(?!data:|#)", page)
 
@@ -177,10 +185,10 @@ def test_tables_by_hand() -> None:
         {
             "a&b": [
                 result("segmentation", 0.25, details={"interval_95": [0.2, 0.3]}, official_images=9),
-                result("knn", 0.5),
+                result("knn", 0.5, details={"interval_95": [0.4, 0.6]}),
             ],
             "c|d": [
-                result("knn", 0.75, details={"interval_95": None}),
+                result("knn", 0.75, details={"interval_95": [0.65, 0.8]}),
                 result("clustering", 0.1, details={"std": 0.02}),
             ],
         }
@@ -188,26 +196,47 @@ def test_tables_by_hand() -> None:
     assert markdown_table(table).splitlines()[:5] == [
         r"| protocol | data | metric | a&b | c\|d |",
         "|---|---|---|---:|---:|",
-        "| x_y-knn | x_y val, 4 images | m | 50.0 | **75.0** |",
+        "| x_y-knn | x_y val, 4 images | m | 50.0 (40.0–60.0) | **75.0 (65.0–80.0)** |",
         "| x_y-segmentation | x_y val SUBSET, 4 of 9 images | m | 25.0 (20.0–30.0) |  |",
         "| x_y-clustering | x_y val, 4 images | m |  | 10.0 ± 2.0 |",
     ]
     assert latex_table(table).splitlines()[3:8] == [
         r"Protocol & Data & a\&b & c|d \\",
         r"\midrule",
-        r"x\_y-knn & x\_y val, 4 images & 50.0 & \textbf{75.0} \\",
+        r"x\_y-knn & x\_y val, 4 images & 50.0 (40.0--60.0) & \textbf{75.0 (65.0--80.0)} \\",
         r"x\_y-segmentation & x\_y val SUBSET, 4 of 9 images & 25.0 (20.0--30.0) &  \\",
         r"x\_y-clustering & x\_y val, 4 images &  & 10.0 $\pm$ 2.0 \\",
     ]
 
 
+@pytest.mark.parametrize(
+    ("details", "best"),
+    [
+        ([{"interval_95": [0.4, 0.6]}, {"interval_95": [0.61, 0.8]}], [False, True]),
+        ([{"interval_95": [0.4, 0.6]}, {"interval_95": [0.59, 0.8]}], [False, False]),
+        ([{"std": 0.2}, {"std": 0.01}], [False, False]),  # 30 to 70, 69 to 71
+        ([{"interval_95": [0.4, 0.6]}, {}], [False, False]),
+        ([{}, {}], [False, False]),
+        ([{"interval_95": [0.4, 0.6]}], [False]),
+    ],
+)
+def test_bold_is_what_lies_above_all_others_of_its_row(details: list[Any], best: list[bool]) -> None:
+    values = (0.5, 0.7)[: len(details)]
+    results = {
+        str(value): [result("knn", value, details=detail)] for value, detail in zip(values, details, strict=True)
+    }
+    assert [cell is not None and cell.best for cell in table_of(results).rows[0].cells] == best
+
+
 def test_a_vector_that_no_loss_has_seen_is_said_below_the_tables() -> None:
     careful = "the head read the mean of the patches in training, and pool is cls, which it did not train"
-    table = table_of({"a_b": [result("knn", 0.5, careful=careful)], "c": [result("knn", 0.25, careful="")]})
+    apart = {"std": 0.1}
+    first, second = (result("knn", 0.5, careful=careful, details=apart), result("knn", 0.25, careful="", details=apart))
+    table = table_of({"a_b": [first], "c": [second]})
     markdown, latex = markdown_table(table), latex_table(table)
-    assert "| x_y-knn | x_y val, 4 images | m | **50.0 †** | 25.0 |" in markdown
+    assert "| x_y-knn | x_y val, 4 images | m | **50.0 ± 10.0 †** | 25.0 ± 10.0 |" in markdown
     assert f"† a_b, x_y-knn: {careful}." in markdown.splitlines()
-    assert r"\textbf{50.0 $^\dagger$} & 25.0 \\" in latex
+    assert r"\textbf{50.0 $\pm$ 10.0 $^\dagger$} & 25.0 $\pm$ 10.0 \\" in latex
     assert rf"\multicolumn{{4}}{{l}}{{\footnotesize $^\dagger$ a\_b, x\_y-knn: {careful}.}} \\" in latex.splitlines()
 
 
@@ -321,6 +350,10 @@ def test_choosing_an_image_changes_all_of_the_viewer(page: Any) -> None:
 def test_page_fits_a_phone(page: Any) -> None:
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    cells = page.locator(".figures td.number")
+    sides = cells.evaluate_all("all => all.map(c => c.getBoundingClientRect()).map(b => [b.left, b.right])")
+    assert all(0 <= left <= right <= 360 for left, right in sides)  # seen without scrolling
+    assert page.locator(".sheet canvas").first.bounding_box()["width"] > 40
 
 
 def test_names_have_no_meaning_of_their_own_in_tables() -> None:

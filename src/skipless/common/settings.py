@@ -4,8 +4,9 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 # Settings by other names than today's, which old runs, recipes and command lines use.
 OLD_NAMES = {
@@ -97,6 +98,31 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return leaves
+
+
+def command_line(file: str, settings: dict[str, Any], kind: type) -> str:
+    """A command that means these settings, as a shell takes it: a flag for each that is not the default of `kind`."""
+
+    def word(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    usual = flat(json.loads(json.dumps(_defaults(kind), default=str)))
+    words = [f"--{name}={word(value)}" for name, value in flat(settings).items() if usual.get(name, ...) != value]
+    return shlex.join(["python", file, *words])
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+            tree[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+        elif field.default is not dataclasses.MISSING:
+            tree[field.name] = field.default
+        elif dataclasses.is_dataclass(hints[field.name]):
+            tree[field.name] = _defaults(hints[field.name])
+    return tree
 
 
 def renamed(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
