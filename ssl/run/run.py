@@ -25,6 +25,7 @@ from skipless.ssl.model.vit import Attention, VisionTransformer
 from skipless.ssl.optim.schedules import Schedule
 from skipless.ssl.run.checkpoints import export_backbone, load_checkpoint, load_shards, save_checkpoint, save_shards
 from skipless.ssl.run.folder import in_place_of_last, last_checkpoint, last_in_words, lock_folder
+from skipless.ssl.run.learning import verdict
 from skipless.ssl.run.logging import RunLog
 from skipless.ssl.run.parallel import is_sharded
 from skipless.ssl.run.watch import Watch
@@ -284,6 +285,8 @@ class Run:
             self.log.metrics(step, epoch, dict(values))
         if text:
             self.say(f"epoch {epoch:g}: {text}")
+            if step < self.schedule.steps:
+                self.say(*verdict(self.folder / "metrics.jsonl"))
 
     def say(self, *lines: str) -> None:
         """Lines for people, from the first process."""
@@ -368,6 +371,7 @@ class Run:
             }
             with self._saying_what_is_left(self.schedule.steps):
                 export_backbone(self.folder, backbone, facts)
+        remarks = [*remarks, *verdict(self.folder / "metrics.jsonl")]
         self.say(*remarks, f"done: {name} is {self.folder / 'backbone.safetensors'}")
         self._close()
         return self.folder
