@@ -11,6 +11,9 @@ processes share the shards, and a later run that asks for further blocks extract
     CACHE/3f9c2a7d51e04b86/about.json
                            block-12/00000.npy    float16 [images of the shard, 1 + h * w, D], CLS first
 
+A cache stays below 100 GB and half of the disk that it could have: what was not used for a day goes, the longest unused
+first, when there are new features to keep.
+
 Pooled features, for what looks at images as wholes (k-NN, linear classification), keep two vectors an image and block:
 CLS and the mean of the patches.
 """
@@ -20,10 +23,12 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +44,8 @@ from skipless.eval.reading import read_batches
 
 SHARD = 32  # images
 POOLED_SHARD = 256  # these are small
+LIMIT = 100e9  # bytes of features that a cache keeps
+DAY = 86_400  # seconds; what was used since may be in use
 VERSION = 1  # raised with every change of what is stored
 
 
@@ -155,8 +162,8 @@ def extract(
 
     missing = {index: blocks for index in range(features.shards) if (blocks := features.missing_blocks(index))}
     done = len(paths) - sum(len(features.rows(index)) for index in missing)
-    bytes_of_image = (1 + grid[0] * grid[1]) * backbone.dim * 2
-    _make_room(cache, bytes_of_image * sum(len(features.rows(index)) * len(missing[index]) for index in missing))
+    image_bytes = (1 + grid[0] * grid[1]) * backbone.dim * 2
+    _make_room(cache, image_bytes * sum(len(features.rows(index)) * len(missing[index]) for index in missing), folder)
     # Every process must have looked before one of them writes.
     any_process(False)
     if missing:
@@ -296,8 +303,52 @@ def data_sha256(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _make_room(cache: Path, need: int) -> None:
+@dataclass(frozen=True)
+class Kept:
+    """Features of one backbone and data set in a cache."""
+
+    folder: Path
+    bytes: int
+    used: float
+    """When, in seconds since 1970."""
+    about: dict[str, Any]
+
+
+def kept_features(cache: Path) -> list[Kept]:
+    """What a cache holds, the longest unused first. Other files and folders in it are left alone."""
+    kept = []
+    for path in cache.glob("[0-9a-f]" * 16 + "/about.json"):
+        try:
+            about, used = json.loads(path.read_bytes()), path.stat().st_mtime
+            size = sum(file.stat().st_size for file in path.parent.rglob("*.npy"))
+        except (OSError, ValueError):  # another process is deleting it
+            continue
+        kept.append(Kept(path.parent, size, used, about))
+    return sorted(kept, key=lambda entry: entry.used)
+
+
+def _forget_old(cache: Path, need: int, own: Path) -> None:
+    """Keep a cache, with `need` bytes more, below `LIMIT` and half of the disk that it could have: what was not used
+    for a day goes, the longest unused first. Note that `own` is used now."""
+    if (own / "about.json").exists():
+        os.utime(own / "about.json")
+    kept = kept_features(cache)
+    held = sum(entry.bytes for entry in kept)
+    most = min(LIMIT, (held + shutil.disk_usage(cache).free) / 2)
+    for entry in kept:
+        if held + need <= most:
+            return
+        if time.time() - entry.used > DAY:
+            shutil.rmtree(entry.folder, ignore_errors=True)
+            held -= entry.bytes
+            print(f"{cache}: {entry.bytes / 1e9:.1f} GB of features, the longest unused, made room")
+
+
+def _make_room(cache: Path, need: int, own: Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
+    if rank() == 0:
+        _forget_old(cache, need, own)
+    any_process(False)  # wait for it
     free = shutil.disk_usage(cache).free
     if need > free:
         raise ValueError(

@@ -37,6 +37,7 @@ COMMANDS = {
     "match": ("eval.match", "Picture of what belongs together in two images."),
     "crop-sheet": ("eval.crop_sheet", "A sheet of the crops that pretraining sees."),
     "summarize": ("eval.summarize", "One table of what pretraining runs measured."),
+    "cache": ("eval.cache", "List or delete the features that evaluations keep."),
     "prepare": ("datasets.prepare", "Download and unpack the data sets of the evaluations."),
     "shard": ("datasets.shard", "Pack a folder of images into tar files."),
     "scenes": ("datasets.scenes", "Write synthetic scenes with exact masks, boxes and classes."),

@@ -21,7 +21,8 @@ from skipless.common.pixels import center_crop, resample
 from skipless.datasets.images import read_image
 from skipless.eval import features as module
 from skipless.eval.backbones import Backbone
-from skipless.eval.features import Features, extract
+from skipless.eval.cache import main as main_of_cache
+from skipless.eval.features import Features, extract, kept_features
 from skipless.ssl.data.loader import loader_workers
 from skipless.ssl.model.vit import VisionTransformer
 
@@ -500,3 +501,37 @@ def test_size_block_and_disk_that_do_not_do(
     run(backbone, photos, cache, (0, 2))  # nothing to write
     with pytest.raises(ValueError, match="block 1 was not extracted, only 0, 2"):
         found.read([0], (1,))
+
+
+def test_a_cache_is_bounded_listed_and_cleared(
+    backbone: Backbone,
+    photos: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    cache = tmp_path / "cache"
+    (cache / "mine").mkdir(parents=True)
+
+    def extracted(size: int, days_ago: float) -> Path:
+        folder = run(backbone, photos, cache, (0,), size=size).folder
+        os.utime(folder / "about.json", 2 * (time.time() - 86_400 * days_ago,))
+        return folder
+
+    used, unused, today = extracted(8, 20), extracted(16, 10), extracted(24, 0.5)
+    run(backbone, photos, cache, (0,), size=8)  # which is a use
+    assert [entry.folder for entry in kept_features(cache)] == [unused, today, used]
+    monkeypatch.setattr(module, "LIMIT", sum(entry.bytes for entry in kept_features(cache)))
+    new = extracted(32, 0)
+    assert [folder.exists() for folder in (used, unused, today, new)] == [True, False, True, True]
+    newer = extracted(40, 0)  # nothing else may go: all of it was used today
+    assert all(folder.exists() for folder in (used, today, new, newer))
+
+    capsys.readouterr()
+    main_of_cache(["--cache", str(cache)])
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == 5
+    assert "10 images at 24 pixels, used " in listed[0] + listed[1] + listed[2]
+    main_of_cache(["--cache", str(cache), "--clear"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("deleted: ")
+    assert [path.name for path in cache.iterdir()] == ["mine"]
