@@ -119,8 +119,8 @@ class Settings(RunSettings):
     `epochs` more epochs. Schedules start anew, as these settings say; crops may be larger."""
     compile: bool | Literal["auto"] = "auto"
     """Compile student, teacher and loss (torch.compile): minutes at the start, fewer and larger kernels after. auto
-    does so on GPUs, unless shard, ibot or xformers' attention are set. Attention is then torch's. Where torch's
-    compiler fails, the run goes on without."""
+    does so on GPUs, unless shard, ibot or xformers' attention are set; true does with shard too, block by block.
+    Attention is then torch's. Where torch's compiler fails, the run goes on without."""
     shard: bool = False
     """Shard parameters, gradients, optimizer state and teacher over all processes (FSDP2), for models that crowd or do
     not fit one GPU, as ViT-g does; smaller ones are better off without. Under torchrun. The

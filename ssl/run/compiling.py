@@ -22,7 +22,6 @@ def resolve_compile(cfg: Settings, device: torch.device) -> None:
         ValueError: compile is true, and something is in its way.
     """
     hindrances = {
-        "shard is true; they have not been made to work together": cfg.shard,
         "the device is a CPU, where it gains nothing": device.type == "cpu",
         "model.attention is 'xformers', which cannot be compiled": cfg.model.attention == "xformers",
         "ibot.loss_weight is set; the number of masked patches changes from step to step, for which compiled code "
@@ -31,7 +30,7 @@ def resolve_compile(cfg: Settings, device: torch.device) -> None:
     found = next((hindrance for hindrance, holds in hindrances.items() if holds), None)
     if cfg.compile is True and found:
         raise ValueError(f"compile is true, and {found}: leave it on auto")
-    cfg.compile = bool(cfg.compile) and not found
+    cfg.compile = cfg.compile is True or (cfg.compile == "auto" and not found and not cfg.shard)
     model = cfg.model
     if cfg.compile and model.attention == "auto":
         dim, heads = (getattr(model, name) or SIZES[model.size][name] for name in ("dim", "heads"))
@@ -52,10 +51,12 @@ class Compiler:
     def __init__(self, on: bool):
         self.on = on
         if on:
-            from torch._functorch import config  # torch has not always imported it by itself
+            from torch._dynamo import config as tracing  # torch has not always imported them by itself
+            from torch._functorch import config as lowering
 
             # The backward pass is compiled in the forward pass, where an error has no consequences yet.
-            config.force_non_lazy_backward_lowering = True
+            lowering.force_non_lazy_backward_lowering = True
+            tracing.recompile_limit = 64  # compiled block by block, each has a drop path rate of its own
 
     def __call__(self, function: F) -> F:
         """`function`, compiled for each combination of shapes that it gets."""

@@ -63,8 +63,9 @@ def parallelize(
             are reduced in float32. The rest is gathered in float32, so that embeddings, the final norm and prototypes
             are what they are without sharding.
         compile: a `Compiler`: the forward pass becomes one graph (with DistributedDataParallel one for each bucket of
-            gradients, which are sent while the next is computed). The network stays as it is, for checkpoints, and for
-            measurements on images of other sizes, each of which would have to be compiled anew.
+            gradients, which are sent while the next is computed; with `shard` one for each block). The network stays as
+            it is, for checkpoints, and for measurements on images of other sizes, each of which would have to be
+            compiled anew.
     """
     if device.type == "cpu":
         keep_freed_memory()
@@ -73,11 +74,11 @@ def parallelize(
     if device.type == "cuda" and precision == "bf16" and not shard:
         wrapped = Bf16Weights(network)
     if shard:
-        _shard(network, precision == "bf16", trains)
+        _shard(network, precision == "bf16", trains, compile)
     elif trains and distributed.world_size() > 1:
         devices = [device] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(wrapped, devices, gradient_as_bucket_view=True)
-    return Parallel(wrapped, compile(wrapped), autocast(device, precision == "bf16"))
+    return Parallel(wrapped, wrapped if shard else compile(wrapped), autocast(device, precision == "bf16"))
 
 
 class Bf16Weights(nn.Module):
@@ -124,7 +125,7 @@ def _cast_together(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Ten
     return cast
 
 
-def _shard(model: Any, bf16: bool, trains: bool) -> None:
+def _shard(model: Any, bf16: bool, trains: bool, compile: Callable[[Any], Any]) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -135,6 +136,7 @@ def _shard(model: Any, bf16: bool, trains: bool) -> None:
         # Autocast casts what enters a layer; cast for the whole block, the residual stream would lose its float32.
         blocks_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.backbone.blocks:
+        block.forward = compile(block.forward)  # between the hooks that gather its parameters and let go of them
         fully_shard(
             block, mesh=mesh, reshard_after_forward=True, shard_placement_fn=_placement, mp_policy=blocks_policy
         )

@@ -14,7 +14,6 @@ from skipless.ssl.run.compiling import Compiler, resolve_compile
 
 HINDRANCES = {
     "the device is a CPU": ("cpu", {}),
-    "shard is true": ("cuda", {"shard": True}),
     "model.attention is 'xformers'": ("cuda", {"model.attention": "xformers"}),
     "ibot.loss_weight is set": ("cuda", {"ibot.loss_weight": 1.0}),
 }
@@ -34,6 +33,14 @@ def test_compile_is_off_or_refused_where_something_is_in_its_way(hindrance: str)
     refused.compile = True
     with pytest.raises(ValueError, match=f"compile is true, and {hindrance}"):
         resolve_compile(refused, torch.device(device))
+
+
+def test_a_sharded_run_is_compiled_where_it_is_asked_for_alone() -> None:
+    for asked, expected in (("auto", False), (True, True), (False, False)):
+        cfg = Settings(out="", data=DataSettings(""), shard=True, compile=asked)  # type: ignore[arg-type]
+        cfg.model.attention = "sdpa"
+        resolve_compile(cfg, torch.device("cuda"))
+        assert cfg.compile is expected
 
 
 def test_where_the_compiler_fails_a_function_runs_as_it_was_written(capfd: pytest.CaptureFixture[str]) -> None:
