@@ -82,10 +82,13 @@ def command_lines(folder: Path, out: Path) -> dict[str, list[str]]:
         "summarize": [str(out / "pretrain"), f"--out={out / 'summary'}"],
         "prepare": ["voc07", f"--root={out / 'prepared'}", "--dry-run"],
         "export": [f"--ckpt={weights}", "--to=safetensors"],
+        "cache": [f"--cache={out / 'cache'}"],
         "shard": [str(train), str(out / "shards"), "--workers=1"],
         "scenes": ["--train=10", "--val=10", "--size=32", "--workers=1"],
     }  # fmt: skip
     for name, words in lines.items():
-        if name not in ("summarize", "shard", "prepare") and not any(word.startswith("--out") for word in words):
+        if name not in ("summarize", "shard", "prepare", "cache") and not any(
+            word.startswith("--out") for word in words
+        ):
             words.append(f"--out={out / name}")
     return lines
