@@ -120,7 +120,7 @@ class ImageSource:
 
     def _there(self) -> bool:
         """Whether the folder or the archive is; a disk that is not mounted leaves an empty folder."""
-        if "://" in self.origin or self.origin.startswith("hf:"):  # their readers wait themselves
+        if "://" in self.origin or isinstance(getattr(self.fetch, "__self__", None), Table):  # they wait themselves
             return True
         place = self.origin or self.root
         try:

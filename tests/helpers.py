@@ -162,7 +162,7 @@ class NullGPU:
                 for each in running:
                     each.kill()
                 raise
-            assert process.returncode == 0, printed.decode()
+            assert process.returncode == 0, f"{process.returncode}: {printed.decode()}"
 
 
 def load(script: Path) -> ModuleType:
