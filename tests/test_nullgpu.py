@@ -176,6 +176,8 @@ def test_two_gpus(way: str, null_gpu: NullGPU, folder: Path, photos: Path) -> No
     more = [EAGER, "--optimizer.name=soap", *(["--shard=true"] if way == "shard" else [])]
     if way == "compiled":  # the checks of soap's eigenvalues would see what compiling left in memory
         more = ["--optimizer.name=adamw", "--shard=true", "--compile=true"]
+    folder = folder / "two"
+    folder.mkdir(exist_ok=True)
     for done in null_gpu.run({way: pretraining(photos, folder / way, *more)}, folder, processes=2):
         assert done[way]["status"] == 0, done[way]["printed"]
         assert done[way]["collectives"] > 10
