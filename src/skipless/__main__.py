@@ -68,7 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: there is no command {name}: {hint}skipless --help lists them", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"skipless {name}", *rest]
-    importlib.import_module(f"skipless.{COMMANDS[name][0]}").main()
+    try:
+        importlib.import_module(f"skipless.{COMMANDS[name][0]}").main()
+    except KeyboardInterrupt:  # while torch was imported; once the command has begun it says so itself
+        print("interrupted before anything was begun", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

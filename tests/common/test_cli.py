@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
+import skipless.__main__
 from skipless.common import cli
 from skipless.common.settings import OLD_NAMES, OLD_VALUES, flat, plain, renamed
 from skipless.ssl.pretrain import Settings as Pretraining
@@ -324,3 +325,17 @@ cli.run(lambda settings: print(settings.name, 'torch' in sys.modules), Settings,
 
 def test_values_that_look_like_flags_belong_to_theirs() -> None:
     assert cli.canonical(Settings, ["--out", "-1", "--k", "-3"]) == ["--out=-1", "--k=[-3]"]
+
+
+def test_ctrl_c_while_modules_are_imported_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    monkeypatch.setattr(sys, "argv", ["skipless"])
+    with pytest.raises(SystemExit) as end:
+        skipless.__main__.main(["knn", "--ckpt", "x"])
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted before anything was begun\n"
