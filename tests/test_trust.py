@@ -31,7 +31,7 @@ def test_settings_that_nobody_means_are_refused_in_a_sentence() -> None:
 
 def test_a_short_part_of_the_campaign_loses_nothing() -> None:
     """`make stress` has all of it."""
-    words = ["--share=0.01", "--kinds", "kills", "bits", "disk"]
+    words = ["--share=0.01", "--kinds", "kills", "signals", "bits", "disk", "limit"]
     command = [sys.executable, ROOT / "benchmarks" / "stress.py", *words]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
