@@ -117,8 +117,9 @@ def run_group(
     env = where.pop("env", {})
     group = [start(module, words, env=member | env, **where) for member in _group(processes)]
     ended = [running.wait() for running in group]
-    for done in ended:
-        assert done.returncode == 0 or not succeed, done.stderr
+    if succeed and any(done.returncode for done in ended):
+        said = (f"process {rank} ended with {done.returncode}:\n{done.stderr}" for rank, done in enumerate(ended))
+        raise AssertionError("\n".join(said))
     return ended
 
 
