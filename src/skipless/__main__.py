@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from skipless.common import cli
+
 COMMANDS = {
     "recipe": ("ssl.recipe", "Write a recipe for your images, your machine and your time."),
     "pretrain": ("ssl.pretrain", "Pretrain a backbone with DINO, without labels."),
@@ -56,10 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the first word names, with the words after it."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("--help", "-h"):
-        print(table())
+        cli.guard(lambda: print(table()))
         return
     if name == "--version":
-        print(f"skipless {version('skipless')}")
+        cli.guard(lambda: print(f"skipless {version('skipless')}"))
         return
     name = name.replace("_", "-")
     if name not in COMMANDS:

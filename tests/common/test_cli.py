@@ -1,5 +1,6 @@
 """The command line of every command: what its words mean, and how mistakes end."""
 
+import os
 import pwd
 import re
 import subprocess
@@ -339,3 +340,14 @@ def test_ctrl_c_while_modules_are_imported_is_no_traceback(
         skipless.__main__.main(["knn", "--ckpt", "x"])
     assert end.value.code == 130
     assert capsys.readouterr().err == "interrupted before anything was begun\n"
+
+
+@pytest.mark.parametrize("words", [[], ["--version"], ["scenes", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # printed at once, or at the end
+def test_a_pipe_that_nobody_reads_ends_a_command_without_a_word(words: list[str], unbuffered: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command, env = [sys.executable, "-m", "skipless", *words], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=env, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -117,8 +117,6 @@ class Interrupted(Exception):
 
 def guard(command: Callable[[], object]) -> None:
     """Run a command: a sentence and exit code 2 for whatever the user can mend."""
-    from jsonargparse import ArgumentError
-
     # Imported by whoever works with tensors; a command that does not shall not wait seconds for torch.
     distributed: Any = sys.modules.get("skipless.common.distributed")
     for name in ("stdout", "stderr"):
@@ -132,6 +130,10 @@ def guard(command: Callable[[], object]) -> None:
             command()
         except Interrupted as ending:
             interrupted = 128 + ending.number  # as shells count
+        except SystemExit:  # of --help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # Python's own at the end comes too late for the next lines
         if distributed:
             distributed.wait_for_all()
     except BrokenPipeError:  # whoever read the output has read enough
@@ -141,6 +143,8 @@ def guard(command: Callable[[], object]) -> None:
         _tell("interrupted: the same command goes on from what was saved; for training, with --resume")
         status = 130
     except Exception as error:
+        from jsonargparse import ArgumentError
+
         if isinstance(error, ValueError | OSError | ArgumentError) or lacks_memory(error) or _lost_worker(error):
             who = f" (process {distributed.rank()})" if distributed and distributed.rank() else ""
             _tell(f"error{who}: {sentence(error)}")
@@ -152,7 +156,7 @@ def guard(command: Callable[[], object]) -> None:
             raise
     finally:
         _end_loader_workers()
-        _leave_stderr()
+        _leave_streams()
     if distributed and status and distributed.world_size() > 1:
         # The others may wait for this process in a collective, and leaving the group would then wait for them.
         with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
@@ -445,12 +449,16 @@ def _tell(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _leave_stderr() -> None:
-    """Let no line that could not be written decide the exit code."""
-    try:
-        sys.stderr.flush()
-    except (OSError, ValueError):
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+def _leave_streams() -> None:
+    """Let no line that could not be written decide the exit code, nor be told of by Python."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):  # closed
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _end_loader_workers() -> None:
