@@ -290,6 +290,18 @@ def tiny_vit(dim: int = 24, depth: int = 2, image_size: int = 32, **options: Any
     return VisionTransformer(dim, depth, heads, patch=8, image_size=image_size, **options)
 
 
+def sines(dim: int, side: int) -> Any:
+    """MoCo v3's positions [1, 1 + side * side, D], fixed: four quarters of sin and cos of the row and of the column, at
+    frequencies 10000^-(i / (D / 4)); CLS has zeros."""
+    import torch
+
+    places = torch.arange(side * side)
+    frequencies = 10000.0 ** -(torch.arange(dim // 4) / (dim // 4))
+    angles = [axis[:, None] * frequencies for axis in (places // side, places % side)]
+    quarters = torch.cat([f(x) for x in angles for f in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(1, dim), quarters])[None]
+
+
 def make_objective(**settings: Any) -> Any:
     """The objective of such settings, for a `tiny_vit`, two local crops and four steps an epoch, on the CPU."""
     import torch

@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import math
 import os
 import pickle
 import shutil
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import tiny_vit
+from helpers import sines, tiny_vit
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer as TimmViT
@@ -579,18 +578,6 @@ def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
         for suffix in (".pth", ".safetensors"):
             (tmp_path / f"page{suffix}").write_text(text)
             refused(tmp_path / f"page{suffix}", rf"page\{suffix} is a.*{reason}")
-
-
-def sines(dim: int, side: int) -> Tensor:
-    """MoCo v3's positions [1, 1 + side * side, D], fixed: four quarters of sin and cos of the column and of the row, at
-    frequencies 10000^-(i / (D / 4)); CLS has zeros."""
-    positions = torch.zeros(1, 1 + side * side, dim, dtype=torch.float64)
-    for place in range(side * side):
-        for i in range(dim // 4):
-            angles = [x / 10000 ** (i / (dim // 4)) for x in (place // side, place % side)]
-            for quarter, value in enumerate(f(x) for x in angles for f in (math.sin, math.cos)):
-                positions[0, 1 + place, quarter * (dim // 4) + i] = value
-    return positions.float()
 
 
 def test_heads_are_those_of_the_family_or_of_a_file_beside(tmp_path: Path) -> None:

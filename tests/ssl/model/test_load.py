@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_vit
+from helpers import sines, tiny_vit
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,7 +18,8 @@ from skipless.ssl.model.load import Loaded, load_vit
 
 # So small that everything is fast, and wide enough that heads cannot be taken for usual ones.
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
-SIZES = [(32, 32), (40, 24), (64, 48)]
+SMALL |= {"image_size": 32, "patch_size": 8}
+SIZES = [(4, 4), (5, 3), (8, 6)]  # in patches; the first is the native one
 
 
 def noisy(model: torch.nn.Module) -> Any:
@@ -35,8 +36,10 @@ def tokens(loaded: Loaded, images: Tensor) -> Tensor:
 
 
 def same_at_three_sizes(loaded: Loaded, reference: Callable[[Tensor], Tensor]) -> None:
-    for height, width in SIZES:
-        images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+    for h, w in SIZES:
+        images = torch.randn(
+            2, 3, h * loaded.model.patch, w * loaded.model.patch, generator=torch.Generator().manual_seed(1)
+        )
         with torch.no_grad():
             expected = reference(images)
         torch.testing.assert_close(tokens(loaded, images), expected, atol=1e-4, rtol=0)
@@ -49,17 +52,21 @@ HUGGING_FACE = {
     "Dinov2Model": ("Dinov2", {"mlp_ratio": 2}, "DINOv2 (Hugging Face)"),
     "Dinov2Model, SwiGLU": ("Dinov2", {"use_swiglu_ffn": True}, "DINOv2 (Hugging Face)"),
     "Dinov2WithRegistersModel": ("Dinov2WithRegisters", {"num_register_tokens": 4}, "DINOv2 with registers"),
+    "Dinov2WithRegistersModel, SwiGLU": (
+        "Dinov2WithRegisters",
+        {"use_swiglu_ffn": True, "num_register_tokens": 4},
+        "DINOv2 with registers",
+    ),
     "DINOv3ViTModel": ("DINOv3ViT", {"num_register_tokens": 4}, "DINOv3"),
     "DINOv3ViTModel, other periods": ("DINOv3ViT", {"rope_theta": 50.0, "layer_norm_eps": 1e-3}, "DINOv3"),
     "DINOv3ViTModel, SwiGLU": ("DINOv3ViT", {"use_gated_mlp": True, "hidden_act": "silu"}, "DINOv3"),
 }
 
 
-def hugging_face(case: str) -> tuple[Any, Callable[[Tensor], Tensor]]:
+def hugging_face(name: str, settings: dict[str, Any]) -> tuple[Any, Callable[[Tensor], Tensor]]:
     """Hugging Face's model, and a function that gives its tokens."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    name, more, _ = HUGGING_FACE[case]
-    config = getattr(transformers, f"{name}Config")(**SMALL, image_size=32, patch_size=8, **more)
+    config = getattr(transformers, f"{name}Config")(**settings)
     model = noisy(getattr(transformers, f"{name}Model")(config))
 
     def reference(images: Tensor) -> Tensor:
@@ -67,7 +74,7 @@ def hugging_face(case: str) -> tuple[Any, Callable[[Tensor], Tensor]]:
         if name in ("ViT", "ViTMSN", "ViTMAE"):
             options["interpolate_pos_encoding"] = True
         if name == "ViTMAE":  # whose order of patches would be random
-            patches = images.shape[2] * images.shape[3] // 64
+            patches = images.shape[2] * images.shape[3] // config.patch_size**2
             options["noise"] = torch.arange(patches).expand(len(images), -1) / patches
         return model(images, **options).last_hidden_state
 
@@ -76,7 +83,7 @@ def hugging_face(case: str) -> tuple[Any, Callable[[Tensor], Tensor]]:
 
 @pytest.mark.parametrize("case", HUGGING_FACE)
 def test_folders_of_hugging_face(case: str, tmp_path: Path) -> None:
-    model, reference = hugging_face(case)
+    model, reference = hugging_face(HUGGING_FACE[case][0], SMALL | HUGGING_FACE[case][1])
     model.save_pretrained(tmp_path)
     pictures = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(pictures))
@@ -90,7 +97,7 @@ def test_folders_of_hugging_face(case: str, tmp_path: Path) -> None:
 
 def test_hugging_face_by_name_in_several_files_and_as_a_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
-    model, reference = hugging_face("Dinov2Model")
+    model, reference = hugging_face("Dinov2", SMALL)
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: str(tmp_path / name.removeprefix("facebook/")))
@@ -105,51 +112,75 @@ def test_hugging_face_by_name_in_several_files_and_as_a_pickle(tmp_path: Path, m
         load_vit(tmp_path)
 
 
-def makers_dinov3(case: str) -> tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]:
-    """DINOv3's tensors under the names and in the form of its makers (facebookresearch/dinov3)."""
-    model, reference = hugging_face(case)
-    state, made = model.state_dict(), {}
-    plain = {"cls_token": "cls_token", "register_tokens": "storage_tokens", "mask_token": "mask_token"}
-    for theirs, ours in plain.items():
-        made[ours] = state[f"embeddings.{theirs}"]
+# Shapes as their makers have them, one block deep: class, width, heads, hidden width, what else, and family.
+DINOV3 = {f"DINOv3 {size}{', SwiGLU' if gated else ''}": ("DINOv3ViT", *shape, more, "DINOv3")
+          for size, shape in {"S": (384, 6, 1536), "B": (768, 12, 3072), "L": (1024, 16, 4096)}.items()
+          for gated, more in {False: {"num_register_tokens": 4},
+                              True: {"use_gated_mlp": True, "hidden_act": "silu"}}.items()}  # fmt: skip
+GIANT: dict[str, Any] = {"use_swiglu_ffn": True, "num_register_tokens": 4, "patch_size": 14, "image_size": 56}
+MAKERS: dict[str, tuple[str, int, int, int, dict[str, Any], str]] = DINOV3 | {
+    "DINOv2 g with registers": ("Dinov2WithRegisters", 1536, 24, 4096, GIANT, "DINOv2 with registers"),
+    "MAE B": ("ViTMAE", 768, 12, 3072, {"mask_ratio": 0.0, "layer_norm_eps": 1e-6}, "MAE, MoCo v3"),
+    "MoCo v3 S": ("ViT", 384, 12, 1536, {"layer_norm_eps": 1e-6}, "MAE, MoCo v3"),
+    "MoCo v3 B": ("ViT", 768, 12, 3072, {"layer_norm_eps": 1e-6}, "MAE, MoCo v3"),
+}
+# Hugging Face's names as the makers'.
+RENAMED = {
+    "embeddings.patch_embeddings.": "patch_embed.proj.", "projection.": "", "position_embeddings": "pos_embed",
+    "embeddings.": "", "encoder.layer.": "blocks.", "model.layer.": "blocks.", "layers.": "blocks.",
+    "layernorm_before": "norm1", "layernorm_after": "norm2", "layernorm": "norm", "attention.o_proj": "attn.proj",
+    "attention.": "attn.", "layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma",
+}  # fmt: skip
+
+
+def makers(case: str, model: Any) -> dict[str, Tensor]:
+    """A model's tensors under the names and in the form of facebookresearch's dinov3, dinov2, mae and moco-v3."""
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        for theirs, ours in RENAMED.items():
+            name = name.replace(theirs, ours)
+        state[name] = tensor
+    third, v3 = model.config.hidden_size, case.startswith("DINOv3")
     for kind in ("weight", "bias"):
-        made[f"patch_embed.proj.{kind}"] = state[f"embeddings.patch_embeddings.{kind}"]
-        made[f"norm.{kind}"] = state[f"norm.{kind}"]
-        made[f"local_cls_norm.{kind}"] = torch.ones(48)
-    made["rope_embed.periods"] = model.config.rope_theta ** (torch.arange(0, 6, 2) / 6)
-    for block in range(2):
-        here, there = f"blocks.{block}.", f"model.layer.{block}."
-        made[f"{here}attn.qkv.weight"] = torch.cat([state[f"{there}attention.{p}_proj.weight"] for p in "qkv"])
-        q, v = state[f"{there}attention.q_proj.bias"], state[f"{there}attention.v_proj.bias"]
-        made[f"{here}attn.qkv.bias"] = torch.cat([q, torch.full((48,), 7.0), v])
-        made[f"{here}attn.qkv.bias_mask"] = torch.cat([torch.ones(48), torch.zeros(48), torch.ones(48)])
-        for number in (1, 2):
-            made[f"{here}ls{number}.gamma"] = state[f"{there}layer_scale{number}.lambda1"]
-        gated = "SwiGLU" in case
-        mlp = (
-            {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if gated else {"up_proj": "fc1", "down_proj": "fc2"}
-        )
-        for kind in ("weight", "bias"):
-            made[f"{here}attn.proj.{kind}"] = state[f"{there}attention.o_proj.{kind}"]
-            for number in (1, 2):
-                made[f"{here}norm{number}.{kind}"] = state[f"{there}norm{number}.{kind}"]
-            for theirs, ours in mlp.items():
-                made[f"{here}mlp.{ours}.{kind}"] = state[f"{there}mlp.{theirs}.{kind}"]
-    return made, reference
+        parts = [state.pop(f"blocks.0.attn.{p}_proj.{kind}", torch.full((third,), torch.nan)) for p in "qkv"]
+        state[f"blocks.0.attn.qkv.{kind}"] = torch.cat(parts)  # a bias of keys that nobody trains may be anything
+        halves = [f"blocks.0.mlp.{half}_proj.{kind}" for half in ("gate", "up", "down")]
+        names = ("w1", "w2", "w3") if halves[0] in state else ("", "fc1", "fc2")
+        for theirs, own in zip(halves, names, strict=True):
+            if theirs in state:
+                state[f"blocks.0.mlp.{own}.{kind}"] = state.pop(theirs)
+        if case.startswith("DINOv2"):
+            gates = [state.pop(f"blocks.0.mlp.w{n}.{kind}") for n in (1, 2)]
+            state[f"blocks.0.mlp.w12.{kind}"] = torch.cat(gates)
+        if v3:
+            state[f"local_cls_norm.{kind}"] = torch.ones(third)
+        if case.startswith("MAE"):
+            state[f"decoder_blocks.0.norm1.{kind}"] = torch.ones(512)
+    if v3:
+        state["blocks.0.attn.qkv.bias_mask"] = torch.cat([torch.full((third,), x) for x in (1.0, 0.0, 1.0)])
+        state["rope_embed.periods"] = 100 ** (torch.arange(0, 32, 2) / 32)
+        if (registers := state.pop("register_tokens")).numel():
+            state["storage_tokens"] = registers
+    return state
 
 
-@pytest.mark.parametrize("case", ["DINOv3ViTModel", "DINOv3ViTModel, SwiGLU"])
-@pytest.mark.parametrize("wrapper", ["", "teacher.backbone."])
-def test_dinov3_of_its_makers(case: str, wrapper: str, tmp_path: Path) -> None:
-    state, reference = makers_dinov3(case)
-    state["blocks.0.attn.qkv.bias"][48:96] = torch.nan  # what nobody trains may be anything
-    if "SwiGLU" in case:
-        del state["storage_tokens"]
-    torch.save({wrapper + name: tensor for name, tensor in state.items()}, tmp_path / "dinov3_sat493m.pth")
-    loaded = load_vit(tmp_path / "dinov3_sat493m.pth")
-    assert loaded.family == "DINOv3"
-    assert not loaded.assumed_heads
-    assert loaded.mean == (0.430, 0.411, 0.296)
+@pytest.mark.parametrize("case", MAKERS)
+def test_files_of_their_makers(case: str, tmp_path: Path) -> None:
+    """Nothing lies beside them: heads, epsilons, periods and how positions are interpolated must be known."""
+    name, dim, heads, hidden, more, family = MAKERS[case]
+    shape = {"hidden_size": dim, "num_hidden_layers": 1, "num_attention_heads": heads, "intermediate_size": hidden}
+    model, reference = hugging_face(name, {"image_size": 64, "patch_size": 16} | shape | more)
+    if case.startswith("MoCo"):
+        model.embeddings.position_embeddings.data = sines(dim, 4)
+    wrapper = {"DINOv3 S": "teacher.backbone.", "MoCo v3 S": "module.base_encoder."}.get(case, "")
+    state = below(wrapper, makers(case, model))
+    satellites = case == "DINOv3 L"
+    path = tmp_path / f"{'dinov3_vitl16_pretrain_sat493m' if satellites else 'vit'}.pth"
+    torch.save({"model": state}, path)
+    loaded = load_vit(path)
+    assert loaded.family == family
+    assert loaded.assumed_heads != case.startswith("DINOv3")
+    assert loaded.mean == ((0.430, 0.411, 0.296) if satellites else (0.485, 0.456, 0.406))
     same_at_three_sizes(loaded, reference)
 
 
@@ -182,7 +213,7 @@ def test_models_of_timm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "create_model", fake)
     loaded = load_vit(f"timm:{name}")
     assert loaded.family == TIMM[name]
-    for h, w in ((4, 4), (5, 3), (8, 6)):
+    for h, w in SIZES:
         images = torch.randn(2, 3, h * patch, w * patch, generator=torch.Generator().manual_seed(1))
         reference = copy.deepcopy(made[0])
         if TIMM[name] != "DINOv2":  # whose makers interpolate positions in their own way
