@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from skipless.datasets.synthetic.dataset import write_scenes
+from skipless.datasets.synthetic.moving import write_moving_scenes
 from skipless.ssl.model.vit import VisionTransformer
 
 MODEL = ["--model.dim=24", "--model.depth=2", "--model.heads=2", "--model.patch=8"]
@@ -26,8 +27,8 @@ PAIR = {"imname": "a.jpg", "imsize": [32, 32, 3], "bndbox": [2, 2, 30, 30], "kps
 
 
 def write_data(folder: Path) -> None:
-    """Leave FOLDER/scenes, in VOC's layout and as class folders, FOLDER/pairs, in SPair-71k's, and
-    FOLDER/vit.safetensors, a random ViT."""
+    """Leave FOLDER/scenes, in VOC's layout and as class folders, FOLDER/pairs, in SPair-71k's, FOLDER/videos, in
+    DAVIS's, and FOLDER/vit.safetensors, a random ViT."""
     write_scenes(folder / "scenes", train=24, val=12, size=32, workers=1)
     photo = next((folder / "scenes/train").rglob("*.jpg"))
     for place in ("pairs/JPEGImages/cat", "pairs/PairAnnotation/test"):
@@ -35,6 +36,7 @@ def write_data(folder: Path) -> None:
     shutil.copy(photo, folder / "pairs/JPEGImages/cat/a.jpg")
     names = {f"{side}_{name}": value for side in ("src", "trg") for name, value in PAIR.items()}
     (folder / "pairs/PairAnnotation/test/1.json").write_text(json.dumps({"category": "cat", **names}))
+    write_moving_scenes(folder / "videos", videos=2, frames=4, size=32)
     torch.manual_seed(0)
     model = VisionTransformer(24, 2, 2, patch=8, image_size=32)
     weights = folder / "vit.safetensors"
@@ -78,6 +80,7 @@ def command_lines(folder: Path, out: Path) -> dict[str, list[str]]:
         "similarity": [*pictures, picture, f"--out={out / 'similarity.png'}"],
         "match": [*2 * [picture.removeprefix("--image=")], *pictures, f"--out={out / 'match.png'}"],
         "correspondence": [*pictures, f"--data.root={folder / 'pairs'}"],
+        "video": [*pictures, f"--data.root={folder / 'videos'}"],
         "crop-sheet": [picture, f"--out={out / 'crops.png'}"],
         "summarize": [str(out / "pretrain"), f"--out={out / 'summary'}"],
         "prepare": ["voc07", f"--root={out / 'prepared'}", "--dry-run"],

@@ -1,7 +1,8 @@
-"""Metrics of predictions: mIoU of label maps, CorLoc of boxes, bootstrap intervals."""
+"""Metrics of predictions: mIoU of label maps, CorLoc of boxes, J and F of videos, bootstrap intervals."""
 
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -149,6 +150,50 @@ def corloc(boxes: np.ndarray, truth: list[np.ndarray]) -> np.ndarray:
     """
     pairs = [(box, true_boxes) for box, true_boxes in zip(boxes, truth, strict=True) if len(true_boxes)]
     return np.array([box_iou(box, true_boxes).max() >= 0.5 for box, true_boxes in pairs], bool)
+
+
+def region_similarity(found: np.ndarray, truth: np.ndarray) -> float:
+    """J of DAVIS: IoU of two masks, bool [H, W]; 1 where both are empty."""
+    union = (found | truth).sum()
+    return float((found & truth).sum() / union) if union else 1.0
+
+
+def boundary_map(mask: np.ndarray) -> np.ndarray:
+    """Pixels of a mask, bool [H, W], that differ from the one at the right, below, or right below: bool [H, W]."""
+    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
+
+
+def boundary_accuracy(found: np.ndarray, truth: np.ndarray, tolerance: float = 0.008) -> float:
+    """F of DAVIS (Perazzi et al., 2016; the code of the DAVIS 2017 evaluation): the F-measure of the boundaries of two
+    masks, bool [H, W]. A pixel of one is right where the other's has one within `tolerance` times the diagonal, rounded
+    up. 1 where neither has a boundary, 0 where one has."""
+    radius = int(np.ceil(tolerance * np.hypot(*found.shape)))
+    y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
+    disk = (x**2 + y**2 <= radius**2).astype(np.uint8)
+    edges = [boundary_map(mask) for mask in (found, truth)]
+    if not all(edge.any() for edge in edges):
+        return float(not any(edge.any() for edge in edges))
+    near_found, near_truth = (cv2.dilate(edge.astype(np.uint8), disk) > 0 for edge in edges)
+    precision, recall = near_truth[edges[0]].mean(), near_found[edges[1]].mean()
+    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+
+
+class VideoScores(NamedTuple):
+    """Of an object over the frames of a video."""
+
+    mean: float
+    recall: float
+    """Share of the frames above 0.5."""
+    decay: float
+    """Mean of the first quarter of the frames less that of the last; quarters share the frames between them."""
+
+
+def video_scores(values: np.ndarray) -> VideoScores:
+    """Of J or F [frames], as the DAVIS 2017 evaluation sums them up."""
+    ends = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
+    first, last = values[ends[0] : ends[1] + 1], values[ends[3] : ends[4] + 1]
+    return VideoScores(float(values.mean()), float((values > 0.5).mean()), float(first.mean() - last.mean()))
 
 
 def bootstrap_interval(hits: np.ndarray, seed: int = 0, resamples: int = 10000) -> tuple[float, float]:

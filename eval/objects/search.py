@@ -1,7 +1,5 @@
 """Search for objects in all images of a data set: batches of one size, masks in pixels, interrupted runs continued."""
 
-import json
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -21,6 +19,7 @@ from skipless.common.processes import one_thread
 from skipless.common.progress import Progress
 from skipless.datasets.labels.boxes import BoxSet
 from skipless.eval.backbones import Backbone, FeatureKind, pad_to_patch
+from skipless.eval.entries import append_entries, read_entries
 from skipless.eval.features import data_sha256
 from skipless.eval.objects.localization import Localization, bounding_box, lost, maskcut, tokencut
 from skipless.eval.objects.scores import COMPLETE
@@ -72,11 +71,9 @@ def find_objects(
     }
     known: dict[int, dict[str, Any]] = {}
     for path in sorted(out.glob("found-*.jsonl")) if out else []:
-        known |= _read_log(path, identity)
+        known |= read_entries(path, identity)
     distributed.any_process(False)  # all have read before one writes
     log = out / f"found-{distributed.rank()}.jsonl" if out else None
-    if log and log.exists():
-        os.truncate(log, log.read_bytes().rfind(b"\n") + 1)
     rest = [index for index in range(len(images)) if index not in known]
     batches = _batches(images, rest, backbone.patch, search)[distributed.rank() :: distributed.world_size()]
     loader = read_batches_leniently(partial(_read_picture, images, search, backbone.patch), batches, search.workers)
@@ -88,7 +85,7 @@ def find_objects(
         for batch, pictures in zip(batches, loader, strict=True):
             entries = _search_batch(backbone, images, batch, pictures, search, locate[search.method], shown)
             if log:
-                _append_log(log, identity, entries)
+                append_entries(log, identity, entries)
             few = len(mine) < EARLY <= len(mine) + len(entries)
             mine += entries
             progress.update(len(batch))
@@ -207,27 +204,6 @@ def _box(mask: np.ndarray) -> list[int]:
 def _rle(mask: np.ndarray) -> dict[str, Any]:
     encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     return {"size": list(mask.shape), "counts": encoded["counts"].decode()}
-
-
-def _read_log(path: Path, identity: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Entries of an interrupted run, but for a last line that was cut off."""
-    *lines, _ = path.read_bytes().split(b"\n")
-    if not lines:
-        return {}
-    try:
-        head, *entries = map(json.loads, lines)
-        by_index = {entry["index"]: entry for entry in entries}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged: delete it, and the same command starts without it") from None
-    if head != identity:
-        raise ValueError(f"{path} is of a run with other settings, weights or data: delete it, or give another --out")
-    return by_index
-
-
-def _append_log(path: Path, identity: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-    with open(path, "a") as file:
-        head = [] if file.tell() else [identity]
-        file.writelines(json.dumps(line) + "\n" for line in [*head, *entries])
 
 
 def _batches(images: BoxSet, indices: list[int], patch: int, search: Search) -> list[list[int]]:

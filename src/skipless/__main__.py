@@ -26,6 +26,7 @@ COMMANDS = {
     "discovery": ("eval.discovery", "Find objects without labels: LOST, TokenCut, MaskCut."),
     "saliency": ("eval.saliency", "Unsupervised saliency: maxF, IoU and accuracy of cut-out objects."),
     "correspondence": ("eval.correspondence", "Points found again on another object of its kind, PCK."),
+    "video": ("eval.video", "Objects followed through videos from their first frame, J&F."),
     "retrieval": ("eval.retrieval", "Segmentation by the nearest patches of a memory, mIoU."),
     "clustering": ("eval.clustering", "Segmentation by k-means, without labels, mIoU."),
     "knn": ("eval.knn", "k-NN classification of frozen features."),
