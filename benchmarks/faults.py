@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from skipless.common import interruption
+
 # Forked from a server that has imported what commands need and has done nothing else: starting one takes no seconds.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["skipless.ssl.pretrain", "skipless.ssl.distill", "skipless.eval.report", "faiss"])
@@ -99,6 +101,7 @@ def group(module: str, words: Sequence[str], out: Path, processes: int) -> list[
 
 def _main(module: str, words: list[str], out: str, log: str, fault: Fault, env: dict[str, str]) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, interruption.end)  # as scripts do, also where the campaign is in the background
     with open(log, "a") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)

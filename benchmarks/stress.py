@@ -141,7 +141,11 @@ def ask_to_end(training: Training, work: Path, rng: random.Random) -> tuple[int,
     ended = running.end()
     if ended.wrong or ended.code not in (0, 128 + number, -number):
         return 1, f"{training.name}, {number.name}: {ended.wrong or f'exit {ended.code}: {ended.said[-300:]}'}"
-    if ended.code == 128 + number and not (out / "checkpoints").exists():
+    begun = (out / "settings.yaml").exists()
+    said = [line for line in ended.said.splitlines() if line.startswith("interrupted")]
+    if not begun and (out.exists() or (number == signal.SIGINT and len(said) != 1)):
+        return 1, f"{training.name}, {number.name} before it began: {ended.said[-300:] or 'a folder'}"
+    if begun and ended.code and not list((out / "checkpoints").glob("step-*")):
         return 1, f"{training.name}, {number.name}: no checkpoint"
     return int(ended.code != 0), training.to_its_end(out)
 

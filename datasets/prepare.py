@@ -24,6 +24,8 @@ changed. Without access to a site, fetch its archive by other means and do the s
 The last line is the command to run next. The images belong to others: read the terms that the plan names.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence

@@ -24,6 +24,8 @@ There are no void pixels. The class folders hold relative symlinks (copies where
 `ROOT/train` to pretraining and `ROOT/VOCdevkit` to whatever reads PASCAL VOC.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

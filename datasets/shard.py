@@ -20,6 +20,8 @@ It can be copied anywhere, to a web server or to a bucket: give its URL as --dat
 requests; https works as it is, s3:// and gs:// need the packages s3fs and gcsfs.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import re
 from dataclasses import dataclass
 from functools import partial

@@ -10,6 +10,8 @@ CLS may look at hardly anything but itself, and what is left on the patches then
 maps are the mean over the queries of all patches; the title and a line say it.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 from dataclasses import dataclass
 from functools import partial
 

@@ -8,6 +8,8 @@ stays below 100 GB and half of the disk that it could have: what was not used fo
 when there are new features to keep. Deleting all of them costs nothing but the time to compute them again.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import shutil
 import time
 from dataclasses import dataclass

@@ -24,6 +24,8 @@ The same seed gives the same bits on the same machine. Under torchrun the runs o
 processes. An interrupted run is continued by the same command, which finds the features in the cache.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -13,6 +13,8 @@ smallest singular value of an attention Jacobian, and so the condition number, c
 patches (--pixels 64 with a ViT-S), and often only as a bound for larger ones.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -11,6 +11,8 @@ pairs; both are given, by category too. Nothing is trained.
 For two pictures of your own there is eval/match.py. torchrun shares the pairs out.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial

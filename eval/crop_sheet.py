@@ -3,6 +3,8 @@
 python eval/crop_sheet.py --image photo.jpg --out sheet.png --crops.global_crops_size 224 --seed 0
 """
 
+import skipless.common.interruption  # noqa: F401
+
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path

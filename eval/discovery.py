@@ -16,6 +16,8 @@ result format). Unreadable images of a folder are left out and listed; in a set 
 An interrupted run with --out is continued by the same command. torchrun shares the images out.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import json
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial

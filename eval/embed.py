@@ -9,6 +9,8 @@ Central squares of --size pixels, the last block after its norm. The file holds 
 after an interruption the same command goes on.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import csv
 import zipfile
 from collections.abc import Callable, Iterator

@@ -10,6 +10,8 @@ chosen on the images that are classified: the figure is the one for the first of
 exactly, by faiss or torch. Features are kept in --cache; an interrupted run is continued by the same command.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import math
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial

@@ -18,6 +18,8 @@ weight decay and a cosine schedule, with many learning rates at once. Which one 
 were held out, never on those that the figure is about. An interrupted run is continued by the same command.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace

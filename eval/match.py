@@ -7,6 +7,8 @@ Points are x,y in pixels of the first picture, from its top left corner; each is
 points, the best pairs are drawn that are each other's most similar, spread over the picture.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path

@@ -16,6 +16,8 @@ as they can. The same features give the same colors on every run and machine, in
 component is turned so that it is skewed to the right.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path

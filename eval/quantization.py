@@ -22,6 +22,8 @@ contain the skip path, which is never rounded: compare its layers, not its token
 embedding, norms, softmax and the products in attention stay in floating point, as is usual.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import copy
 import math
 from collections.abc import Callable, Iterator

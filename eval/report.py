@@ -14,6 +14,8 @@ Tasks: knn, linear (--classification), segmentation (protocol quick), retrieval,
 tokencut (--discovery).
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import contextlib
 import io
 import json

@@ -26,6 +26,8 @@ Under torchrun every process holds the whole memory, and the evaluated images ar
 continued by the same command, which finds the features in the cache.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence

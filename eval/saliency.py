@@ -12,6 +12,8 @@ my_folder holds images/ and masks/. With --out: saliency.json, saliency.md and p
 run with --out is continued by the same command. torchrun shares the images out.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path

@@ -22,6 +22,8 @@ configs/segmentation/; a figure made with other settings says "(changed)". An in
 command.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from pathlib import Path

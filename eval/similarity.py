@@ -7,6 +7,8 @@ Points are x,y in pixels of the image, from its top left corner. Rows are points
 share one scale of colors, which the bar beside them shows. On the page of eval/report.py you point at patches instead.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

@@ -6,6 +6,8 @@ writes imagenette_cpu.json (for machines) and imagenette_cpu.md (for people): wh
 block before and after training, on which hardware, in how much time.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import json
 import sys
 from dataclasses import dataclass

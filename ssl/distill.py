@@ -14,6 +14,8 @@ One machine with 8 GPUs (several machines: as ssl/pretrain.py says):
 exactly where its last checkpoint left it, or starts it. What a run leaves is what pretraining leaves.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field

@@ -9,6 +9,8 @@
 What was written is read back, and its features are compared with the backbone's, before the folder appears.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial

@@ -20,6 +20,8 @@ Several machines, on each of them (docs/training.md has the SLURM script):
 `--resume` continues a run exactly where its last checkpoint left it, or starts it: safe to requeue.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import math
 from functools import partial
 from pathlib import Path

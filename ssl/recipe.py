@@ -8,6 +8,8 @@ stands at the top of the file, and everything in it can be changed. It is made o
 and of configs/vits16_skipless_soap.yaml on a GPU; for their own images and hours it gives what they say.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import json
 import re
 import subprocess

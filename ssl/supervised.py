@@ -18,6 +18,8 @@ or starts it: safe to requeue. What it leaves is what pretraining leaves: the ba
 it the validation accuracy, in metrics.jsonl after every epoch and in backbone.json at the end.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import math
 from dataclasses import dataclass, field
 from functools import partial

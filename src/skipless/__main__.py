@@ -7,6 +7,8 @@
 `python -m skipless` is the same. Torch is imported only by the command that was asked for.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import difflib
 import importlib
 import sys
@@ -71,11 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: there is no command {name}: {hint}skipless --help lists them", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"skipless {name}", *rest]
-    try:
-        importlib.import_module(f"skipless.{COMMANDS[name][0]}").main()
-    except KeyboardInterrupt:  # while torch was imported; once the command has begun it says so itself
-        print("interrupted before anything was begun", file=sys.stderr)
-        sys.exit(130)
+    importlib.import_module(f"skipless.{COMMANDS[name][0]}").main()
 
 
 if __name__ == "__main__":

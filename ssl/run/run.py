@@ -151,6 +151,11 @@ class Run:
             network: whose parameters are counted; more: at the end of the line about the machine.
         """
         settings, written = self.settings, plain(self.settings)
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # which schedulers send before they end a job
+            signal.signal(number, self._note_signal)
+        for number in (signal.SIGINT, signal.SIGHUP):  # ignored in the background and under nohup
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note_signal)
         if self.first_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.folder)
@@ -179,11 +184,6 @@ class Run:
             f"attention: {attention}{more}"
         )
         self.say(*self.remarks, *self.log.remarks)
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # which schedulers send before they end a job
-            signal.signal(number, self._note_signal)
-        for number in (signal.SIGINT, signal.SIGHUP):  # ignored in the background and under nohup
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._note_signal)
 
     def _note_signal(self, number: int, _frame: Any) -> None:
         if number == self.signaled == signal.SIGINT:  # whoever presses Ctrl-C twice does not want to wait

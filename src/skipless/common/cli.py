@@ -28,6 +28,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from skipless.common import interruption
 from skipless.common.settings import OLD_VALUES, TODAY, flat, refuse_nonsense, renamed
 
 T = TypeVar("T")
@@ -127,6 +128,7 @@ def guard(command: Callable[[], object]) -> None:
     status = interrupted = 0
     try:
         try:
+            interruption.begin()
             command()
         except Interrupted as ending:
             interrupted = 128 + ending.number  # as shells count
