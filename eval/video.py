@@ -15,6 +15,8 @@ masks as masks/NAME/FRAME.png, which other evaluations of DAVIS read. An interru
 same command. torchrun shares the videos out.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import partial
