@@ -1,6 +1,7 @@
 """Helpers of many tests: commands in this and in other processes, tiny models and tiny data sets."""
 
 import contextlib
+import faulthandler
 import importlib
 import importlib.util
 import io
@@ -403,6 +404,7 @@ def _main(module: str, words: list[str], folder: str, cwd: str, env: dict[str, s
         with open(Path(folder, name), "a") as file:
             os.dup2(file.fileno(), number)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
+    faulthandler.enable()  # what kills a process says where it was
     for number in (signal.SIGINT, signal.SIGHUP):  # which tests in the background would make it ignore
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     multiprocessing.set_start_method(None, force=True)  # for loader workers, as in any other process
