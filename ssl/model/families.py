@@ -105,15 +105,25 @@ NAMES = [
 # What files look like that are no plain ViT, and what to do.
 LOOKS = [
     (r"lora_[AB]", "an adapter without its network (LoRA)", "merge it into the network, and save that"),
+    (r"(^|\.)layers\.\d+\.blocks\.\d", "a Swin Transformer", "only plain ViTs have one grid of tokens in all blocks"),
     (r"relative_position_", "BEiT or data2vec, which add a relative position bias to attention",
      "no family here has one; take a DINOv2, MAE or timm: checkpoint"),
-    (r"vision_model\.|visual\.transformer\.|visual\.conv1", "a vision tower of CLIP or SigLIP",
+    (r"vision_model\.|visual\.transformer\.|visual\.conv1|embeddings\.patch_embedding\.",
+     "a vision tower of CLIP or SigLIP",
      "give timm's name of it, as in timm:vit_base_patch16_clip_224.openai or timm:vit_base_patch16_siglip_224"),
-    (r"(^|\.)layers\.\d+\.blocks\.\d", "a Swin Transformer", "only plain ViTs have one grid of tokens in all blocks"),
+    (r"dist_token|distillation_token", "a distilled DeiT, which has a second class token",
+     "take one without, as timm:deit_small_patch16_224.fb_in1k"),
+    (r"patch_embed\.proj\.\d", "a ViT whose patches go through several convolutions, as MoCo v3's vit_conv",
+     "take one whose patch embedding is one layer"),
     (r"(^|\.)(stages|downsample_layers|layer1\.0\.conv1|conv1)\.", "a convolutional network",
      "only ViTs are supported"),
     (r"q_norm\.|k_norm\.", "a ViT with normalized queries and keys", "no family here has them"),
 ]  # fmt: skip
+
+# What wrappers of torch put into names, at any place.
+WRAPS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+# Parts of towers of CLIP and SigLIP: these differ in the activation, which leaves no trace in tensors.
+TOWERS = re.compile(r"(^|\.)(norm_pre|attn_pool)\.")
 
 
 def canonical(path: str | Path, tensors: dict[str, Tensor], weights: Weights = "teacher") -> dict[str, Tensor]:
@@ -128,6 +138,7 @@ def canonical(path: str | Path, tensors: dict[str, Tensor], weights: Weights = "
     Raises:
         ValueError: it is no plain ViT: what it looks like, what it lacks, and what to do.
     """
+    tensors = {WRAPS.sub("", name): tensor for name, tensor in tensors.items()}
     prefix = _wrapper(tensors, weights)
     names = {name: name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
     _refuse_others(path, list(names.values()))
@@ -149,8 +160,19 @@ def canonical(path: str | Path, tensors: dict[str, Tensor], weights: Weights = "
     elif "pos_embed" in renamed and renamed["pos_embed"].ndim == 3 and not _has_cls_position(renamed):
         # CLS has no position of its own: the token holds it.
         renamed["pos_embed"] = F.pad(renamed["pos_embed"], (0, 0, 1, 0))
+    _require_known_positions(path, set(names.values()), renamed)
     _check(path, renamed)
     return renamed
+
+
+def _require_known_positions(path: str | Path, names: set[str], tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError for rotary positions that leave no trace, by what else timm's networks that have them lack."""
+    learned, gated = "pos_embed" in tensors, "blocks.0.mlp.w12.weight" in tensors
+    if learned and gated and names & {"blocks.0.attn.q_bias", "blocks.0.mlp.fc1_g.weight"}:
+        raise ValueError(f"{path} looks like EVA-02, with learned and rotary positions: no family here has both")
+    plain = not learned and "rope_embed.periods" not in tensors and "blocks.0.attn.qkv.weight" in names
+    if plain and "blocks.0.ls1.gamma" in tensors and not {"cls_token", "register_tokens"} <= tensors.keys():
+        raise ValueError(f"{path} looks like a ViT with rotary positions of its own: only DINOv3's are known")
 
 
 def _wrapper(tensors: dict[str, Tensor], weights: Weights) -> str:
@@ -216,11 +238,15 @@ def _check(path: str | Path, tensors: dict[str, Tensor]) -> None:
     if missing := [name for name in needed if name not in tensors]:
         raise ValueError(
             f"{path} is not a ViT under DINO's, DINOv2's, DINOv3's, Hugging Face's or timm's names: it lacks "
-            f"{listed(missing)}, and has {listed(list(tensors))}"
+            f"{listed(missing)}, and has {listed(list(tensors)) or 'heads alone'}; if timm has it, give timm:NAME"
         )
     if not any(f"blocks.0.mlp.{name}.weight" in tensors for name in ("fc1", "w12")):
         raise ValueError(f"{path} has no blocks.0.mlp.fc1.weight: its blocks are not those of a plain ViT")
+    if integers := [name for name, x in tensors.items() if name.endswith("weight") and not x.is_floating_point()]:
+        raise ValueError(f"{path} is quantized, in {listed(integers)}: give the file that it was made from")
     embed = tensors["patch_embed.proj.weight"]
+    if embed.ndim == 5:
+        raise ValueError(f"{path} looks like a network for videos (V-JEPA, VideoMAE): only those for images are known")
     if embed.ndim != 4 or embed.shape[1] != 3 or embed.shape[2] != embed.shape[3]:
         raise ValueError(f"{path}: patch_embed.proj.weight is {list(embed.shape)}, not [D, 3, patch, patch]")
     for name in ("cls_token", "pos_embed", "register_tokens"):

@@ -20,6 +20,14 @@ ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pth.tar", ".pt.tar"
 # A tensor in skipless weights, for which other libraries refuse them: with the same names they would add the skips.
 WITHOUT_SKIPS = "without_skip_connections"
 LARGEST_JSON = 2**22  # bytes; a description has hundreds
+# What else weights come in, and what to do.
+OTHERS = {
+    ".npz": "weights of JAX: timm has most of them, as timm:vit_base_patch16_224.augreg_in21k",
+    ".msgpack": "weights of Flax: give the same model's .safetensors",
+    ".h5": "weights of TensorFlow: give the same model's .safetensors",
+    ".onnx": "a program: give the checkpoint that it was exported from",
+    ".pt2": "a program: give the checkpoint that it was exported from",
+}
 # Where training scripts put the state dict, in the order in which it is looked for; the first stands for the half that
 # is wanted, teacher or student.
 PLACES = ("state_dict", "model", "model_state_dict", "target_encoder", "encoder", "module", "backbone", "net", "ema")
@@ -137,9 +145,20 @@ def _choose(path: Path, content: Any, weights: Weights) -> dict[str, Tensor]:
                 content = content[key]
                 break
         tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-        if tensors:
+        if tensors := tensors or _below(content):
             return tensors
-    raise ValueError(f"{path} holds no tensors: looked at its top and under teacher, student, {', '.join(PLACES)}")
+    raise ValueError(f"{path} holds no tensors, neither at its top nor in the dicts in it: save a model's state_dict()")
+
+
+def _below(content: dict[Any, Any], levels: int = 3) -> dict[str, Tensor]:
+    """The tensors in dicts within a dict, with dotted names."""
+    found: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            found[str(name)] = value
+        elif isinstance(value, dict) and levels:
+            found |= {f"{name}.{inner}": tensor for inner, tensor in _below(value, levels - 1).items()}
+    return found
 
 
 def file_sha256(path: Path) -> str:

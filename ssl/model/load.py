@@ -11,7 +11,7 @@ checkpoint's name ({"heads": 12}), or Hugging Face's config.json and preprocesso
 import contextlib
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,19 @@ from torch import Tensor
 
 from skipless.common.pixels import MEAN, STD
 from skipless.ssl.model.build import filled_backbone, listed
-from skipless.ssl.model.families import Triple, architecture_of, canonical, family_of, normalization
-from skipless.ssl.model.files import ENDINGS, Weights, description, file_sha256, first_line, read_checkpoint
+from skipless.ssl.model.families import TOWERS, Triple, architecture_of, canonical, family_of, normalization
+from skipless.ssl.model.files import ENDINGS, OTHERS, Weights, description, file_sha256, first_line, read_checkpoint
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.run.folder import last_checkpoint
 
 SHIPPED = Path(__file__).with_name("shipped")  # weights that come with the package: NAME.safetensors, NAME.json
 
+# Files that tell what else a folder is, and what to do.
+FOLDERS = {
+    "adapter_config.json": "an adapter without its network (LoRA): merge it into the network, and save that",
+    ".metadata": "a distributed checkpoint of torch: make one file of it by "
+    "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth",
+}
 TIMM_TOLERANCE = 1e-3  # of the difference to timm's own features, relative to their standard deviation
 ACTIVATIONS_THERE = {
     "gelu": "gelu",
@@ -79,6 +85,9 @@ def load_vit(ckpt: str | Path, weights: Weights = "teacher") -> Loaded:
         return _load_folder(name, _fetch(name))
     path = shipped_file(name) if name.startswith("skipless:") else Path(ckpt).expanduser()
     if path.is_dir():
+        for sign, looks in FOLDERS.items():
+            if (path / sign).exists():
+                raise ValueError(f"{path} looks like {looks}")
         if not (path / "backbone.safetensors").exists() and (path / "config.json").exists():
             return _load_folder(name, path)
         path = _export(path, weights)
@@ -86,6 +95,8 @@ def load_vit(ckpt: str | Path, weights: Weights = "teacher") -> Loaded:
         path = last_checkpoint(path.parent) or path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; give a file, the folder of a run, hf:NAME or timm:NAME")
+    if path.suffix in OTHERS:
+        raise ValueError(f"{path} looks like {OTHERS[path.suffix]}")
     if not path.name.endswith(ENDINGS):
         raise ValueError(f"{path}: a checkpoint ends in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
     beside = description(path.with_suffix(".json"))
@@ -105,6 +116,11 @@ def _load(
     tensors = canonical(path, tensors, weights)
     if architecture is None:
         family = family_of(names, tensors)
+        if about["activation"] is None and any(TOWERS.search(name) for name in names):
+            raise ValueError(
+                f"{path} looks like a vision tower of CLIP or SigLIP, and nothing tells its activation: give timm's "
+                "name of it, as in timm:vit_base_patch16_clip_224.openai or timm:vit_base_patch16_siglip_224"
+            )
         architecture, assumed = architecture_of(path, tensors, family, about)
     mean, std = normalization(path, about)
     model = _build(path, tensors, architecture)
@@ -160,10 +176,14 @@ def _about(path: Path, beside: dict[str, Any]) -> dict[str, Any]:
     heads = about["heads"]
     if heads is not None and not (isinstance(heads, int) and heads > 0):
         raise ValueError(f"{path.with_suffix('.json')}: heads is {heads!r}; give the number of attention heads")
-    activation = config.get("hidden_act", arguments.get("act_layer") or "gelu")
-    if activation not in ACTIVATIONS_THERE and not (activation == "silu" and config.get("use_gated_mlp")):
+    activation = config.get("hidden_act", arguments.get("act_layer"))
+    if (
+        activation is not None
+        and activation not in ACTIVATIONS_THERE
+        and not (activation == "silu" and config.get("use_gated_mlp"))
+    ):
         raise ValueError(f"{path.with_name('config.json')}: hidden_act is {activation!r}, which no ViT here has")
-    about["activation"] = ACTIVATIONS_THERE.get(activation)
+    about["activation"] = ACTIVATIONS_THERE.get(str(activation))
     return about | {"mean": pictures.get("image_mean"), "std": pictures.get("image_std")}
 
 
@@ -178,6 +198,11 @@ def _load_folder(name: str, folder: Path) -> Loaded:
         raise FileNotFoundError(f"{name} lacks {listed([file.name for file in missing])}, which its index names")
     if not files:
         raise FileNotFoundError(f"{name} has a config.json, but neither model.safetensors nor pytorch_model.bin")
+    if "pretrained_cfg" in description(folder / "config.json") and files[0].suffix == ".safetensors":
+        with contextlib.suppress(ImportError):
+            import timm  # noqa: F401
+
+            return replace(_load_timm(name, folder), sha256=file_sha256(files[0]))
     tensors: dict[str, Tensor] = {}
     for file in files:
         contents = read_checkpoint(file, "teacher", description(folder / "config.json"))  # ours, if it is an export
@@ -203,19 +228,22 @@ def _fetch(name: str) -> Path:
     return folder
 
 
-def _load_timm(name: str) -> Loaded:
+def _load_timm(name: str, folder: Path | None = None) -> Loaded:
+    """By timm's name, or out of a folder that timm wrote, whose config.json names the model."""
     try:
         import timm
     except ImportError:
         raise ValueError(f"{name} needs the package timm: pip install timm") from None
+    source = name.removeprefix("timm:") if folder is None else f"local-dir:{folder}"
     try:
-        reference: Any = timm.create_model(name.removeprefix("timm:"), pretrained=True, num_classes=0).eval()
+        reference: Any = timm.create_model(source, pretrained=True, num_classes=0).eval()
     except Exception as error:  # unknown name, no network, no such weights: each library below has its own class
         raise ValueError(f"{name}: timm cannot make this model with pretrained weights ({first_line(error)})") from None
     state = reference.state_dict()
     tensors = canonical(name, state)
     family = family_of(set(state), tensors)
-    if "dino" not in name:
+    cfg = reference.pretrained_cfg
+    if "dino" not in f"{cfg.get('architecture')}.{cfg.get('tag')}":
         family = "timm"
     about: dict[str, Any] = {}
     with contextlib.suppress(StopIteration):
@@ -237,7 +265,6 @@ def _load_timm(name: str) -> Loaded:
     same_shape = features.shape == expected.shape
     if not (same_shape and (features - expected).abs().max() <= TIMM_TOLERANCE * expected.std()):
         raise ValueError(f"{name} computes other features than a plain ViT with its weights; it is not supported")
-    cfg = reference.pretrained_cfg
     return Loaded(model, name, family, fingerprint(model, "timm"), tuple(cfg["mean"]), tuple(cfg["std"]))
 
 

@@ -569,7 +569,9 @@ def test_files_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "last.pt").touch()
     refused(tmp_path, r"give .*last\.pt")
     (tmp_path / "model.onnx").write_bytes(b"x")
-    refused(tmp_path / "model.onnx", r"model\.onnx: a checkpoint ends in \.pt")
+    refused(tmp_path / "model.onnx", r"model\.onnx looks like a program")
+    (tmp_path / "model.zip").touch()
+    refused(tmp_path / "model.zip", r"model\.zip: a checkpoint ends in \.pt")
     for text, reason in (
         ("<html>not found</html>", " web page"),
         ("\n<!DOCTYPE html>", " web page"),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import sines, tiny_vit
+from helpers import sines
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,9 +22,9 @@ SMALL |= {"image_size": 32, "patch_size": 8}
 SIZES = [(4, 4), (5, 3), (8, 6)]  # in patches; the first is the native one
 
 
-def noisy(model: torch.nn.Module) -> Any:
+def noisy(model: torch.nn.Module, seed: int = 0) -> Any:
     """With biases, norms, scales and positions that matter."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
@@ -224,70 +224,137 @@ def test_models_of_timm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(tokens(loaded, images), reference.forward_features(images), atol=1e-4, rtol=0)
 
 
-def vit(seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    state = tiny_vit(192, depth=1).state_dict()
-    return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
+def vit(seed: int = 0) -> Any:
+    """timm's, one block deep."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 1, "num_heads": 3, "num_classes": 0}
+    return noisy(VisionTransformer(**size), seed)
 
 
 def below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
+def renamed(state: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    return {name.replace(old, new): tensor for name, tensor in state.items()}
+
+
+def without_key_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """BEiT's form of it; the bias of keys changes nothing."""
+    bias = state["blocks.0.attn.qkv.bias"]
+    parts = {"blocks.0.attn.q_bias": bias[:192], "blocks.0.attn.v_bias": bias[384:]}
+    return {name: tensor for name, tensor in state.items() if not name.endswith("qkv.bias")} | parts
+
+
 HEAD = {"head.mlp.0.weight": torch.zeros(8, 192), "fc.fc1.weight": torch.zeros(8, 192)}
-WRAPPED: dict[str, Callable[[dict[str, Tensor], dict[str, Tensor]], Any]] = {
-    "module.": lambda s, _: below("module.", s),
-    "model.": lambda s, _: below("model.", s),
-    "state_dict": lambda s, _: {"state_dict": below("module.", s), "epoch": 3, "arch": "vit_small"},
-    "backbone.": lambda s, _: below("backbone.", s) | HEAD,
-    "teacher.backbone.": lambda s, other: {"model": below("teacher.backbone.", s) | below("student.backbone.", other)},
-    "student_backbone.": lambda s, _: {"state_dict": below("student_backbone.", s) | HEAD},
-    "encoder.": lambda s, _: below("encoder.", s) | HEAD,
-    "trunk.": lambda s, _: below("visual.trunk.", s),
-    "base_encoder.": lambda s, other: {
-        "state_dict": below("module.base_encoder.", s | HEAD) | below("module.momentum_encoder.", other)
-    },
-    "target_encoder": lambda s, other: {"target_encoder": below("module.", s), "encoder": below("module.", other)},
-    "Lightning": lambda s, _: {
-        "state_dict": below("model.backbone.", s), "pytorch-lightning_version": "2.4", "global_step": 7,
-        "hyper_parameters": {"lr": 1e-3, "data": Path("/data")}, "loops": {}, "callbacks": {}, "lr_schedulers": [],
-    },
-    "MAE": lambda s, _: {"model": s | below("decoder_blocks.0.", s) | {"decoder_pos_embed": torch.ones(1, 5, 8),
-                                                                       "mask_token": torch.ones(1, 1, 8)}},
-    "fc_norm": lambda s, _: {"model": {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: t
-                                       for name, t in s.items()}},
-    "iBOT": lambda s, other: {"teacher": below("backbone.", s | {"masked_embed": torch.ones(1, 192)}),
-                              "student": below("module.backbone.", other), "args": argparse.Namespace(lr=1.0)},
-    "numpy": lambda s, _: {"model": s, "best": np.float64(0.7), "step": np.int64(3), "acc": np.float32(1.5)},
-    "no key bias": lambda s, _: {name: t for name, t in s.items() if name != "blocks.0.attn.qkv.bias"} | {
-        f"blocks.0.attn.{part}_bias": s["blocks.0.attn.qkv.bias"][start : start + 192]
-        for part, start in (("q", 0), ("v", 384))
-    },
+DECODER = {"decoder_pos_embed": torch.ones(1, 17, 8), "mask_token": torch.ones(1, 1, 8)}
+# What a training script of each project leaves: the file's name, and its content out of the state dicts of the
+# network that is wanted and of another.
+FORMS: dict[str, tuple[str, Callable[[dict[str, Tensor], dict[str, Tensor]], Any]]] = {
+    "bare, under a name of .bin": ("pytorch_model.bin", lambda s, _: s),
+    "module., by DistributedDataParallel": ("a.pth", lambda s, _: below("module.", s)),
+    "model.": ("a.pt", lambda s, _: below("model.", s)),
+    "state_dict beside an epoch, .pth.tar": (
+        "a.pth.tar", lambda s, _: {"state_dict": below("module.", s), "epoch": 3, "arch": "vit_small"}),
+    "backbone. beside a head": ("a.pth", lambda s, _: below("backbone.", s | HEAD)),
+    "teacher.backbone., by DINOv2": (
+        "a.pth", lambda s, o: {"model": below("student.backbone.", o) | below("teacher.backbone.", s)}),
+    "student_backbone., by lightly": ("a.ckpt", lambda s, _: {"state_dict": below("student_backbone.", s) | HEAD}),
+    "encoder.": ("a.pth", lambda s, _: below("encoder.", s) | HEAD),
+    "visual.trunk., by open_clip": ("open_clip_pytorch_model.bin", lambda s, _: below("visual.trunk.", s)),
+    "base_encoder., by MoCo v3": (
+        "a.pth.tar", lambda s, o: {"state_dict": below("module.momentum_encoder.", o)
+                                   | below("module.base_encoder.", s | HEAD)}),
+    "target_encoder, by MSN and I-JEPA": (
+        "a.pth.tar", lambda s, o: {"encoder": below("module.", o), "target_encoder": below("module.", s)}),
+    "Lightning": (
+        "a.ckpt", lambda s, _: {"state_dict": below("model.backbone.", s), "pytorch-lightning_version": "2.4",
+                                "hyper_parameters": {"lr": 1e-3, "data": Path("/data")}, "callbacks": {}}),
+    "MAE with its decoder": ("a.pth", lambda s, _: {"model": s | below("decoder_blocks.0.", s) | DECODER}),
+    "MAE, fine-tuned, with fc_norm": (
+        "a.pth", lambda s, _: {"model": {n if n[:5] != "norm." else f"fc_{n}": t for n, t in s.items()}}),
+    "iBOT, with a Namespace": (
+        "a.pth", lambda s, o: {"teacher": below("backbone.", s | {"masked_embed": torch.ones(1, 192)}),
+                               "student": below("module.backbone.", o), "args": argparse.Namespace(lr=1.0)}),
+    "numbers of NumPy": (
+        "a.pt", lambda s, _: {"model": s, "best": np.float64(0.7), "step": np.int64(3), "acc": np.float32(1.5)}),
+    "no bias of keys, by BEiT": ("a.pth", lambda s, _: {"module": without_key_bias(s)}),
+    "_orig_mod., by torch.compile": ("a.pt", lambda s, _: renamed(s, "blocks.0.", "_orig_mod.blocks.0._orig_mod.")),
+    "_fsdp_wrapped_module., by FSDP": (
+        "a.pt", lambda s, _: below("_fsdp_wrapped_module.", renamed(s, "s.0.", "s.0._fsdp_wrapped_module."))),
+    "state_dict_ema": ("a.pth.tar", lambda s, o: {"epoch": 1, "state_dict_ema": s}),
+    "teacher within model": ("a.pth", lambda s, o: {"model": {"student": o, "teacher": {"backbone": s}}}),
+    "parameters": ("a.pth", lambda s, _: {name: torch.nn.Parameter(tensor) for name, tensor in s.items()}),
+    "half precision": ("a.pth", lambda s, _: {name: tensor.half() for name, tensor in s.items()}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("ending", [".pth", ".ckpt", ".bin", ".pth.tar"])
-@pytest.mark.parametrize("case", WRAPPED)
-def test_wrappers(case: str, ending: str, tmp_path: Path) -> None:
-    state, other = vit(), vit(1)
-    torch.save(WRAPPED[case](state, other), tmp_path / f"a{ending}")
-    if case == "no key bias":
-        state["blocks.0.attn.qkv.bias"][192:384] = 0
-    found = load_vit(tmp_path / f"a{ending}").model.state_dict()
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[name], state[name]) for name in state)
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_checkpoints(form: str, tmp_path: Path) -> None:
+    name, content = FORMS[form]
+    model = vit()
+    if form == "half precision":
+        model = model.half().float()
+    torch.save(content(model.state_dict(), vit(1).state_dict()), tmp_path / name)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model.forward_features(images)
+    torch.testing.assert_close(tokens(load_vit(tmp_path / name), images), expected, atol=1e-4, rtol=0)
+
+
+# Folders of Hugging Face's that are no ViT of ours.
+TOWER = r"a vision tower of CLIP or SigLIP: give timm's name of it, as in timm:vit_base"
+BIAS = "BEiT or data2vec.* relative position bias to attention: .*take a DINOv2"
+FOLDERS: dict[str, tuple[dict[str, Any], str]] = {
+    "Data2VecVision": ({"use_relative_position_bias": True}, BIAS),
+    "Beit": ({"use_relative_position_bias": True}, BIAS),
+    "CLIPVision": ({}, TOWER),
+    "SiglipVision": ({}, TOWER),
+    "DeiT": ({}, "a distilled DeiT, .*: take one without"),
+    "DINOv3ConvNext": ({"hidden_sizes": [8, 16], "depths": [1, 1]}, "a convolutional network: only ViTs"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders_of_other_networks_are_refused(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    settings = SMALL | {"num_hidden_layers": 1} | FOLDERS[name][0]
+    getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**settings)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"model\.safetensors looks like {FOLDERS[name][1]}"):
+        load_vit(tmp_path)
+
+
+VIT = {"embed_dim": 192, "depth": 1, "num_heads": 3, "img_size": 56}
+OF_TIMM: dict[str, tuple[dict[str, Any], str]] = {
+    "vit_base_patch16_siglip_224": (VIT | {"img_size": 32}, "a vision tower of CLIP or SigLIP, and nothing tells"),
+    "vit_base_patch16_clip_224": (VIT | {"img_size": 32}, "a vision tower of CLIP or SigLIP, and nothing tells"),
+    "deit_tiny_distilled_patch16_224": (VIT | {"img_size": 32}, "a distilled DeiT, .*: take one without"),
+    "eva02_tiny_patch14_224": (VIT, "EVA-02, with learned and rotary positions"),
+    "eva02_base_patch14_224": (VIT, "EVA-02, with learned and rotary positions"),
+    "vit_small_patch16_rope_224": (VIT | {"img_size": 32}, "a ViT with rotary positions of its own"),
+    "vit_base_patch16_rope_reg1_gap_256": (VIT | {"img_size": 32}, "a ViT with rotary positions of its own"),
+    "swin_tiny_patch4_window7_224": ({"embed_dim": 24, "depths": (1, 1, 1, 1)}, "a Swin Transformer: only plain"),
+    "resnet18": ({}, "a convolutional network: only ViTs are supported"),
+    "convnext_atto": ({"dims": (8, 8, 8, 8)}, "a convolutional network: only ViTs are supported"),
+}
+
+
+@pytest.mark.parametrize("name", OF_TIMM)
+def test_files_of_other_networks_of_timm_are_refused(name: str, tmp_path: Path) -> None:
+    """Nothing beside these files says what they are."""
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch.save(timm.create_model(name, **OF_TIMM[name][0]).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=rf"other\.pth looks like {OF_TIMM[name][1]}"):
+        load_vit(tmp_path / "other.pth")
 
 
 @pytest.mark.parametrize(
     ("names", "words"),
     [
         (["base_model.model.blocks.0.attn.qkv.lora_A.weight"], "adapter.*merge it"),
-        (["blocks.0.attn.relative_position_bias_table"], "BEiT or data2vec.*relative position bias"),
-        (["vision_model.embeddings.patch_embedding.weight"], "tower of CLIP or SigLIP: give timm's name"),
-        (["visual.transformer.resblocks.0.ln_1.weight"], "tower of CLIP or SigLIP: give timm's name"),
-        (["layers.0.blocks.0.norm1.weight"], "Swin Transformer"),
-        (["layer1.0.conv1.weight", "conv1.weight"], "convolutional network"),
-        (["stages.0.blocks.0.conv_dw.weight"], "convolutional network"),
+        (["visual.transformer.resblocks.0.ln_1.weight"], TOWER),
+        (["module.base_encoder.patch_embed.proj.0.weight"], "MoCo v3's vit_conv: take one whose patch embedding"),
         (["blocks.0.attn.q_norm.weight"], "normalized queries and keys"),
     ],
 )
@@ -295,6 +362,55 @@ def test_what_is_refused_says_what_it_looks_like(names: list[str], words: str, t
     save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=rf"other\.safetensors looks like .*{words}"):
         load_vit(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: {n: t.to(torch.int8) for n, t in s.items()}, "is quantized, in .*: give the file that it was made"),
+        (lambda s: s | {"patch_embed.proj.weight": torch.ones(192, 3, 2, 8, 8)}, "looks like a network for videos"),
+        (lambda s: {"teacher": HEAD}, "is not a ViT under .*, and has heads alone; if timm has it, give timm:NAME"),
+        (lambda s: {"optimizer": {"param_groups": []}}, "holds no tensors, neither .*: save a model's state_dict"),
+    ],
+)
+def test_files_of_another_kind_are_refused(change: Callable[[Any], Any], words: str, tmp_path: Path) -> None:
+    torch.save(change(vit().state_dict()), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=rf"other\.pth {words}"):
+        load_vit(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("flax_model.msgpack", "weights of Flax: give the same model's .safetensors"),
+        ("ViT-B_16.npz", "weights of JAX: timm has most of them"),
+        ("tf_model.h5", "weights of TensorFlow: give the same model's .safetensors"),
+        ("model.onnx", "a program: give the checkpoint that it was exported from"),
+        ("folder/adapter_config.json", "an adapter without its network .*: merge it"),
+        ("folder/.metadata", "a distributed checkpoint of torch: make one file of it by python -m torch"),
+    ],
+)
+def test_other_files_and_folders_are_refused(name: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    with pytest.raises(ValueError, match=f" looks like {words}"):
+        load_vit(path.parent if "folder" in name else path)
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch32_clip_quickgelu_224", "vit_base_patch16_siglip_224"])
+def test_a_folder_of_timm_is_what_its_config_names(name: str, tmp_path: Path) -> None:
+    """Epsilon and activation of these are neither in the tensors nor in config.json, but in timm's function."""
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    patch = 32 if "patch32" in name else 16
+    small = {"embed_dim": 48, "depth": 2, "num_heads": 4, "img_size": 4 * patch}
+    model = noisy(timm.create_model(name, num_classes=0, **small))
+    timm.models.save_for_hf(model, tmp_path, model_args=small, safe_serialization=True)
+    loaded = load_vit(tmp_path)
+    assert loaded.mean == tuple(model.pretrained_cfg["mean"])
+    images = torch.randn(2, 3, 4 * patch, 4 * patch, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(tokens(loaded, images), model.forward_features(images), atol=1e-4, rtol=0)
 
 
 def test_programs_and_names_that_are_not_there_are_refused(tmp_path: Path) -> None:
