@@ -111,13 +111,17 @@ def run(module: str, words: Sequence[object] = (), timeout: float = 240, **where
     return start(module, words, **where).wait(timeout)
 
 
+def start_group(module: str, words: Sequence[object], processes: int = 2, **where: Any) -> list[Running]:
+    """Start `main` of a module in several processes of one group, as torchrun would."""
+    env = where.pop("env", {})
+    return [start(module, words, env=member | env, **where) for member in _group(processes)]
+
+
 def run_group(
     module: str, words: Sequence[object], processes: int = 2, succeed: bool = True, **where: Any
 ) -> list[Done]:
-    """Run `main` of a module in several processes of one group, as torchrun would; all must `succeed`."""
-    env = where.pop("env", {})
-    group = [start(module, words, env=member | env, **where) for member in _group(processes)]
-    ended = [running.wait() for running in group]
+    """As `start_group`, and wait for their ends; all must `succeed`."""
+    ended = [running.wait() for running in start_group(module, words, processes, **where)]
     if succeed and any(done.returncode for done in ended):
         said = (f"process {rank} ended with {done.returncode}:\n{done.stderr}" for rank, done in enumerate(ended))
         raise AssertionError("\n".join(said))

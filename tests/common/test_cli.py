@@ -178,6 +178,9 @@ def test_mistakes_end_in_one_sentence_and_status_2(
             2,
             "error: no\n",
         ),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:545] Connection reset by peer"), 2, "error: another process"),
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting"), 2, "error: another process"),
+        (RuntimeError("Timed out after 7 seconds waiting for clients. 1/2"), 2, "error: another process"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

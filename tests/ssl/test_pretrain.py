@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, Done, Running, call, error_line, logged, run_group, start
+from helpers import ROOT, Done, Running, call, error_line, logged, run_group, start, start_group
 
 from skipless.common import cli
 from skipless.datasets import images
@@ -388,6 +388,19 @@ def test_processes_end_with_their_launcher() -> None:
         launcher.kill()
         assert launcher.stdout.read() == ""  # ends when the child has closed its side, too
     assert child != launcher.pid
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_others_with_a_sentence(photos: Path, tmp_path: Path, killed: int) -> None:
+    """Two processes without a launcher that would end one for the other."""
+    group = start_group(COMMAND, words(photos, tmp_path / "run", "--epochs=4000"))
+    wait_for_losses(group[1 - killed], tmp_path / "run", 6)
+    group[killed].process.kill()
+    done = group[1 - killed].wait(60)
+    assert done.returncode == 2
+    assert "another process of this job has ended" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert whole_checkpoints(tmp_path / "run/checkpoints")
 
 
 def test_collapse_is_called_so_while_it_trains(photos: Path, tmp_path: Path) -> None:

@@ -147,7 +147,8 @@ def guard(command: Callable[[], object]) -> None:
     except Exception as error:
         from jsonargparse import ArgumentError
 
-        if isinstance(error, ValueError | OSError | ArgumentError) or lacks_memory(error) or _lost_worker(error):
+        ours = isinstance(error, ValueError | OSError | ArgumentError)
+        if ours or lacks_memory(error) or _lost_worker(error) or _lost_process(error):
             who = f" (process {distributed.rank()})" if distributed and distributed.rank() else ""
             _tell(f"error{who}: {sentence(error)}")
             status = 2
@@ -180,6 +181,12 @@ def _lost_worker(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
 
 
+def _lost_process(error: BaseException) -> bool:
+    """Whether an error says that another process of the group is gone: of gloo, of NCCL, or of the store."""
+    gone = r"gloo/transport/.*(by peer|Timed out|Broken pipe)|waiting for clients|remote process exited|likely closed"
+    return isinstance(error, RuntimeError) and re.search(gone, str(error)) is not None
+
+
 def sentence(error: BaseException) -> str:
     """An error's message in one line, without the traceback that one from inside a loader's worker carries."""
     text = str(error).strip()
@@ -188,6 +195,11 @@ def sentence(error: BaseException) -> str:
         return (
             f"a process that loads images was killed, most likely for want of {where}: take fewer (workers), or more "
             "memory; training goes on with --resume"
+        )
+    if _lost_process(error):
+        return (
+            "another process of this job has ended, or does not answer: its own messages say why; training goes on "
+            "from the last checkpoint with --resume"
         )
     if "shared memory(shm)" in text:
         return (
