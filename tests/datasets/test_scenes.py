@@ -1,13 +1,16 @@
 """Synthetic scenes: exact labels, the layout on disk, and what may and may not tell the class."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -283,8 +286,9 @@ def test_an_interrupted_write_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends Ctrl-C to a process group")
-def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+@pytest.fixture
+def writing(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command at work, with workers, in a session of its own."""
     command = [sys.executable, "-m", "skipless.datasets.scenes", "--out", str(tmp_path / "scenes")]
     command += ["--train", "100000", "--size", "32", "--workers", "2"]
     # A suite that was started in the background ignores Ctrl-C, and so would what it starts.
@@ -296,11 +300,30 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    _, messages = process.communicate(timeout=60)
-    assert process.returncode == 130
+    yield process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_ctrl_c_leaves_nothing(writing: subprocess.Popen[str], tmp_path: Path) -> None:
+    os.killpg(writing.pid, signal.SIGINT)
+    _, messages = writing.communicate(timeout=60)
+    assert writing.returncode == 130
     assert messages.splitlines()[-1].startswith("interrupted: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_goes(writing: subprocess.Popen[str], tmp_path: Path) -> None:
+    """Its workers at once, its folder with the next write; not the folder of one that is at work."""
+    (left,) = tmp_path.iterdir()
+    write_scenes(tmp_path / "scenes", train=2, val=1, size=32, workers=1)
+    assert left.exists()
+    shutil.rmtree(tmp_path / "scenes")
+    writing.kill()
+    writing.communicate(timeout=60)  # ends when no worker holds its stderr any more
+    assert left.exists()
+    write_scenes(tmp_path / "scenes", train=2, val=1, size=32, workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["scenes"]
 
 
 def test_the_same_settings_again_change_nothing(

@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import glob
 import itertools
 import json
 import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,20 +84,47 @@ def append_text(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` at the end of the block, and goes where an error ends it before.
+    """A folder to fill, which becomes `path` at the end of the block, and goes where an error ends it before. Folders
+    that killed processes have left of the same `path` go, too.
 
     Raises OSError where `path` is there already and is no empty folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.unfinished-{secrets.token_hex(4)}")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.unfinished-*"):
+        try:
+            with _locked(left):
+                shutil.rmtree(left)
+        except BlockingIOError:  # its process is at work
+            pass
+        except OSError:  # the disk has no locks
+            print(f"{left} was left by a process that was killed, or is at work: delete it if not", file=sys.stderr)
+    token = secrets.token_hex(4)
+    beside = path.with_name(f".{path.name}.{token}")
     beside.mkdir()
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.enter_context(_locked(beside))
+        beside = beside.rename(path.with_name(f".{path.name}.unfinished-{token}"))  # locked before others look for it
+        try:
+            yield beside
+            if path.exists():
+                path.rmdir()
+            beside.rename(path)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """A lock of the operating system's, which ends with the process; raises OSError where there is none to have."""
+    import fcntl
+
+    number = os.open(folder, os.O_RDONLY)
     try:
-        yield beside
-        if path.exists():
-            path.rmdir()
-        beside.rename(path)
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        os.close(number)
 
 
 def holds_already(folder: Path, record: str, read: Callable[[Path], Any], wanted: dict[str, Any], what: str) -> bool:
