@@ -44,7 +44,7 @@ WORK |= {"pretrain": "Run", "distill": "Run", "supervised": "Run", "report": "ru
 WORK |= {"pca": "save_figure", "attention-maps": "save_figure", "similarity": "save_figure", "conditioning": "measure"}
 WORK |= {"recipe": "measure", "export": "whole_folder"}
 WORK |= {"match": "save_figure", "correspondence": "announce", "video": "announce"}
-WORK |= {"crop-sheet": "write_atomically", "summarize": "write_result"}
+WORK |= {"crop-sheet": "write_atomically", "summarize": "write_result", "watch": "page_of"}
 WORK |= {"shard": "skipless.datasets.storage.packing.spread", "scenes": "skipless.datasets.synthetic.dataset.spread"}
 
 NUMBERS = (

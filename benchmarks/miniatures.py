@@ -82,6 +82,7 @@ def command_lines(folder: Path, out: Path) -> dict[str, list[str]]:
         "correspondence": [*pictures, f"--data.root={folder / 'pairs'}"],
         "video": [*pictures, f"--data.root={folder / 'videos'}"],
         "crop-sheet": [picture, f"--out={out / 'crops.png'}"],
+        "watch": [str(out / "pretrain"), "--once"],
         "summarize": [str(out / "pretrain"), f"--out={out / 'summary'}"],
         "prepare": ["voc07", f"--root={out / 'prepared'}", "--dry-run"],
         "export": [f"--ckpt={weights}", "--to=safetensors"],
@@ -90,8 +91,7 @@ def command_lines(folder: Path, out: Path) -> dict[str, list[str]]:
         "scenes": ["--train=10", "--val=10", "--size=32", "--workers=1"],
     }  # fmt: skip
     for name, words in lines.items():
-        if name not in ("summarize", "shard", "prepare", "cache") and not any(
-            word.startswith("--out") for word in words
-        ):
+        placed = ("watch", "summarize", "shard", "prepare", "cache")
+        if name not in placed and not any(word.startswith("--out") for word in words):
             words.append(f"--out={out / name}")
     return lines

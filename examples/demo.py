@@ -24,12 +24,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from skipless.common import cli
+from skipless.common.pca import pca_colors
 from skipless.common.pixels import center_crop
 from skipless.common.progress import duration
 from skipless.datasets.images import open_images
 from skipless.datasets.synthetic.dataset import write_scenes
 from skipless.eval.backbones import Backbone, load_backbone
-from skipless.eval.figures.pca import pca_colors
 from skipless.eval.report import DiscoveryData, SegmentationData, make_report
 from skipless.eval.report import Settings as ReportSettings
 from skipless.ssl.config import Settings as Pretraining

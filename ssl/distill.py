@@ -80,7 +80,7 @@ def distill(cfg: Settings) -> Path:
     cfg, notes = check_and_resolve(cfg, images, device)  # nothing is written before the run is opened
     size, workers = cfg.views.size, loader_workers(cfg.data.workers, device)
     teacher = Teacher(cfg.teacher, size // cfg.model.patch).to(device)
-    monitor = Monitor(cfg.monitor, images, size, cfg.model.pool, device, workers)
+    monitor = Monitor(cfg.monitor, images, size, cfg.model.pool, device, workers, cfg.out)
 
     torch.manual_seed(cfg.seed)
     backbone = start_backbone(cfg.model, size, cfg.seed, images, fresh=not cfg.last_checkpoint)

@@ -1,9 +1,10 @@
-"""Is it learning? k-NN accuracy and token statistics of every block, on labeled images, during training."""
+"""Is it learning? k-NN accuracy and token statistics of every block, and pictures, during training."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,13 @@ from skipless.ssl.data.squares import normalized_squares
 from skipless.ssl.dino import DINOOutput, Pool, diagnose_collapse
 from skipless.ssl.model.statistics import DEAD, cheap_conditioning, effective_rank, mean_share
 from skipless.ssl.model.vit import VisionTransformer
+from skipless.ssl.run.pictures import Pictures, Sheets
 
 STATISTICS = 512
 """Queries that token statistics are of: they take an eigendecomposition an image, which some versions of torch compute
 one by one on a GPU."""
+
+MOST_PICTURES = 64  # side by side
 
 
 @dataclass
@@ -43,6 +47,9 @@ class MonitorSettings:
     conditioning: bool = False
     """Log the conditioning of every block too (ssl/model/statistics.py): entropy and diagonal dominance of attention,
     singular values of W_V W_O, excess kurtosis. On 16 training images, in the same places; needs no labels."""
+    pictures: int = 4
+    """So many training images are drawn at every measurement, their patches in PCA colors: into pictures/ in the run's
+    folder, for TensorBoard and `skipless watch`. Without labels, token statistics are of them."""
     max_images: int = 10000
     """At most so many images are used as neighbors, and as many are classified, evenly spread over the set."""
 
@@ -51,6 +58,8 @@ class MonitorSettings:
             raise ValueError(
                 "monitor.every_epochs cannot be negative; monitor.k and monitor.max_images must be at least 1"
             )
+        if self.pictures > MOST_PICTURES:
+            raise ValueError(f"monitor.pictures is {self.pictures}; give {MOST_PICTURES} at most")
         if self.conditioning and not self.every_epochs:
             raise ValueError(
                 "monitor.conditioning is true, and monitor.every_epochs 0 turns the monitor off: give 1 or more"
@@ -58,10 +67,12 @@ class MonitorSettings:
 
 
 class Monitor:
-    """What is measured during training: k-NN and token statistics where there are labels, conditioning if it is wanted.
+    """What is measured during training: k-NN where there are labels, token statistics, pictures, and conditioning if
+    it is wanted.
 
     Args:
         size: side of the global crops in pixels; pool: what k-NN reads, as the head does; workers: loader processes.
+        out: the run's folder.
 
     Raises:
         ValueError: `settings.path` does not fit the images.
@@ -75,17 +86,23 @@ class Monitor:
         pool: Pool,
         device: torch.device,
         workers: int,
+        out: str,
     ):
         self.settings, self.pool, self.workers = settings, pool, workers
         self.sets = labeled_sets(images, settings, size)
         conditioning = settings.conditioning and settings.every_epochs
         self.squares = normalized_squares(images, 16, size).to(device) if conditioning else None
+        self.pictures: Pictures | None = None
+        if settings.pictures and settings.every_epochs:
+            self.pictures = Pictures(images, settings.pictures, settings.size or size, Path(out, "pictures"), device)
 
     @property
     def metric(self) -> str | None:
         """The name of one of its metrics; None where there is nothing to measure."""
         if self.sets:
             return "monitor/knn"
+        if self.pictures is not None:
+            return "monitor/effective_rank"
         return None if self.squares is None else "monitor/conditioning/kurtosis"
 
     def introduction(self) -> list[str]:
@@ -96,10 +113,15 @@ class Monitor:
 
     def __call__(
         self, backbone: VisionTransformer, autocast: AbstractContextManager[Any]
-    ) -> tuple[dict[str, list[float]], str | None]:
-        """Metrics, each with a value a block, and a line for people. All processes must call it."""
+    ) -> tuple[dict[str, list[float]], str | None, Sheets]:
+        """Metrics, each with a value a block, a line for people, and pictures. All processes must call it."""
         metrics: dict[str, list[float]] = {}
-        text = None
+        text, sheets = None, Sheets()
+        if self.pictures is not None:
+            statistics, sheets = self.pictures(backbone, autocast)
+            metrics = {f"monitor/{name}": values for name, values in statistics.items()}
+            last = ", ".join(f"{name.replace('_', ' ')} {values[-1]:.2f}" for name, values in statistics.items())
+            text = f"patches of {len(self.pictures.squares)} images, last block: {last or 'not finite'}"
         if self.sets:
             with autocast:
                 blocks = measure_blocks(backbone, *self.sets[:2], self.settings.k, self.pool, self.workers)
@@ -108,7 +130,7 @@ class Monitor:
         if self.squares is not None:
             conditioning = cheap_conditioning(backbone, self.squares)
             metrics |= {f"monitor/conditioning/{name}": values for name, values in conditioning.items()}
-        return metrics, text
+        return metrics, text, sheets
 
 
 class CollapseAlarm:

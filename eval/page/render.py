@@ -7,7 +7,6 @@ are follows from the room in the page, and how closely they give the true cosine
 """
 
 import base64
-import io
 import json
 import math
 import time
@@ -15,33 +14,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
-import jinja2
-import matplotlib
 import numpy as np
 from markupsafe import Markup
 
-from skipless.common.files import printable, write_text
+from skipless.common.files import write_text
+from skipless.common.pca import align, component_colors, pca_components
 from skipless.common.progress import Progress
 from skipless.common.provenance import provenance
 from skipless.datasets.images import read_image
 from skipless.eval.backbones import Backbone
-from skipless.eval.figures.pca import align, component_colors, pca_components
 from skipless.eval.figures.pictures import patch_features
+from skipless.eval.page.parts import MARKERS, Line, colors_of, draw_lines, picture_url, rendered
 from skipless.eval.page.tables import Table, data_of
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
-
-TEMPLATE = Path(__file__).resolve().parent / "template.html"
-# Tol's bright scheme: told apart by the color-blind, on white and on black.
-COLORS = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377")
-MARKERS = "os^Dv"
 CODES = 6_500_000  # bytes of all codes together: a page of 16 images stays far below 15 MB
 MAX_BLOCKS = 12  # shown of each checkpoint, evenly spread
 MAX_PATCHES = 800  # an image
-INK = "#010203"  # stands for the page's text color in plots
 
 
 def write_page(
@@ -68,10 +56,9 @@ def write_page(
     """
     look = viewer_content(backbones, pictures, size)
     here = provenance("cpu")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(results)}
-    page = template.render(
+    colors = colors_of(results)
+    page = rendered(
+        "template.html",
         table=table,
         colors=colors,
         architectures={name: backbone.architecture for name, backbone in backbones.items()},
@@ -159,7 +146,7 @@ def viewer_content(
             }
         )
     shown_images = [
-        {"name": name, "width": p.shape[1], "height": p.shape[0], "source": _picture_url(p, 320, 80)}
+        {"name": name, "width": p.shape[1], "height": p.shape[0], "source": picture_url(p, 320, 80)}
         for name, p in pictures
     ]
     return {"images": shown_images, "checkpoints": checkpoints}
@@ -237,42 +224,19 @@ def _spread_of(entry: dict[str, Any]) -> tuple[float, float] | None:
 
 
 def curves(series: dict[str, list[dict[str, Any]]], metric: str, colors: dict[str, str]) -> str:
-    """An SVG of a metric over the blocks, a line for each checkpoint, in the page's text color and font."""
-    style: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": "skipless", "font.family": "sans-serif", "font.size": 9,
-        "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-        "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "none", "axes.facecolor": "none",
-    }  # fmt: skip
-    with matplotlib.rc_context(style):
-        names = list(colors)
-        figure, axis = plt.subplots(figsize=(4.6, 3.0), layout="constrained")
-        for name, entries in series.items():
-            x = [entry["block"] for entry in entries]
-            marker = MARKERS[names.index(name) % len(MARKERS)]
-            axis.plot(
-                x, [100 * e["value"] for e in entries], color=colors[name], marker=marker, markersize=4,
-                linewidth=1.5, label=printable(name),
-            )  # fmt: skip
-            if all(entry["interval"] for entry in entries):
-                low, high = zip(*(entry["interval"] for entry in entries), strict=True)
-                axis.fill_between(
-                    x, [100 * v for v in low], [100 * v for v in high], color=colors[name], alpha=0.15, linewidth=0
-                )
-        axis.set(xlabel="block", ylabel=f"{metric}, %")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(alpha=0.25, linewidth=0.5)
-        axis.legend(frameon=False, fontsize=8)
-        written = io.StringIO()
-        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
-        plt.close(figure)
-    svg = written.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+    """An SVG of a metric over the blocks, a line for each checkpoint."""
+    lines = {}
+    for name, entries in series.items():
+        intervals = [entry["interval"] for entry in entries]
+        band = [(100 * low, 100 * high) for low, high in intervals] if all(intervals) else None
+        lines[name] = Line([entry["block"] for entry in entries], [100 * entry["value"] for entry in entries], band)
+    return draw_lines(lines, "block", f"{metric}, %", colors, MARKERS)
 
 
 def sheets(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
     """The sheets of pictures that segmentation and discovery left."""
     return [
-        {"name": name, "protocol": result["protocol"], "source": _picture_url(read_image(result["pictures"]), 1000, 60)}
+        {"name": name, "protocol": result["protocol"], "source": picture_url(read_image(result["pictures"]), 1000, 60)}
         for task in ("segmentation", "discovery")
         for name, measured in results.items()
         for result in measured
@@ -294,13 +258,3 @@ def _spread(count: int, most: int) -> list[int]:
 
 def _base64(array: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
-
-
-def _picture_url(picture: np.ndarray, width: int, quality: int) -> str:
-    """A data URL of a picture as JPEG, at most `width` pixels wide."""
-    if picture.shape[1] > width:
-        size = (width, max(1, round(picture.shape[0] * width / picture.shape[1])))
-        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-    written, data = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    assert written
-    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()

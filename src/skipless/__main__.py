@@ -41,6 +41,7 @@ COMMANDS = {
     "similarity": ("eval.similarity", "Pictures of the patches that resemble a chosen one."),
     "match": ("eval.match", "Picture of what belongs together in two images."),
     "crop-sheet": ("eval.crop_sheet", "A sheet of the crops that pretraining sees."),
+    "watch": ("eval.watch", "A page that shows how training goes, renewed while it does."),
     "summarize": ("eval.summarize", "One table of what pretraining runs measured."),
     "cache": ("eval.cache", "List or delete the features that evaluations keep."),
     "prepare": ("datasets.prepare", "Download and unpack the data sets of the evaluations."),

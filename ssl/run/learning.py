@@ -1,10 +1,22 @@
 """Does it learn? In words, from what a run logged."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 
-def verdict(metrics: Path) -> list[str]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, with `step` and `epoch` each; none where it is not there yet. A line that is
+    just being written is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def verdict(logged: list[dict[str, Any]]) -> list[str]:
     """A line on whether a run has learned since its start; none where too little was logged to say.
 
     With labels it is the last block's k-NN accuracy that has to rise, by more than a point. Without, it is how well the
@@ -12,9 +24,8 @@ def verdict(metrics: Path) -> list[str]:
     mean distribution less the mean entropy. The loss alone does not say: it may rise while the teacher sharpens.
 
     Args:
-        metrics: the run's metrics.jsonl.
+        logged: lines of the run's metrics.
     """
-    logged = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     knn = [100 * line["monitor/knn"][-1] for line in logged if "monitor/knn" in line]
     if len(knn) > 1:
         words = "it learns" if knn[-1] > knn[0] + 1 else "it has not learned yet"

@@ -5,14 +5,17 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from skipless.common.files import append_text, write_text
+from skipless.common.files import append_text, write_atomically, write_text
 from skipless.common.progress import duration
 
 
@@ -73,6 +76,23 @@ class RunLog:
         if self.wandb is not None:
             self._unless_refused("W&B", lambda: self.wandb.log(flat, step=step))
 
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Keep pictures of a step, uint8 [H, W, 3] by name, in the run's folder, too."""
+        if not self.active:
+            return
+        for name, picture in pictures.items():
+            self._unless_refused("pictures", partial(self._draw, name, step, picture))
+
+    def _draw(self, name: str, step: int, picture: np.ndarray) -> None:
+        path = self.path.parent / "pictures" / f"{name}-{step}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, lambda beside: Image.fromarray(picture).save(beside, format="png"))
+        self.tensorboard.add_image(f"pictures/{name}", picture, step, dataformats="HWC")
+        if self.wandb is not None:
+            import wandb as package
+
+            self.wandb.log({f"pictures/{name}": package.Image(picture)}, step=step)
+
     def _write_lines(self) -> None:
         append_text(self.path, self.unwritten)
         self.unwritten = ""
@@ -99,7 +119,7 @@ class RunLog:
             return
         self._on_screen(lambda: self.bar.set_postfix_str(text))
         now = time.monotonic()
-        if self.bar.disable and now - self.last_line > 30:
+        if self.bar.disable and step < self.total and now - self.last_line > 30:
             self.last_line = now
             left = (now - self.began) / (step - self.start) * (self.total - step)
             self.say(f"step {step:,} of {self.total:,}, {duration(left)} left; {text}")

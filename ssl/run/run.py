@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
+import numpy as np
 import torch
 import yaml
 from torch import nn
@@ -25,7 +27,7 @@ from skipless.ssl.model.vit import Attention, VisionTransformer
 from skipless.ssl.optim.schedules import Schedule
 from skipless.ssl.run.checkpoints import export_backbone, load_checkpoint, load_shards, save_checkpoint, save_shards
 from skipless.ssl.run.folder import in_place_of_last, last_checkpoint, last_in_words, lock_folder
-from skipless.ssl.run.learning import verdict
+from skipless.ssl.run.learning import read_metrics, verdict
 from skipless.ssl.run.logging import RunLog
 from skipless.ssl.run.parallel import is_sharded
 from skipless.ssl.run.watch import Watch
@@ -277,16 +279,23 @@ class Run:
                 f"(--optimizer.lr) or harder clipping (--clip_grad).{kept}"
             )
 
-    def log_values(self, step: int, values: Mapping[str, Any], text: str | None = None) -> None:
+    def log_values(
+        self,
+        step: int,
+        values: Mapping[str, Any],
+        text: str | None = None,
+        pictures: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ) -> None:
         """Write metrics, if there are any: numbers, and lists with one number a block. Say `text` with the epoch before
-        it."""
+        it. Pictures by name are uint8 [H, W, 3]."""
         epoch = step / self.schedule.steps_per_epoch
         if values:
             self.log.metrics(step, epoch, dict(values))
+        self.log.pictures(step, pictures)
         if text:
             self.say(f"epoch {epoch:g}: {text}")
             if step < self.schedule.steps:
-                self.say(*verdict(self.folder / "metrics.jsonl"))
+                self.say(*verdict(read_metrics(self.folder / "metrics.jsonl")))
 
     def say(self, *lines: str) -> None:
         """Lines for people, from the first process."""
@@ -371,7 +380,7 @@ class Run:
             }
             with self._saying_what_is_left(self.schedule.steps):
                 export_backbone(self.folder, backbone, facts)
-        remarks = [*remarks, *verdict(self.folder / "metrics.jsonl")]
+        remarks = [*remarks, *verdict(read_metrics(self.folder / "metrics.jsonl"))]
         self.say(*remarks, f"done: {name} is {self.folder / 'backbone.safetensors'}")
         self._close()
         return self.folder

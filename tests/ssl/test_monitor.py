@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 
+from skipless.common.pca import pca_colors
 from skipless.common.pixels import normalize
 from skipless.datasets.images import open_images
-from skipless.eval.figures.pca import pca_colors
 from skipless.eval.summarize import summarize, table
 from skipless.ssl import monitor
 from skipless.ssl.model.statistics import effective_rank, mean_share, token_statistics

@@ -4,14 +4,8 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from skipless.eval.figures.pca import (
-    align,
-    component_colors,
-    foreground_masks,
-    pca_components,
-    position_share,
-    without_position,
-)
+from skipless.common.pca import align, component_colors, pca_components
+from skipless.eval.figures.pca import foreground_masks, position_share, without_position
 
 
 def skewed(seed: int, shapes: list[tuple[int, int]], dim: int = 12) -> list[np.ndarray]:

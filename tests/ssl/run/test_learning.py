@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from skipless.ssl.run.learning import verdict
+from skipless.ssl.run.learning import read_metrics, verdict
 
 DINO = [
     {"loss": 6.47, "usage_entropy": 6.0, "teacher_entropy": 5.9},
@@ -27,5 +27,5 @@ DINO = [
     ],
 )  # fmt: skip
 def test_a_run_says_whether_it_learns(lines: list[dict], words: list[str], tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert verdict(tmp_path / "metrics.jsonl") == words
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"loss": 7')
+    assert verdict(read_metrics(tmp_path / "metrics.jsonl")) == words
