@@ -8,6 +8,8 @@ Ctrl-C. A browser that shows it reads it again by itself. Several runs share the
 folder. The pictures are those that the monitor leaves (`--monitor.pictures`).
 """
 
+import skipless.common.interruption  # noqa: F401
+
 import base64
 import re
 import time
