@@ -43,7 +43,7 @@ WORK = {
 WORK |= {"pretrain": "Run", "distill": "Run", "supervised": "Run", "report": "run_quietly", "quantization": "announce"}
 WORK |= {"pca": "save_figure", "attention-maps": "save_figure", "similarity": "save_figure", "conditioning": "measure"}
 WORK |= {"recipe": "measure", "export": "whole_folder"}
-WORK |= {"match": "save_figure", "correspondence": "announce", "video": "announce"}
+WORK |= {"match": "save_figure", "correspondence": "announce", "video": "announce", "depth": "announce"}
 WORK |= {"crop-sheet": "write_atomically", "summarize": "write_result", "watch": "page_of"}
 WORK |= {"shard": "skipless.datasets.storage.packing.spread", "scenes": "skipless.datasets.synthetic.dataset.spread"}
 

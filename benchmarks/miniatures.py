@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -28,7 +29,7 @@ PAIR = {"imname": "a.jpg", "imsize": [32, 32, 3], "bndbox": [2, 2, 30, 30], "kps
 
 def write_data(folder: Path) -> None:
     """Leave FOLDER/scenes, in VOC's layout and as class folders, FOLDER/pairs, in SPair-71k's, FOLDER/videos, in
-    DAVIS's, and FOLDER/vit.safetensors, a random ViT."""
+    DAVIS's, FOLDER/rooms, images and depths, and FOLDER/vit.safetensors, a random ViT."""
     write_scenes(folder / "scenes", train=24, val=12, size=32, workers=1)
     photo = next((folder / "scenes/train").rglob("*.jpg"))
     for place in ("pairs/JPEGImages/cat", "pairs/PairAnnotation/test"):
@@ -36,6 +37,11 @@ def write_data(folder: Path) -> None:
     shutil.copy(photo, folder / "pairs/JPEGImages/cat/a.jpg")
     names = {f"{side}_{name}": value for side in ("src", "trg") for name, value in PAIR.items()}
     (folder / "pairs/PairAnnotation/test/1.json").write_text(json.dumps({"category": "cat", **names}))
+    for place in ("images", "depth"):
+        (folder / "rooms" / place).mkdir(parents=True)
+    for number in range(4):
+        shutil.copy(photo, folder / f"rooms/images/{number}.jpg")
+        np.save(folder / f"rooms/depth/{number}.npy", np.full((32, 32), 1.0 + number))
     write_moving_scenes(folder / "videos", videos=2, frames=4, size=32)
     torch.manual_seed(0)
     model = VisionTransformer(24, 2, 2, patch=8, image_size=32)
@@ -81,6 +87,7 @@ def command_lines(folder: Path, out: Path) -> dict[str, list[str]]:
         "match": [*2 * [picture.removeprefix("--image=")], *pictures, f"--out={out / 'match.png'}"],
         "correspondence": [*pictures, f"--data.root={folder / 'pairs'}"],
         "video": [*pictures, f"--data.root={folder / 'videos'}"],
+        "depth": [*cached, "--data.name=depth", f"--data.root={folder / 'rooms'}", "--size=32", "--head.epochs=1"],
         "crop-sheet": [picture, f"--out={out / 'crops.png'}"],
         "watch": [str(out / "pretrain"), "--once"],
         "summarize": [str(out / "pretrain"), f"--out={out / 'summary'}"],

@@ -105,7 +105,7 @@ def extract(
     backbone: Backbone,
     paths: Sequence[Path],
     read: Callable[[int], np.ndarray],
-    size: int,
+    size: int | tuple[int, int],
     blocks: Sequence[int],
     cache: Path,
     kind: FeatureKind = "tokens",
@@ -116,15 +116,15 @@ def extract(
     pooled: bool = False,
     identity: str | None = None,
 ) -> Features:
-    """Features of square images, from the cache as far as they are there.
+    """Features of images of one size, from the cache as far as they are there.
 
     Under torchrun the shards are dealt out to the processes, which must see the same cache folder.
 
     Args:
         paths: the files; where they lie, their sizes and their times tell the data set from others.
         read: image i of them as uint8 [H, W, 3]: its plain content, since the cache is not named after `read`.
-        size: side in pixels of the squares that the network sees, a multiple of the patch. Images are resized to it,
-            whatever their proportions (bicubic, antialiased), unless `resize` is given.
+        size: side in pixels of the squares that the network sees, or height and width; multiples of the patch. Images
+            are resized to it, whatever their proportions (bicubic, antialiased), unless `resize` is given.
         blocks: which blocks, from 0; negative ones count from the end.
         cache: folder of caches.
         kind: see `Backbone.features`; tokens are normed.
@@ -138,12 +138,11 @@ def extract(
         ValueError: an unreadable image, features that are not finite or beyond half precision, a size that is no
             multiple of the patch, or a disk too small.
     """
-    if size % backbone.patch or size < backbone.patch:
-        raise ValueError(
-            f"size {size} is no multiple of the patch, {backbone.patch} pixels; use {_nearest(size, backbone.patch)}"
-        )
+    height, width = (size, size) if isinstance(size, int) else size
+    for side in (height, width):
+        _require_multiple(side, backbone.patch)
     numbers = tuple(sorted({_number(block, backbone.depth) for block in blocks}))
-    grid = (1, 1) if pooled else (size // backbone.patch, size // backbone.patch)
+    grid = (1, 1) if pooled else (height // backbone.patch, width // backbone.patch)
     shard = POOLED_SHARD if pooled else SHARD
     about = {
         "version": VERSION,
@@ -172,7 +171,7 @@ def extract(
         if rank() == 0:
             write_text(folder / "about.json", json.dumps({**about, "path": backbone.path}, indent=1) + "\n")
         mine = {index: missing[index] for index in list(missing)[rank() :: world_size()]}
-        square = partial(_read_square, paths, read, size, resize)
+        square = partial(_read_sized, paths, read, (height, width), resize)
         _fill_shards(features, mine, backbone, paths, square, kind, pooled, batch_size, workers, title, done)
     any_process(False)  # wait for the others
     for index in missing:
@@ -229,13 +228,17 @@ def default_cache() -> Path:
     return cache / "skipless" / "features"
 
 
-def _read_square(
-    paths: Sequence[Path], read: Callable[[int], np.ndarray], size: int, resize: int | None, index: int
+def _read_sized(
+    paths: Sequence[Path],
+    read: Callable[[int], np.ndarray],
+    size: tuple[int, int],
+    resize: int | None,
+    index: int,
 ) -> np.ndarray:
-    """uint8 [size, size, 3]. Raises ValueError or OSError, naming the image."""
+    """uint8 [*size, 3]. Raises ValueError or OSError, naming the image."""
     try:
         image = read(index)
-        return resample(image, size, size) if resize is None else center_crop(image, size, resize)
+        return resample(image, *size) if resize is None else center_crop(image, size[0], resize)
     except UnreadableImage:  # names it
         raise
     except (ValueError, OSError) as error:
@@ -286,9 +289,11 @@ def _number(block: int, depth: int) -> int:
     return block % depth
 
 
-def _nearest(size: int, patch: int) -> str:
-    lower = size // patch * patch
-    return f"{lower} or {lower + patch}" if lower > 0 else str(patch)
+def _require_multiple(size: int, patch: int) -> None:
+    if size % patch or size < patch:
+        lower = size // patch * patch
+        nearest = f"{lower} or {lower + patch}" if lower > 0 else str(patch)
+        raise ValueError(f"size {size} is no multiple of the patch, {patch} pixels; use {nearest}")
 
 
 def data_sha256(paths: Sequence[Path]) -> str:

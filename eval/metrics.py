@@ -5,6 +5,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+from scipy.stats import bootstrap
 from torch import Tensor
 
 
@@ -204,6 +205,14 @@ def bootstrap_interval(hits: np.ndarray, seed: int = 0, resamples: int = 10000) 
     shares = np.random.default_rng(seed).binomial(len(hits), hits.mean(), resamples) / len(hits)
     low, high = np.percentile(shares, [2.5, 97.5])
     return float(low), float(high)
+
+
+def mean_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a mean over images, float [N]."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return float(values.mean()), float(values.mean())
+    drawn = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=seed).confidence_interval
+    return float(drawn.low), float(drawn.high)
 
 
 def drop_interval(before: np.ndarray, after: np.ndarray, seed: int = 0, resamples: int = 10000) -> tuple[float, float]:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import bootstrap
 
 from skipless.common import cli
 from skipless.common.files import printable
@@ -30,6 +29,7 @@ from skipless.datasets.labels.saliency import SaliencyName, SaliencySet, salienc
 from skipless.eval.backbones import choose_block
 from skipless.eval.evaluation import EvaluationSettings, SheetSettings, announce, finish, prepare
 from skipless.eval.figures.pictures import label_row, sheet, write_figure
+from skipless.eval.metrics import mean_interval
 from skipless.eval.objects.scores import graph_report
 from skipless.eval.objects.search import FeatureChoice, Search, choose_features, decode, find_objects
 
@@ -98,7 +98,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     figures = measure(data, entries, len(blocks))  # [blocks, images, 3]
     last = figures[-1]
     details: dict[str, Any] = {
-        name: {"value": float(last[:, column].mean()), "interval_95": interval(last[:, column], settings.seed)}
+        name: {"value": float(last[:, column].mean()), "interval_95": mean_interval(last[:, column], settings.seed)}
         for column, name in enumerate(MEASURES)
     }
     details |= {"data": description, "block": blocks[-1] + 1, **graph_report(entries, len(blocks) - 1)}
@@ -140,14 +140,6 @@ def compare(found: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
     f = (1 + BETA_SQUARED) * precision * recall / below if below else 0.0
     union = int((found | truth).sum())
     return float(f), hits / union if union else 1.0, float((found == truth).mean())
-
-
-def interval(values: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a mean over images."""
-    if len(values) < 2 or np.ptp(values) == 0:
-        return float(values.mean()), float(values.mean())
-    drawn = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=seed).confidence_interval
-    return float(drawn.low), float(drawn.high)
 
 
 def report(result: dict[str, Any]) -> str:

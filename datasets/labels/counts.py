@@ -16,6 +16,8 @@ COUNTS = {
     ("ade20k", "train"): 20210,
     ("ade20k", "val"): 2000,
     ("spair", "test"): 12234,
+    ("nyuv2", "train"): 795,
+    ("nyuv2", "test"): 654,
     ("davis17", "train"): 60,
     ("davis17", "val"): 30,
     ("ecssd", "all"): 1000,

@@ -66,7 +66,7 @@ def row_batches(count: int, size: int, epochs: Iterable[int], seed: int) -> Iter
 
 
 def fit(
-    heads: Sequence[Heads],
+    heads: Sequence[nn.Module],
     optimizer: torch.optim.Optimizer,
     batches: Iterable[np.ndarray],
     steps: int,

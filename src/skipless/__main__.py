@@ -29,6 +29,7 @@ COMMANDS = {
     "saliency": ("eval.saliency", "Unsupervised saliency: maxF, IoU and accuracy of cut-out objects."),
     "correspondence": ("eval.correspondence", "Points found again on another object of its kind, PCK."),
     "video": ("eval.video", "Objects followed through videos from their first frame, J&F."),
+    "depth": ("eval.depth", "Depth by a linear head on frozen features: delta1, AbsRel, RMSE."),
     "retrieval": ("eval.retrieval", "Segmentation by the nearest patches of a memory, mIoU."),
     "clustering": ("eval.clustering", "Segmentation by k-means, without labels, mIoU."),
     "knn": ("eval.knn", "k-NN classification of frozen features."),
