@@ -3,7 +3,7 @@
     python ssl/export.py --ckpt runs/photos --to safetensors --out photos-vit      # weights and the module to read them
     python ssl/export.py --ckpt runs/photos --to hf --out photos-hf                # for Hugging Face's AutoModel
     python ssl/export.py --ckpt runs/photos --to timm --out photos-timm
-    python ssl/export.py --ckpt runs/photos --to onnx --size 448 --out photos-onnx
+    python ssl/export.py --ckpt runs/photos --to onnx --out photos-onnx
     python ssl/export.py --ckpt runs/photos --to torch-export --out photos-program
 
 What was written is read back, and its features are compared with the backbone's, before the folder appears.
@@ -49,12 +49,12 @@ class Settings:
     to: Form
     """safetensors: weights, and modeling_skipless.py, which reads them with torch alone. hf: Dinov2Model's layout for
     Hugging Face's AutoModel, and for networks that it cannot have the same as safetensors. timm: timm's layout, for
-    networks with skip connections. onnx and torch-export: a program for any number of images of one size."""
+    networks with skip connections. onnx and torch-export: a program for any number of images of any size."""
     out: str
     """Folder to write; it must not be there yet."""
     size: int | None = None
-    """Side in pixels that positions are made for, a multiple of the patch; by default that of training. onnx and
-    torch-export take images of this size alone; timm and hf interpolate to others by rules of their own."""
+    """Side in pixels that positions are made for, a multiple of the patch; by default that of training. From there timm
+    and hf interpolate to other sizes by rules of their own, all others as the backbone does."""
     license: str = "unknown"
     """Of the weights, for the model card: apache-2.0, cc-by-nc-4.0 or another of Hugging Face's identifiers."""
     results: tuple[str, ...] = ()
@@ -97,8 +97,8 @@ def compare(loaded: Loaded, written: Written) -> str:
     except ImportError as error:
         return f"not read back, for {error.name} is not installed"
     largest = 0.0
-    for batch in (1, 3):
-        images = example(loaded, batch)
+    for batch, more in ((1, (0, 0)), (3, (0, 0)), *([(2, (1, 2))] if written.any_size else [])):
+        images = example(loaded, batch, more)
         (expected,), (cls, patches) = loaded.model.features(images), reloaded(images)
         for ours, theirs in ((expected.cls, cls), (expected.patches, patches)):
             largest = max(largest, ((ours - theirs).abs().max() / ours.std()).item())

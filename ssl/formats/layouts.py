@@ -27,6 +27,8 @@ class Written(NamedTuple):
     """The lines of Python that load it, for the model card."""
     library: str
     """Whose format it is, by Hugging Face's identifier."""
+    any_size: bool = False
+    """Whether it has the backbone's features at every size, not at that of its positions alone."""
 
 
 def write_own(folder: Path, loaded: Loaded, automodel: bool = False) -> Written:
@@ -54,6 +56,7 @@ def write_own(folder: Path, loaded: Loaded, automodel: bool = False) -> Written:
         lambda: modeling_skipless.load(folder),
         AUTOMODEL.format(", trust_remote_code=True") if automodel else OWN,
         "transformers" if automodel else "pytorch",
+        any_size=True,
     )
 
 

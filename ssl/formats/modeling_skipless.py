@@ -70,6 +70,19 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return x * rotation[0].to(x.dtype) + torch.cat([-second, first], dim=-1) * rotation[1].to(x.dtype)
 
 
+def bicubic(centers: Tensor, scale: Tensor, n: int, antialias: bool) -> Tensor:
+    """Weights [size, n] of n samples for values at `centers`, as F.interpolate has them: a product with these can be
+    exported for any size."""
+    edge = 0 if antialias else 2  # beyond an edge its sample is repeated; antialiased, what is there has no weight
+    places = torch.arange(-edge, n + edge, device=centers.device)
+    x = (places + 0.5 - centers[:, None]).abs() / (scale.clamp(min=1) if antialias else 1)
+    a = -0.5 if antialias else -0.75
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    weights = torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
+    weights = weights @ F.one_hot(places.clamp(0, n - 1), n).float()
+    return weights / weights.sum(1, keepdim=True)
+
+
 class SkiplessViT(nn.Module):
     """A pre-norm Vision Transformer as the `architecture` in config.json describes it."""
 
@@ -95,17 +108,14 @@ class SkiplessViT(nn.Module):
 
     def positions(self, h: int, w: int) -> Tensor:
         """Position embeddings [h * w, D], bicubically interpolated where the grid is another than in training."""
-        patches = self.pos_embed[0, 1:]
-        n = math.isqrt(patches.shape[0])
-        if (h, w) == (n, n):
-            return patches
-        offset = self.architecture["position_offset"]
-        size: dict[str, Any] = {"size": (h, w)}
-        if offset:
-            size = {"scale_factor": ((h + offset) / n, (w + offset) / n)}
-        grid = patches.unflatten(0, (n, n)).permute(2, 0, 1)[None]
-        antialias = self.architecture["position_antialias"]
-        return F.interpolate(grid, mode="bicubic", antialias=antialias, **size)[0].flatten(1).T
+        grid, a = self.pos_embed[0, 1:].float(), self.architecture
+        n = math.isqrt(grid.shape[0])
+        centers = [torch.arange(size, device=grid.device) + 0.5 for size in (h, w)]
+        native = (centers[0][-1] + 0.5 == n) & (centers[1][-1] + 0.5 == n)
+        scales = [torch.where(native, 1.0, n / (c[-1] + 0.5 + a["position_offset"])) for c in centers]
+        rows, columns = (bicubic(s * c, s, n, a["position_antialias"]) for s, c in zip(scales, centers, strict=True))
+        grid = rows @ (columns @ grid.unflatten(0, (n, n))).flatten(1)  # columns first, within each row
+        return grid.unflatten(1, (w, -1)).flatten(0, 1).to(self.pos_embed.dtype)
 
     def rotation(self, h: int, w: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, d_h] of rotary positions; class token and registers are not turned."""

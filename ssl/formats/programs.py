@@ -1,4 +1,4 @@
-"""Backbones as programs: the computation itself in a file, for any number of images of one size."""
+"""Backbones as programs: the computation itself in a file, for any number of images of any size."""
 
 from pathlib import Path
 
@@ -19,29 +19,42 @@ def plain_model(loaded: Loaded) -> SkiplessViT:
     return model.eval().requires_grad_(False)
 
 
-def example(loaded: Loaded, batch: int = 2) -> Tensor:
-    """Images [batch, 3, side, side] of the size that the grid of positions fits, for tracing and for comparing."""
-    side = loaded.model.architecture["image_size"]
-    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(batch))
+def example(loaded: Loaded, batch: int = 2, more: tuple[int, int] = (0, 0)) -> Tensor:
+    """Images [batch, 3, H, W] for tracing and for comparing, of the size that the grid of positions fits, and so many
+    patches more."""
+    side, patch = loaded.model.architecture["image_size"], loaded.model.patch
+    size = (side + more[0] * patch, side + more[1] * patch)
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(batch))
 
 
-PROGRAM = """import torch
+SIZES = "any B; H and W are multiples of {patch}, from {least} on"
+
+PROGRAM = f"""import torch
 
 model = torch.export.load("FOLDER/model.pt2").module()
-cls, patches = model(images)  # [B, D] and [B, h, w, D]; any B, images of {side} x {side} pixels"""
+cls, patches = model(images)  # [B, 3, H, W] -> [B, D] and [B, h, w, D]; {SIZES}"""
 
-ONNX = """import onnxruntime
+ONNX = f"""import onnxruntime
 
 session = onnxruntime.InferenceSession("FOLDER/model.onnx")
-cls, patches = session.run(None, {{"images": images}})  # float32 [B, 3, {side}, {side}] with any B"""
+cls, patches = session.run(None, {{{{"images": images}}}})  # float32 [B, 3, H, W]; {SIZES}"""
+
+
+def traced(loaded: Loaded) -> torch.export.ExportedProgram:
+    """The program, for any number of images of any size."""
+    dim, patch = torch.export.Dim, loaded.model.patch
+    shapes = {"images": {0: dim("batch"), 2: patch * dim("rows"), 3: patch * dim("columns")}}
+    # Sizes of one patch would be taken for constants.
+    images = example(loaded, more=(1, 2))
+    return torch.export.export(plain_model(loaded), (images,), dynamic_shapes=shapes)
 
 
 def write_program(folder: Path, loaded: Loaded) -> Written:
     """model.pt2, a program of torch.export."""
-    file, images = folder / "model.pt2", example(loaded)
-    batch = {"images": {0: torch.export.Dim("batch")}}
-    torch.export.save(torch.export.export(plain_model(loaded), (images,), dynamic_shapes=batch), file)
-    return Written(lambda: torch.export.load(file).module(), PROGRAM.format(side=images.shape[2]), "pytorch")
+    file, patch = folder / "model.pt2", loaded.model.patch
+    torch.export.save(traced(loaded), file)
+    load = PROGRAM.format(patch=patch, least=2 * patch)
+    return Written(lambda: torch.export.load(file).module(), load, "pytorch", any_size=True)
 
 
 def write_onnx(folder: Path, loaded: Loaded) -> Written:
@@ -50,7 +63,7 @@ def write_onnx(folder: Path, loaded: Loaded) -> Written:
     Raises:
         ValueError: a package is missing.
     """
-    file, images = folder / "model.onnx", example(loaded)
+    file, patch = folder / "model.onnx", loaded.model.patch
     large = sum(p.numel() for p in loaded.model.parameters()) * 4 > LARGEST
     try:
         import onnx  # noqa: F401
@@ -58,12 +71,11 @@ def write_onnx(folder: Path, loaded: Loaded) -> Written:
     except ImportError as error:
         raise ValueError(f"--to onnx needs the package {error.name}: pip install 'skipless[onnx]'") from None
     torch.onnx.export(
-        plain_model(loaded),
-        (images,),
-        file,
+        traced(loaded),
+        f=file,
         input_names=["images"],
         output_names=["cls", "patches"],
-        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}},
         external_data=large,
         dynamo=True,
         verbose=False,
@@ -80,4 +92,4 @@ def write_onnx(folder: Path, loaded: Loaded) -> Written:
 
         return compute
 
-    return Written(reload, ONNX.format(side=images.shape[2]), "onnx")
+    return Written(reload, ONNX.format(patch=patch, least=patch), "onnx", any_size=True)

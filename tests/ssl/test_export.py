@@ -14,6 +14,7 @@ from torch import Tensor
 
 from skipless.ssl import export
 from skipless.ssl.formats.layouts import Written
+from skipless.ssl.formats.modeling_skipless import SkiplessViT
 from skipless.ssl.model.load import load_vit
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.run.checkpoints import export_backbone
@@ -26,6 +27,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "gates and rotary positions": {"swiglu": True, "rope_base": 100.0, "registers": 1, "norm_eps": 1e-3},
     "without a class token": {"class_token": False, "pre_norm": True, "activation": "quick_gelu"},
 }
+
+SIZES = [(32, 32, 1), (32, 32, 5), (48, 24, 2), (16, 88, 1)]  # of images, and how many; the grid is that of 32
 
 
 def make_run(folder: Path, **options: Any) -> Path:
@@ -84,6 +87,18 @@ def test_weights_and_the_module_beside_them(runs: dict[str, Path], name: str, tm
         for size in ((32, 32), (48, 24)):
             same(model, images(*size), *module.load(out)(images(*size)))
             same(model, images(*size), *again.model.features(images(*size))[0][::-1])
+
+
+@pytest.mark.parametrize("rule", [(0.1, False), (0.0, False), (0.0, True)])
+@pytest.mark.parametrize("side", [1, 2, 7])
+def test_the_module_interpolates_positions_as_the_backbone(rule: tuple[float, bool], side: int) -> None:
+    """By products, which exporters can follow, where the backbone calls torch's function."""
+    model = tiny_vit(image_size=8 * side, position_offset=rule[0], position_antialias=rule[1])
+    model.pos_embed.data.normal_()
+    module = SkiplessViT(model.architecture)
+    module.load_state_dict(model.state_dict())
+    for h, w in ((side, side), (side, side + 1), (1, 3), (30, 4)):
+        torch.testing.assert_close(module.positions(h, w), model.positions(h, w), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["skipless", "residual", "gates and rotary positions"])
@@ -173,16 +188,17 @@ def test_skipless_models_are_for_automodel_and_not_for_timm(runs: dict[str, Path
     assert not (tmp_path / "timm").exists()
 
 
-@pytest.mark.parametrize(("name", "size"), [("skipless", 32), ("residual", 48), ("gates and rotary positions", 32)])
-def test_onnx_takes_any_number_of_images(runs: dict[str, Path], name: str, size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["skipless", "residual", "gates and rotary positions"])
+def test_onnx_takes_any_number_of_images_of_any_size(runs: dict[str, Path], name: str, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install 'skipless[onnx]'")
     import onnxruntime
 
-    out = exported(runs[name], tmp_path / "out", "onnx", "--size", size)
+    out = exported(runs[name], tmp_path / "out", "onnx")
     session = onnxruntime.InferenceSession(out / "model.onnx")
-    for batch in (1, 5):
-        pictures = images(size, size, batch)
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    for size in SIZES:
+        pictures = images(*size)
         cls, patches = session.run(None, {"images": pictures.numpy()})
         same(load_vit(runs[name]).model, pictures, torch.from_numpy(cls), torch.from_numpy(patches))
 
@@ -202,8 +218,8 @@ def test_without_a_package_it_is_said(runs: dict[str, Path], tmp_path: Path, mon
 def test_program_of_torch_export(runs: dict[str, Path], name: str, tmp_path: Path) -> None:
     out = exported(runs[name], tmp_path / "out", "torch-export")
     program = torch.export.load(out / "model.pt2").module()
-    for batch in (1, 5):
-        same(load_vit(runs[name]).model, images(32, 32, batch), *program(images(32, 32, batch)))
+    for size in SIZES:
+        same(load_vit(runs[name]).model, images(*size), *program(images(*size)))
 
 
 def test_card_says_what_the_run_recorded(runs: dict[str, Path], tmp_path: Path) -> None:
