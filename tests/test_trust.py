@@ -1,11 +1,13 @@
 """What a user trusts every command with."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, call, error_line, run
@@ -73,6 +75,28 @@ def test_nonsense_is_named(words: list[str], sentence: str) -> None:
     line = error_line(call(partial(cli.run, accept, Settings, None), words).stderr)
     assert sentence in line
     assert len(line) < 300
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [(0, "here is a folder that this user may not write to"), (os.ST_RDONLY, "here is on a disk that is read-only")],
+)
+@pytest.mark.parametrize("place", ["", "/a/b.png"])
+def test_a_place_that_cannot_be_written_is_named_first(
+    flag: int, sentence: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write anywhere, so tests ask for the answer that others get."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path / "here")
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=flag))
+    line = error_line(call(partial(cli.run, accept, Settings, None), [f"--figure={tmp_path}/here{place}"]).stderr)
+    assert line == f"figure is {tmp_path}/here{place}, and {tmp_path}/{sentence}: give another place"
+
+
+def test_a_place_below_a_file_is_named_first(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    line = error_line(call(partial(cli.run, accept, Settings, None), [f"--out={tmp_path}/file/run"]).stderr)
+    assert line == f"out is {tmp_path}/file/run, and {tmp_path}/file is a file: give a path in a folder"
 
 
 def test_what_may_be_negative_or_empty_is_taken() -> None:

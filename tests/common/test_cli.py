@@ -1,5 +1,6 @@
 """The command line of every command: what its words mean, and how mistakes end."""
 
+import errno
 import os
 import pwd
 import re
@@ -177,6 +178,11 @@ def test_mistakes_end_in_one_sentence_and_status_2(
             ValueError("Caught ValueError in DataLoader worker 0.\nTraceback (most recent\nValueError: no"),
             2,
             "error: no\n",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "a/cache"),
+            2,
+            "error: a/cache: read-only file system; give another place",
         ),
         (RuntimeError("[gloo/transport/tcp/pair.cc:545] Connection reset by peer"), 2, "error: another process"),
         (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting"), 2, "error: another process"),

@@ -315,20 +315,20 @@ def after_steps(count: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[], o
     monkeypatch.setattr(pretrain, "update_teacher", acting)
 
 
-def full_disk(_: int) -> typing.NoReturn:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EFBIG])
 def test_a_disk_that_refuses_a_checkpoint(
-    photos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+    photos: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    """Full, or `ulimit -f`: a sentence, the last checkpoint whole, nothing beside it, and the run can be resumed."""
+    """Full, read-only now, or `ulimit -f`: a sentence, the last checkpoint whole, nothing beside it; it can go on."""
     out, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def refusing(_: int) -> typing.NoReturn:
+        raise OSError(code, os.strerror(code))
+
     refuse = (
-        partial(monkeypatch.setattr, os, "fsync", full_disk)
-        if full
-        else partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        if code == errno.EFBIG
+        else partial(monkeypatch.setattr, os, "fsync", refusing)
     )
     with monkeypatch.context() as patch:
         after_steps(7, patch, refuse)
@@ -337,9 +337,10 @@ def test_a_disk_that_refuses_a_checkpoint(
     monkeypatch.undo()
     checkpoints = out / "checkpoints"
     said = {
-        True: f"no space left in {checkpoints} for step-10.pt",
-        False: f"{checkpoints / 'step-10.pt'} cannot be written: File too large",
-    }[full]
+        errno.ENOSPC: f"no space left in {checkpoints} for step-10.pt",
+        errno.EROFS: f"{checkpoints / 'step-10.pt'} cannot be written: Read-only file system",
+        errno.EFBIG: f"{checkpoints / 'step-10.pt'} cannot be written: File too large",
+    }[code]
     assert done.returncode == 2
     assert error_line(done.stderr) == f"stopped at step 10: {said}; the last checkpoint is step 5"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["last.pt", "step-5.pt"]

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect
 import io
@@ -29,7 +30,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from skipless.common import interruption
-from skipless.common.settings import OLD_VALUES, TODAY, flat, refuse_nonsense, renamed
+from skipless.common.settings import OLD_VALUES, TODAY, flat, refuse_nonsense, refuse_unwritable, renamed
 
 T = TypeVar("T")
 
@@ -106,7 +107,9 @@ def parse(
     values.pop("config", None)
     given = settings(**values)
     refuse_nonsense(given)
-    return _expand_home(given)
+    _expand_home(given)
+    refuse_unwritable(given)
+    return given
 
 
 class Interrupted(Exception):
@@ -210,6 +213,8 @@ def sentence(error: BaseException) -> str:
         bytes_asked = re.search(r"allocate ([\d.]+ \w+)", text)
         asked = f" ({bytes_asked[1]} more were wanted)" if bytes_asked else ""
         return f"there is not enough memory{asked}: lower batch-size, sizes or workers"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and error.filename:
+        return f"{error.filename}: {str(error.strerror).lower()}; give another place, or change what is allowed there"
     if "Traceback" in text:
         return text.splitlines()[-1].partition("Error: ")[2] or text.splitlines()[-1]
     text = re.sub(r"\S{500,}", lambda word: f"{word[0][:80]}...", " ".join(text.split()))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import shlex
 from pathlib import Path
@@ -83,6 +84,25 @@ def refuse_nonsense(settings: Any, prefix: str = "") -> None:
                 raise ValueError(f"{name} is empty: give it a value, or leave it out")
             if field.name in WRITTEN and isinstance(part, str | Path) and re.match(r"\w+:/", str(part)):
                 raise ValueError(f"{name} is {part}, an address: give a path on this machine, and copy what is there")
+
+
+def refuse_unwritable(settings: Any, prefix: str = "") -> None:
+    """Raise ValueError for places to write to that a disk or a folder's permissions do not allow."""
+    for field in dataclasses.fields(settings):
+        name, value = f"{prefix}{field.name}", getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            refuse_unwritable(value, f"{name}.")
+        if field.name not in WRITTEN or not isinstance(value, str | Path):
+            continue
+        place = Path(value).absolute()
+        there = next(path for path in (place, *place.parents) if os.path.exists(path))
+        if there.is_file() and there != place:
+            raise ValueError(f"{name} is {value}, and {there} is a file: give a path in a folder")
+        folder = there.parent if there.is_file() else there
+        if not os.access(folder, os.W_OK | os.X_OK):
+            disk = os.statvfs(folder).f_flag & os.ST_RDONLY
+            why = "is on a disk that is read-only" if disk else "is a folder that this user may not write to"
+            raise ValueError(f"{name} is {value}, and {folder} {why}: give another place")
 
 
 def plain(settings: Any) -> dict[str, Any]:
