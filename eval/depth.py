@@ -16,6 +16,8 @@ torchrun shares the features and the evaluated images out. An interrupted run is
 finds the features in the cache.
 """
 
+import skipless.common.interruption  # noqa: F401
+
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
