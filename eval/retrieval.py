@@ -2,6 +2,8 @@
 
     python eval/retrieval.py --ckpt dino_deitsmall16_pretrain.pth --data.name voc12 --data.root VOCdevkit --out voc
 
+    python eval/retrieval.py --ckpt runs/photos --data.name voc12 --data.root VOCdevkit --share 128 --seeds 5 --out few
+
 Nothing is trained. The memory holds patch features of the training images, each with the share of every class in its
 patch. A patch of an evaluated image attends to its 30 nearest neighbors by cosine, weighted by a softmax of
 similarity / 0.02, and gets the weighted mean of their shares. The map of shares is resized bilinearly to the original
@@ -22,6 +24,8 @@ scores are taken. What differs here:
   resized bicubically, not bilinearly.
 - Their search is ScaNN's, which is approximate, or exact, depending on the release; ours is named in the result.
 
+- With --share 128 (few-shot), theirs are fixed lists of one image of 128, five of each; ours are drawn by the seed.
+
 Under torchrun every process holds the whole memory, and the evaluated images are dealt out. An interrupted run is
 continued by the same command, which finds the features in the cache.
 """
@@ -31,7 +35,7 @@ import skipless.common.interruption  # noqa: F401
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -46,9 +50,9 @@ from skipless.common.progress import Progress
 from skipless.datasets.labels.masks import SegmentationSet
 from skipless.eval.dense.data import DataSettings, described, open_split, square_features
 from skipless.eval.dense.labels import predict, read_label_shares
-from skipless.eval.dense.outcome import Tally, figures
+from skipless.eval.dense.outcome import Figures, Outcome, Tally, figures
 from skipless.eval.dense.report import choose_shown, finish_segmentation, protocol_id
-from skipless.eval.evaluation import FeatureSettings, SheetSettings, announce, prepare
+from skipless.eval.evaluation import Context, FeatureSettings, SheetSettings, announce, prepare
 from skipless.eval.features import Features
 from skipless.eval.neighbors import find_faiss, require_faiss, searches_on_gpu, torch_search, unit
 
@@ -74,9 +78,16 @@ class Settings(SheetSettings, FeatureSettings):
     index: Literal["auto", "exact", "ivf"] = "auto"
     """Search: exact, or by an inverted file, which compares about a sixteenth of the memory and runs on the CPU. auto
     is exact on a GPU, on a CPU up to a million patches, and where faiss does not load."""
+    share: int = 1
+    """The memory is of one of so many of the training images, drawn by the seed: few-shot, as published with 8, 64 and
+    128. Named in the figure's id."""
+    seeds: int = 1
+    """Memories that are drawn, by `seed` and the numbers after it. The figure is their mean."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if min(self.share, self.seeds) < 1 or self.share > 10**6 or self.seeds > 1000:
+            raise ValueError(f"share is {self.share} and seeds {self.seeds}; give 1 or more of both")
         if min(self.size, self.memory_size) < 1 or not 1 <= self.k <= 2048 or not 0 < self.temperature < math.inf:
             raise ValueError("size and memory-size must be 1 or more, k 1 to 2048, and temperature above 0")
 
@@ -97,26 +108,58 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     context = prepare(settings, "retrieval")
     train = open_split(settings.data, settings.data.train_split or default_train_split(settings.data.name))
     val = open_split(settings.data, settings.data.split)
-    device, size = context.device, context.backbone.multiple_below(settings.size)
-    per_image = min(settings.memory_size // len(train), (size // context.backbone.patch) ** 2)
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    memories = [draw_images(train, settings.share, seed) for seed in seeds]
+    count, size = len(memories[0]), context.backbone.multiple_below(settings.size)
+    per_image = min(settings.memory_size // count, (size // context.backbone.patch) ** 2)
     if per_image < 1:
-        raise ValueError(f"memory-size is {settings.memory_size}: give one or more for each of {len(train):,} images")
-    gpu = device if searches_on_gpu(device) else None
-    small = per_image * len(train) <= EXACT_ON_CPU
+        raise ValueError(f"memory-size is {settings.memory_size}: give one or more for each of {count:,} images")
+    gpu = context.device if searches_on_gpu(context.device) else None
+    small = per_image * count <= EXACT_ON_CPU
     exact = settings.index == "exact" or (
         settings.index == "auto" and (gpu is not None or small or find_faiss() is None)
     )
     dim = context.backbone.dim * max(map(len, context.choices))
-    require_memory(per_image * len(train), dim, len(train.classes), exact, gpu)
+    require_memory(per_image * count, dim, len(train.classes), exact, gpu)
     changed = changed_settings(settings)
-    protocol = protocol_id(context, f"{val.name}-retrieval/hummingbird", bool(changed))
+    few = f"/1-of-{settings.share}" if settings.share > 1 else ""
+    protocol = protocol_id(context, f"{val.name}-retrieval/hummingbird{few}", bool(changed))
     lines = [described(train), described(val)]
     if train.split == val.split:
         lines.append(f"warning: the memory holds {val.split}, which is measured: patches find themselves")
     announce(context, protocol, *lines)
 
-    in_memory, queries = (square_features(context, images, size) for images in (train, val))
-    patches, labels = choose_patches(train, in_memory.grid, per_image, settings.seed, context.workers)
+    queries = square_features(context, val, size)
+    runs, predictions = [], dict[int, np.ndarray]()
+    for seed, images in zip(seeds, memories, strict=True):
+        outcome = measure(context, settings, images, val, queries, per_image, exact, seed)
+        predictions = predictions or outcome.predictions
+        runs.append(figures(context, outcome, val.classes))
+    miou, details = mean_figures(runs) if len(runs) > 1 else runs[0]
+    details |= {"image_size": size, "changed_settings": changed}
+    how = f"memory of {details['memory_patches']:,} patches of {details['train_images']:,} images "
+    how += f"({train.split}{f', 1 of {settings.share}' if settings.share > 1 else ''}), "
+    how += f"{details['neighbours']} neighbors, search {details['search']}"
+    how += f", mean of {len(runs)} draws" if len(runs) > 1 else ""
+    return finish_segmentation(context, protocol, val, miou, details, predictions, how, "published")
+
+
+def measure(
+    context: Context,
+    settings: Settings,
+    train: SegmentationSet,
+    val: SegmentationSet,
+    queries: Features,
+    per_image: int,
+    exact: bool,
+    seed: int,
+) -> Outcome:
+    """What a memory of `train`, whose images give at most `per_image` patches each, makes of the images of `val`, whose
+    features are the `queries`."""
+    device = context.device
+    gpu = device if searches_on_gpu(device) else None
+    in_memory = square_features(context, train, queries.grid[0] * context.backbone.patch)
+    patches, labels = choose_patches(train, in_memory.grid, per_image, seed, context.workers)
     if len(labels) == 0:
         raise ValueError(f"{train.name} {train.split} has no labeled patch: every mask is void")
     tally = Tally(len(context.choices), len(val), len(val.classes), device, choose_shown(val))
@@ -129,19 +172,43 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         del search
     outcome = tally.outcome()
     outcome.details = {
-        "image_size": size,
         "train_split": train.split,
         "train_images": len(train),
         "memory_patches": len(labels),
         "patches_per_image": per_image,
         "neighbours": min(settings.k, len(labels)),  # as in all results so far
         "search": name,
-        "changed_settings": changed,
     }
-    miou, details = figures(context, outcome, val.classes)
-    how = f"memory of {len(labels):,} patches of {len(train):,} images ({train.split}), "
-    how += f"{details['neighbours']} neighbors, search {name}"
-    return finish_segmentation(context, protocol, val, miou, details, outcome.predictions, how, "published")
+    return outcome
+
+
+def draw_images(train: SegmentationSet, share: int, seed: int) -> SegmentationSet:
+    """One of `share` of the images, at least one, in their order; all of them where it is 1."""
+    if share == 1:
+        return train
+    count = max(1, len(train) // share)
+    rows = np.sort(np.random.default_rng((seed, share)).choice(len(train), count, replace=False)).tolist()
+    names, images, masks = (tuple(kept[row] for row in rows) for kept in (train.names, train.images, train.masks))
+    return replace(train, names=names, images=images, masks=masks)
+
+
+def mean_figures(runs: Sequence[Figures]) -> Figures:
+    """The mean of several draws; with the standard deviation of their mIoU in the place of the interval."""
+    mious = [run.miou for run in runs]
+    details = {name: value for name, value in runs[0].details.items() if name != "interval_95"}
+    accuracies = [run.details["pixel_accuracy"] for run in runs]
+    ious = {name: [run.details["iou"][name] for run in runs] for name in details["iou"]}
+    details["iou"] = {name: None if None in values else float(np.mean(values)) for name, values in ious.items()}
+    details |= {
+        "pixel_accuracy": float(np.mean(accuracies)),
+        "std": float(np.std(mious, ddof=1)),
+        "miou_of_draws": mious,
+    }
+    for place, row in enumerate(details.get("every_block", [])):
+        same = [run.details["every_block"][place] for run in runs]
+        means = {name: float(np.mean([each[name] for each in same])) for name in ("miou", "pixel_accuracy")}
+        details["every_block"][place] = {"block": row["block"], **means}
+    return Figures(float(np.mean(mious)), details)
 
 
 def choose_patches(

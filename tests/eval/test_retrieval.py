@@ -16,11 +16,13 @@ from PIL import Image
 
 from skipless.common import cli
 from skipless.datasets.labels.masks import VOID
+from skipless.datasets.labels.voc import voc_segmentation
 from skipless.eval import retrieval as module
 from skipless.eval.dense.outcome import Tally
 from skipless.eval.retrieval import (
     Settings,
     changed_settings,
+    draw_images,
     in_context_labels,
     make_search,
     sample_patches,
@@ -202,6 +204,29 @@ def test_same_seed_same_result(retrieval: Evaluation) -> None:
     assert (one["details"]["memory_patches"], one["details"]["patches_per_image"]) == (240, 20)
     assert (one["value"], one["details"]["iou"]) == (same["value"], same["details"]["iou"])
     assert one["value"] != other["value"]
+
+
+def test_few_shots_are_the_mean_of_draws(retrieval: Evaluation, tiny_voc: Path, tmp_path: Path) -> None:
+    """Each of three images of twelve, others for each seed, and the same again for the same."""
+    train = voc_segmentation(tiny_voc, "train")
+    drawn = [draw_images(train, 4, seed) for seed in (5, 6, 5)]
+    assert drawn[0].names == drawn[2].names != drawn[1].names
+    assert len(set(drawn[0].names)) == 3
+    assert [path.stem for path in (*drawn[0].images, *drawn[0].masks)] == [*drawn[0].names] * 2
+    assert len(draw_images(train, 99, 0)) == 1
+    singles = [retrieval.measure("--share=4", f"--seed={seed}") for seed in (5, 6)]
+    both = retrieval.written(tmp_path, "--share=4", "--seed=5", "--seeds=2", "--every-block")
+    assert both["protocol"] == "voc12-retrieval/hummingbird/1-of-4 (changed)"
+    values = [single["value"] for single in singles]
+    assert both["value"] == pytest.approx(np.mean(values))
+    assert both["details"]["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert both["details"]["every_block"][1]["miou"] == both["value"]
+    assert both["details"]["memory_patches"] == 3 * 64
+    iou = both["details"]["iou"]
+    for name in NAMES:
+        assert iou[name] == pytest.approx(np.mean([single["details"]["iou"][name] for single in singles]))
+    assert "of 3 images (train, 1 of 4)" in (tmp_path / "retrieval.md").read_text()
+    assert "give 1 or more of both" in retrieval.refused("--share=0")
 
 
 def test_a_memory_of_fewer_patches_than_neighbors(retrieval: Evaluation) -> None:

@@ -57,6 +57,8 @@ LATER: dict[str, Any] = {
     "model.from_ckpt": None,
     "data.void": None,
     "data.annotations": None,
+    "share": 1,
+    "seeds": 1,
 }
 # Numbers that may be negative: a cosine.
 SIGNED = ("tau",)
