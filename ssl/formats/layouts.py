@@ -38,16 +38,7 @@ def write_own(folder: Path, loaded: Loaded, automodel: bool = False) -> Written:
         automodel: whether the card shows how Hugging Face's AutoModel reads them; it can in any case.
     """
     architecture = loaded.model.architecture
-    config = {
-        "model_type": "skipless",
-        "architecture": architecture,
-        "pool": loaded.pool,
-        "architectures": ["SkiplessModel"],
-        "auto_map": {
-            "AutoConfig": "modeling_skipless.SkiplessConfig",
-            "AutoModel": "modeling_skipless.SkiplessModel",
-        },
-    }
+    config = {**modeling_skipless.CONFIG, "architecture": architecture, "pool": loaded.pool}
     write_json(folder / "config.json", config)
     write_tensors(folder, loaded.model.state_dict(), {"architecture": json.dumps(architecture)})
     write_preprocessing(folder, loaded)

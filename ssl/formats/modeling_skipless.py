@@ -7,20 +7,39 @@ This file needs torch and safetensors, nothing else, and lies beside the weights
     model = load("FOLDER")
     cls, patches = model(images)  # normalized [B, 3, H, W] -> [B, D] and [B, h, w, D]
 
-Hugging Face's AutoModel.from_pretrained("FOLDER", trust_remote_code=True) gives the same model, as SkiplessModel.
+Hugging Face's AutoModel.from_pretrained("FOLDER", trust_remote_code=True) gives the same model, as SkiplessModel. With
+the package huggingface_hub, load("FOLDER").push_to_hub("you/name") publishes the folder, and
+SkiplessViT.from_pretrained("you/name") fetches it.
 """
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+try:
+    from huggingface_hub import PyTorchModelHubMixin as HubMixin
+except ImportError:  # then without save_pretrained, from_pretrained and push_to_hub
+
+    class HubMixin:  # type: ignore[no-redef]
+        pass
+
+
+CONFIG: dict[str, Any] = {
+    "model_type": "skipless",
+    "architectures": ["SkiplessModel"],
+    "auto_map": {
+        "AutoConfig": "modeling_skipless.SkiplessConfig",
+        "AutoModel": "modeling_skipless.SkiplessModel",
+    },
+}
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -83,12 +102,16 @@ def bicubic(centers: Tensor, scale: Tensor, n: int, antialias: bool) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-class SkiplessViT(nn.Module):
-    """A pre-norm Vision Transformer as the `architecture` in config.json describes it."""
+class SkiplessViT(nn.Module, HubMixin):
+    """A pre-norm Vision Transformer as the `architecture` in config.json describes it; `pool` is what its head read in
+    training: cls, or mean of the patches."""
 
-    def __init__(self, architecture: dict[str, Any]):
+    folder: Path | None = None  # that it was loaded from
+
+    def __init__(self, architecture: dict[str, Any], pool: str | None = None):
         super().__init__()
         a = self.architecture = architecture
+        self.pool = pool
         dim, self.patch, self.registers = a["dim"], a["patch"], a["registers"]
         self.class_token, self.rope_base = a.get("class_token", True), a.get("rope_base")
         eps = a.get("norm_eps", 1e-6)
@@ -156,11 +179,24 @@ class SkiplessViT(nn.Module):
         cls = tokens[:, 0] if self.class_token else patches.mean(1)
         return cls, patches.unflatten(1, (images.shape[2] // self.patch, images.shape[3] // self.patch))
 
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """What save_pretrained and push_to_hub write: this file, weights, and what lies beside them."""
+        config = {**CONFIG, "architecture": self.architecture, "pool": self.pool}
+        (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        metadata = {"format": "pt", "architecture": json.dumps(self.architecture)}
+        save_file(tensors, save_directory / "model.safetensors", metadata)
+        beside = [self.folder / name for name in ("README.md", "preprocessor_config.json")] if self.folder else []
+        for file in (Path(__file__), *beside):
+            if file.is_file() and not (save_directory / file.name).exists():
+                shutil.copyfile(file, save_directory / file.name)
+
 
 def load(folder: str | Path = Path(__file__).parent) -> SkiplessViT:
     """The model in a folder, in evaluation mode, on the CPU."""
     config = json.loads(Path(folder, "config.json").read_text())
-    model = SkiplessViT(config["architecture"])
+    model = SkiplessViT(config["architecture"], config.get("pool"))
+    model.folder = Path(folder)
     model.load_state_dict(load_file(Path(folder, "model.safetensors")))
     return model.eval()
 
@@ -170,7 +206,7 @@ if sys.modules.get("transformers"):  # as when AutoModel reads this file; import
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     class SkiplessConfig(PretrainedConfig):
-        """`architecture` describes the network, `pool` what its head read in training: cls, or mean of the patches."""
+        """See SkiplessViT."""
 
         model_type = "skipless"
 

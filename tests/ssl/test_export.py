@@ -1,15 +1,15 @@
 """Exported folders: read back by what they are for, they compute what the backbone computes."""
 
 import ast
-import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import call, error_line, tiny_vit
+from helpers import call, error_line, load, tiny_vit
 from torch import Tensor
 
 from skipless.ssl import export
@@ -74,12 +74,9 @@ def test_weights_and_the_module_beside_them(runs: dict[str, Path], name: str, tm
     roots = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
     taken = {n.module if isinstance(n, ast.ImportFrom) else n.names[0].name for n in roots}
     needed = {str(module).partition(".")[0] for module in taken} - sys.stdlib_module_names
-    assert needed == {"torch", "safetensors", "transformers"}  # the last where it is loaded already
-    spec = importlib.util.spec_from_file_location("modeling_alone", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # The hub where it is installed, transformers where it is loaded already.
+    assert needed == {"torch", "safetensors", "huggingface_hub", "transformers"}
+    module = load(file)
     model, again = load_vit(runs[name]).model, load_vit(out)
     assert again.model.architecture == model.architecture
     assert (again.family, again.pool) == ("skipless", "mean")
@@ -87,6 +84,43 @@ def test_weights_and_the_module_beside_them(runs: dict[str, Path], name: str, tm
         for size in ((32, 32), (48, 24)):
             same(model, images(*size), *module.load(out)(images(*size)))
             same(model, images(*size), *again.model.features(images(*size))[0][::-1])
+
+
+@pytest.mark.parametrize("name", ["skipless", "residual"])
+def test_the_hub_gets_the_folder(
+    runs: dict[str, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    out, there = exported(runs[name], tmp_path / "out", "safetensors"), tmp_path / "hub"
+    monkeypatch.setattr(hub.HfApi, "create_repo", lambda *_, repo_id, **__: hub.RepoUrl(f"https://hf.co/{repo_id}"))
+    monkeypatch.setattr(
+        hub.HfApi, "upload_folder",
+        lambda *_, repo_id, folder_path, **__: str(shutil.copytree(folder_path, there / repo_id)),
+    )  # fmt: skip
+    module = load(out / "modeling_skipless.py")
+    model = module.load(out)
+    assert model.push_to_hub("me/photos") == str(there / "me/photos")
+    model.save_pretrained(out)  # into itself: nothing changes
+    for path in out.iterdir():
+        assert path.read_bytes() == (there / "me/photos" / path.name).read_bytes(), path.name
+    fetched = module.SkiplessViT.from_pretrained(there / "me/photos")
+    fetched.save_pretrained(tmp_path / "again")
+    assert load_vit(tmp_path / "again").pool == fetched.pool == "mean"
+    with torch.no_grad():
+        for size in ((32, 32), (48, 24)):
+            same(load_vit(runs[name]).model, images(*size), *fetched(images(*size)))
+            same(load_vit(tmp_path / "again").model, images(*size), *model(images(*size)))
+
+
+def test_the_module_works_without_the_hub(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = exported(runs["skipless"], tmp_path / "out", "safetensors")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with torch.no_grad():
+        same(
+            load_vit(runs["skipless"]).model, images(32, 32), *load(out / "modeling_skipless.py").load()(images(32, 32))
+        )
 
 
 @pytest.mark.parametrize("rule", [(0.1, False), (0.0, False), (0.0, True)])
