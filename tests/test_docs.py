@@ -224,6 +224,14 @@ def test_changelog_has_functions_that_exist() -> None:
         assert pydoc.locate(f"skipless.{new}") is not None, new
 
 
+def test_slurms_script_leaves_torchrun_the_time_that_slurm_leaves() -> None:
+    """Torchrun kills its processes 30 seconds after it was asked to end, if nothing else is said."""
+    (script,) = re.findall(r"#!/bin/bash\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL)
+    (slurm,), (torchrun,) = re.findall(r"--signal=TERM@(\d+)", script), re.findall(r"--shutdown-timeout (\d+)", script)
+    assert 100 <= int(torchrun) < int(slurm)
+    assert "--resume" in script
+
+
 def test_every_promise_names_tests_that_exist() -> None:
     sources = "".join(path.read_text() for path in ROOT.glob("tests/**/*.py"))
     tests = set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))

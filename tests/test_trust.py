@@ -51,6 +51,7 @@ class Settings:
     lr: tuple[float, ...] = (0.1,)
     count: int = 1
     figure: Path | None = None
+    workers: int | None = None
     group: Group = field(default_factory=Group)
 
 
@@ -65,6 +66,7 @@ def accept(_: Settings) -> None:
         (["--group.tau=-1e400"], "group.tau is -inf; give a number that is finite"),
         (["--count=4178527887543384272717488521216"], "not beyond 1e+15"),
         (["--count=-3"], "count is -3; it cannot be negative"),
+        (["--workers=100000"], "workers is 100000; on this machine's "),
         (["--out="], "out is empty: give it a value, or leave it out"),
         (["--figure="], "figure is empty: give it a value, or leave it out"),
         (["--out=s3://bucket/folder"], "out is s3://bucket/folder, an address"),

@@ -94,6 +94,9 @@ def open_splits(data: LabeledData) -> tuple[LabeledSet, LabeledSet]:
             return hugging_face(data.root, part, data.image, data.label)
         return cifar(data.root, part, int(data.name.removeprefix("cifar")))
 
+    columns = {"image": data.image, "label": data.label}
+    if data.name not in ("csv", "huggingface") and (idle := [name for name in columns if columns[name] != name]):
+        raise ValueError(f"data.{idle[0]} has no effect on {data.name}: it is a column of csv or huggingface")
     default = {"cifar10": "test", "cifar100": "test", "huggingface": "validation"}.get(data.name, "val")
     train, val = opened(data.train_split), opened(data.split or default)
     if train.classes != val.classes:

@@ -9,6 +9,8 @@ import shlex
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from skipless.common.processes import available_cores
+
 # Settings by other names than today's, which old runs, recipes and command lines use.
 OLD_NAMES = {
     "show": "image",
@@ -64,6 +66,7 @@ LATER: dict[str, Any] = {
 SIGNED = ("tau",)
 LARGEST = 10**15
 # Settings that name what is written.
+MOST_WORKERS = 128  # or 16 a core: each is a process
 WRITTEN = ("out", "cache", "figure")
 
 
@@ -82,6 +85,8 @@ def refuse_nonsense(settings: Any, prefix: str = "") -> None:
                 raise ValueError(f"{name} is {part:g}; give a number that is finite and not beyond {LARGEST:g}")
             if isinstance(part, int | float) and part < 0 and field.name not in SIGNED:
                 raise ValueError(f"{name} is {part:g}; it cannot be negative")
+            if field.name == "workers" and part and part > (most := max(MOST_WORKERS, 16 * available_cores())):
+                raise ValueError(f"{name} is {part}; on this machine's {available_cores()} cores give at most {most}")
             if isinstance(part, str | Path) and not str(part).strip():
                 raise ValueError(f"{name} is empty: give it a value, or leave it out")
             if field.name in WRITTEN and isinstance(part, str | Path) and re.match(r"\w+:/", str(part)):

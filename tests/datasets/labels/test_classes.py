@@ -170,6 +170,12 @@ def test_tables_that_cannot_be_meant(tmp_path: Path, text: str, words: str) -> N
         class_table(tmp_path, "val")
 
 
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_columns_of_what_has_none_are_refused(tmp_path: Path, column: str) -> None:
+    with pytest.raises(ValueError, match=f"data.{column} has no effect on folder"):
+        open_splits(LabeledData(str(tmp_path), **{column: "other"}))
+
+
 def write_cifar(root: Path, classes: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
     """A miniature in the authors' layout, whose checksums torchvision is told; the pixels of each split, as rows of
     1,024 red, 1,024 green and 1,024 blue values. Image i of a split has class i."""
