@@ -1,6 +1,6 @@
 """Images with a class label for every pixel: what a segmentation data set is here, whoever made it.
 
-    val = voc_segmentation("data/VOCdevkit", "val")  # of voc.py; coco.py and ade20k.py have others
+    val = voc_segmentation("data/VOCdevkit", "val")  # of voc.py; coco.py, ade20k.py and more have others
     image, mask = val.read(0)  # uint8 [H, W, 3] and uint8 [H, W]
     val.classes[mask[0, 0]]  # unless mask[0, 0] == VOID
 
@@ -32,7 +32,7 @@ class SegmentationSet:
     """N images with their masks. Holds no open file: it can be pickled, forked and used from several threads."""
 
     name: str
-    """"voc12", "coco-stuff-27", "coco-stuff-171", "ade20k", "scenes", or one's own folder's."""
+    """"voc12", "coco-stuff-27", "ade20k" and so on, or one's own folder's."""
     split: str
     names: tuple[str, ...]
     """[N] image ids in the list's order."""

@@ -8,7 +8,9 @@ from typing import Literal
 import numpy as np
 
 from skipless.datasets.labels.ade20k import ade20k
+from skipless.datasets.labels.cityscapes import cityscapes
 from skipless.datasets.labels.coco import coco_stuff
+from skipless.datasets.labels.context import pascal_context
 from skipless.datasets.labels.counts import describe_split
 from skipless.datasets.labels.masks import SegmentationSet
 from skipless.datasets.labels.own import mask_folder
@@ -16,13 +18,17 @@ from skipless.datasets.labels.voc import scenes_segmentation, voc_segmentation
 from skipless.eval.evaluation import Context
 from skipless.eval.features import Features, extract
 
-DataName = Literal["voc12", "coco-stuff-27", "coco-stuff-171", "ade20k", "scenes", "masks"]
+DataName = Literal[
+    "voc12", "coco-stuff-27", "coco-stuff-171", "ade20k", "cityscapes", "pascal-context-59", "scenes", "masks"
+]
 
 DATA: dict[str, Callable[..., SegmentationSet]] = {
     "voc12": voc_segmentation,
     "coco-stuff-27": partial(coco_stuff, classes=27),
     "coco-stuff-171": partial(coco_stuff, classes=171),
     "ade20k": ade20k,
+    "cityscapes": cityscapes,
+    "pascal-context-59": pascal_context,
     "scenes": scenes_segmentation,
     "masks": mask_folder,
 }
@@ -33,8 +39,9 @@ class SplitSettings:
     """What is segmented."""
 
     name: DataName
-    """Data set: PASCAL VOC 2012 (21 classes), COCO-Stuff (27 coarse or 171 classes), ADE20K (150), the scenes that
-    datasets/scenes.py writes, or masks: your own, in a folder with images/ and masks/ (docs/data.md)."""
+    """Data set: PASCAL VOC 2012 (21 classes), COCO-Stuff (27 coarse or 171 classes), ADE20K (150), Cityscapes (19),
+    Pascal Context (59), the scenes that datasets/scenes.py writes, or masks: your own, in a folder with images/ and
+    masks/ (docs/data.md)."""
     root: str
     """Its folder, laid out as its authors ship it: VOCdevkit, COCO's, ADEChallengeData2016, the scenes' or your own."""
     split: str = "val"

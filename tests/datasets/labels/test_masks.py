@@ -17,7 +17,9 @@ from PIL import Image
 
 from skipless.datasets.images import UnreadableImage
 from skipless.datasets.labels.ade20k import ade20k
+from skipless.datasets.labels.cityscapes import cityscapes
 from skipless.datasets.labels.coco import coco_stuff
+from skipless.datasets.labels.context import fewer_labels, pascal_context
 from skipless.datasets.labels.masks import (
     VOID,
     SegmentationSet,
@@ -490,6 +492,48 @@ def test_ade20k_takes_names_from_object_info(tmp_path: Path) -> None:
         ade20k(tmp_path, "val")
 
 
+def fake_cityscapes(root: Path, values: list[int]) -> None:
+    for split, city in (("train", "ulm"), ("val", "bonn")):
+        name = f"{city}/{city}_000000_000019"
+        save_image(root / f"leftImg8bit/{split}/{name}_leftImg8bit.png")
+        save_mask(root / f"gtFine/{split}/{name}_gtFine_labelIds.png", values, palette=False)
+
+
+def test_cityscapes(tmp_path: Path) -> None:
+    """Values 7, 33 and 26 are road, bicycle and car; 0 to 6 are none of the classes that are evaluated."""
+    fake_cityscapes(tmp_path, [7, 33, 26, 0, 6, 34])
+    val = cityscapes(tmp_path, "val")
+    assert (val.name, val.names, len(val.classes)) == ("cityscapes", ("bonn_000000_000019",), 19)
+    with pytest.raises(UnreadableImage, match=r"pixels hold 34, where cityscapes masks hold 0-33, 255"):
+        val.read_mask(0)
+    fake_cityscapes(tmp_path, [7, 33, 26, 0, 6, 255])
+    assert val.read(0)[1][0].tolist() == [0, 18, 13, VOID, VOID, VOID]
+    assert [val.classes[label] for label in (0, 18, 13)] == ["road", "bicycle", "car"]
+    assert val.colors[[0, 13]].tolist() == [[128, 64, 128], [0, 0, 142]]
+    save_mask(tmp_path / "gtFine/val/ulm/ulm_1_gtFine_labelIds.png", [7])
+    with pytest.raises(FileNotFoundError, match=r"ulm_1_leftImg8bit.png: no such image \(1 of 2"):
+        cityscapes(tmp_path, "val")
+    with pytest.raises(FileNotFoundError, match="give the folder of leftImg8bit and gtFine"):
+        cityscapes(tmp_path / "gtFine", "val")
+
+
+def test_pascal_context(tmp_path: Path) -> None:
+    """Classes in the order of their names; the 2nd of the authors' labels is the aeroplane, the 458th wood."""
+    root = tmp_path / "VOC2010"
+    values = fewer_labels(np.array([0, 2, 458, 9, 3, 459]))
+    assert values.tolist() == [0, 1, 59, 2, 0, 0]
+    save_image(root / "JPEGImages/a.jpg")
+    save_mask(root / "SegmentationClassContext/a.png", values)
+    save_list(root / "ImageSets/SegmentationContext/val.txt", ["a"])
+    for place in (tmp_path, root):
+        val = pascal_context(place, "val")
+        assert val.read(0)[1][0].tolist() == [VOID, 0, 58, 1, VOID, VOID]
+    assert val.classes == tuple(sorted(val.classes))
+    assert (len(val.classes), val.classes[0], val.classes[58]) == (59, "aeroplane", "wood")
+    with pytest.raises(FileNotFoundError, match=r"train\.txt: no such list"):
+        pascal_context(tmp_path, "train")
+
+
 def test_what_ade20k_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"images.validation: no such folder"):
         ade20k(tmp_path, "val")
@@ -541,7 +585,7 @@ def test_masks_of_foreground_are_not_taken_for_vocs(tmp_path: Path) -> None:
     assert voc_segmentation(tmp_path, "both").read_mask(0)[0, :2].tolist() == [0, VOID]
 
 
-@pytest.mark.parametrize("opened", [ade20k, lambda root, split: coco_stuff(root, split, 27)])
+@pytest.mark.parametrize("opened", [ade20k, cityscapes, lambda root, split: coco_stuff(root, split, 27)])
 def test_unknown_splits(tmp_path: Path, opened: Callable[[Path, str], SegmentationSet]) -> None:
     with pytest.raises(ValueError, match=r"has the splits train.* and val.*, not test"):
         opened(tmp_path, "test")
