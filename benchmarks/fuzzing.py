@@ -179,7 +179,7 @@ def fuzz(name: str, lines: list[str], draws: int, number: int, progress: Path) -
     counts: Counter[str] = Counter()
     findings: list[str] = []
     kinds = dict(leaves(module.main.args[1]))
-    kinds.pop("wandb", None)
+    kinds.pop("log_to", None)
     positional = module.main.keywords.get("positional")
     places = [field.name for field in fields(module.main.args[1]) if positional and field.default is MISSING]
     one = strategies.sampled_from(sorted(kinds)).flatmap(

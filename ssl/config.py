@@ -33,6 +33,7 @@ from skipless.ssl.objectives.gram import GramSettings
 from skipless.ssl.objectives.ibot import IBOTSettings
 from skipless.ssl.optim.optimizers import OptimizerSettings
 from skipless.ssl.run.folder import last_checkpoint
+from skipless.ssl.run.trackers import TrackerName
 
 LARGEST_FACTOR = 1000  # of an initialization: a hundred times the published ones
 
@@ -69,8 +70,9 @@ class RunSettings:
     log_every: int = 10
     """Steps between two lines of metrics. Between them the host does not wait for the GPU (but in soap's first
     step, for the eigenbases)."""
-    wandb: bool = False
-    """Log to Weights & Biases too (pip install wandb)."""
+    log_to: TrackerName | None = None
+    """Log to Weights & Biases, MLflow or trackio too (pip install wandb, mlflow or trackio). Addresses, keys and
+    offline modes are theirs: WANDB_MODE=offline, MLFLOW_TRACKING_URI, TRACKIO_DIR."""
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -221,8 +223,8 @@ def check(settings: RunSettings, images: int, source: str, root: Path, device: t
             "the learning rate would never reach its peak: lower it, or raise epochs"
         )
     _check_model(settings.model, device)
-    if settings.wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError("wandb is true, but the package is not installed; pip install wandb, or leave it out")
+    if (tracker := settings.log_to) and importlib.util.find_spec(tracker) is None:
+        raise ValueError(f"log_to is {tracker}, which is not installed: pip install {tracker}, or leave it out")
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks != "1" and "RANK" not in os.environ:
         raise ValueError(

@@ -29,8 +29,8 @@ FOLDERS = ("datasets", "ssl", "eval", "configs")
 PARTS = ("common", "datasets", "ssl", "eval")  # those with code
 # Used where installed: every module of the package must import without them, and their names must stay free.
 OPTIONAL_MODULES = {
-    "datasets", "faiss", "h5py", "onnx", "onnxruntime", "onnxscript", "pyarrow", "timm", "transformers", "wandb",
-    "xformers",
+    "datasets", "faiss", "h5py", "mlflow", "onnx", "onnxruntime", "onnxscript", "pyarrow", "timm", "trackio",
+    "transformers", "wandb", "xformers",
 }  # fmt: skip
 
 

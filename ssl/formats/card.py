@@ -14,7 +14,7 @@ from skipless.ssl.formats.layouts import Written
 from skipless.ssl.model.load import Loaded
 
 # Where a run was, and how it was watched, is no property of the model.
-PRIVATE = ("out", "device", "resume", "wandb", "keep", "log_every", "save_every_epochs", "data.workers")
+PRIVATE = ("out", "device", "resume", "wandb", "log_to", "keep", "log_every", "save_every_epochs", "data.workers")
 PAPER = "[Cutting the Skip: Training Residual-Free Transformers](https://arxiv.org/abs/2510.00345)"
 
 NO_SKIPS = (

@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl, TensorBoard, W&B, and one progress line."""
+"""What a run says: metrics.jsonl, TensorBoard, another tracker if wanted, and one progress line."""
 
 import contextlib
 import json
@@ -17,6 +17,13 @@ from tqdm import tqdm
 
 from skipless.common.files import append_text, write_atomically, write_text
 from skipless.common.progress import duration
+from skipless.ssl.run.trackers import Tracker, TrackerName
+
+# Groups of tags in TensorBoard and other trackers; what is in none, and in no group by its name, is of "train".
+GROUPS = {
+    "schedule": ("lr", "weight_decay", "momentum", "teacher_temperature"),
+    "speed": ("images_per_second", "data_share", "memory_gb", "model_flops_utilisation"),
+}
 
 
 class RunLog:
@@ -27,9 +34,16 @@ class RunLog:
     written when it can be.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], start: int, total: int, active: bool, wandb: bool):
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        start: int,
+        total: int,
+        active: bool,
+        tracker: TrackerName | None = None,
+    ):
         self.active = active
-        self.wandb: Any = None
         self.remarks: list[str] = []
         if not active:
             return
@@ -44,10 +58,7 @@ class RunLog:
         self.path, self.unwritten, self.failed = path, "", set[str]()
         threading.excepthook = _report
         self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=start + 1 if start else None)
-        if wandb:
-            import wandb as package
-
-            self.wandb = package.init(project="skipless", id=folder.name, dir=folder, config=settings, resume="allow")
+        self.tracker = Tracker(tracker, folder, settings, start > 0) if tracker else None
         # A bar on a terminal; in a file or a pipe a line now and then, see `progress`.
         self.bar = tqdm(
             total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05, mininterval=0.5, disable=None
@@ -69,12 +80,14 @@ class RunLog:
         flat: dict[str, float] = {}
         for name, value in values.items():
             entries = (
-                {f"{name}/block_{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
+                {f"{name}/block_{i}": v for i, v in enumerate(value)}
+                if isinstance(value, list)
+                else {grouped(name): value}
             )
             flat |= {key: v for key, v in entries.items() if isinstance(v, int | float)}
         self._unless_refused("tensorboard", lambda: self._add_scalars(flat, step))
-        if self.wandb is not None:
-            self._unless_refused("W&B", lambda: self.wandb.log(flat, step=step))
+        if tracker := self.tracker:
+            self._unless_refused(tracker.name, lambda: tracker.metrics(flat, step))
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Keep pictures of a step, uint8 [H, W, 3] by name, in the run's folder, too."""
@@ -88,10 +101,8 @@ class RunLog:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, lambda beside: Image.fromarray(picture).save(beside, format="png"))
         self.tensorboard.add_image(f"pictures/{name}", picture, step, dataformats="HWC")
-        if self.wandb is not None:
-            import wandb as package
-
-            self.wandb.log({f"pictures/{name}": package.Image(picture)}, step=step)
+        if self.tracker:
+            self.tracker.picture(f"pictures/{name}", picture, step)
 
     def _write_lines(self) -> None:
         append_text(self.path, self.unwritten)
@@ -140,8 +151,14 @@ class RunLog:
             self._on_screen(self.bar.close)
             self._unless_refused("metrics.jsonl", self._write_lines)
             self._unless_refused("tensorboard", self.tensorboard.close)
-            if self.wandb is not None:
-                self._unless_refused("W&B", self.wandb.finish)
+            if self.tracker:
+                self._unless_refused(self.tracker.name, self.tracker.close)
+
+
+def grouped(name: str) -> str:
+    """A metric's tag: `train/loss`, `schedule/lr`, `monitor/knn`."""
+    group = next((group for group, names in GROUPS.items() if name in names), "train")
+    return name if "/" in name else f"{group}/{name}"
 
 
 def _report(failure: threading.ExceptHookArgs) -> None:

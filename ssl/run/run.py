@@ -35,7 +35,7 @@ from skipless.ssl.run.watch import Watch
 Batch = TypeVar("Batch")
 
 # Settings, and groups of them, that a resumed run may have others of.
-FREE = ("out", "device", "wandb", "keep", "log_every", "save_every_epochs", "accumulate")
+FREE = ("out", "device", "log_to", "keep", "log_every", "save_every_epochs", "accumulate")
 FREE_GROUPS = ("data.", "model.attention", "model.checkpoint", "model.from")
 # Settings that an extended run has to share: the shapes of networks and of the optimizer's state depend on them.
 SHAPING = (
@@ -167,7 +167,7 @@ class Run:
             write_text(self.folder / "settings.yaml", yaml.safe_dump(written, sort_keys=False))
         self.start = self.done = start
         steps = self.schedule.steps
-        self.log = RunLog(self.folder, written, start, steps, active=self.first_process, wandb=settings.wandb)
+        self.log = RunLog(self.folder, written, start, steps, active=self.first_process, tracker=settings.log_to)
         parameters = sum(p.numel() for p in network.parameters())
         millions = f"{parameters / 1e6:.1f} M" if parameters >= 1e5 else f"{parameters:,}"
         kind = "residual" if settings.model.residual else "skipless"

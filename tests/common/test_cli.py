@@ -292,6 +292,23 @@ def test_old_names_mean_todays_settings(tmp_path: Path) -> None:
     assert (crops.local_crops_number, crops.global_crops_scale) == (3, (0.3, 1.0))
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--wandb"], "wandb"),
+        (["--wandb", "true"], "wandb"),
+        (["--wandb=false"], None),
+        (["--log-to=mlflow"], "mlflow"),
+    ],
+)
+def test_what_was_a_switch_is_a_choice(words: list[str], value: str | None, tmp_path: Path) -> None:
+    assert cli.parse(Pretraining, ["--data.path=x", *words, "--out=y"]).log_to == value
+    file = tmp_path / "old.yaml"
+    file.write_text(f"wandb: {str(value == 'wandb').lower()}")
+    by_file = cli.parse(Pretraining, ["--data.path=x", "--out=y", "--config", str(file)])
+    assert by_file.log_to == (value if value == "wandb" else None)
+
+
 def test_table_of_old_names_fits_the_settings() -> None:
     today: dict[str, Any] = flat(plain(cli.parse(Pretraining, ["--data.path=x", "--out=y"])))
     groups = ("crops.", "dino.")

@@ -30,7 +30,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from skipless.common import interruption
-from skipless.common.settings import OLD_VALUES, TODAY, flat, refuse_nonsense, refuse_unwritable, renamed
+from skipless.common.settings import OLD_VALUES, SWITCHES, TODAY, flat, refuse_nonsense, refuse_unwritable, renamed
 
 T = TypeVar("T")
 
@@ -244,11 +244,11 @@ def canonical(settings: type, words: Sequence[str], positional: bool = False) ->
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        name = TODAY.get(name, name)
+        switch, name = name in SWITCHES, TODAY.get(name, name)
         kind = kinds.get(name)
         if not equals and name == "config" and rest:
             value, equals = rest.pop(0), "="
-        if not equals and kind is bool:
+        if not equals and (kind is bool or switch):
             value, equals = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true", "="
         if not equals and _is_list(kind):
             rest, values = _split(rest)
@@ -265,7 +265,8 @@ def canonical(settings: type, words: Sequence[str], positional: bool = False) ->
             raise ValueError(f"there is no setting --{name}: {_nearest(name, kinds)}--help-all lists them all")
         if equals and not value.strip() and Path in (kind, *get_args(kind)):  # which would be the current folder
             raise ValueError(f"{name} is empty: give it a value, or leave it out")
-        value = OLD_VALUES.get((name, value), value)
+        new = OLD_VALUES.get((name, {"true": True, "false": False}.get(value.lower(), value)), value)
+        value = "null" if new is None else new
         choices = get_args(kind) if get_origin(kind) is Literal else ()
         if equals and choices and value not in map(str, choices):
             raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(str, choices))}")

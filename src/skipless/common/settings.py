@@ -14,6 +14,7 @@ from skipless.common.processes import available_cores
 # Settings by other names than today's, which old runs, recipes and command lines use.
 OLD_NAMES = {
     "show": "image",
+    "wandb": "log_to",
     "crops.global_size": "crops.global_crops_size",
     "crops.global_scale": "crops.global_crops_scale",
     "crops.local_size": "crops.local_crops_size",
@@ -35,7 +36,12 @@ OLD_NAMES = {
 KEYWORDS = {"model.from": "model.from_ckpt"}
 TODAY = OLD_NAMES | KEYWORDS
 # The same for values: (today's name of the setting, old value).
-OLD_VALUES: dict[tuple[str, Any], Any] = {("dino.balancing", "centre"): "center"}
+OLD_VALUES: dict[tuple[str, Any], Any] = {
+    ("dino.balancing", "centre"): "center",
+    ("log_to", True): "wandb",
+    ("log_to", False): None,
+}
+SWITCHES = ("wandb",)  # old names of settings that were true or false, and are not any more
 # Settings that came after the first runs and results, with the value that those without them had.
 LATER: dict[str, Any] = {
     "model.value_output": True,
@@ -160,5 +166,5 @@ def renamed(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             today[name] = renamed(value, f"{prefix}{name}.")
         else:
-            today[name] = OLD_VALUES.get((f"{prefix}{name}", value), value) if isinstance(value, str) else value
+            today[name] = OLD_VALUES.get((f"{prefix}{name}", value), value) if isinstance(value, str | bool) else value
     return today
