@@ -14,9 +14,11 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,6 +88,16 @@ class ImageSource:
         for index in range(len(self)):
             digest.update(self.names[index].encode(errors="surrogateescape") + b"\0")
         return digest.hexdigest()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run remembers of its images: how many `images`, and digests of all `names` and of the `content` of a
+        few, evenly spread."""
+        content = hashlib.sha256()
+        for index in np.linspace(0, len(self) - 1, min(len(self), 16)).astype(int).tolist():
+            with suppress(UnreadableImage):
+                content.update(self.read_bytes(index))
+        return {"images": len(self), "names": self.names_sha256, "content": content.hexdigest()}
 
     def read(self, index: int, min_side: int = 0) -> np.ndarray:
         """Decoded image, uint8 [H, W, 3] RGB (see `decode`). Raises UnreadableImage."""

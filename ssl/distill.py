@@ -89,7 +89,7 @@ def distill(cfg: Settings) -> Path:
     parallel = parallelize(student, device, cfg.precision)
     optimizer = make_optimizer(student, cfg.optimizer)
     schedule = Schedule(cfg.optimizer, cfg.epochs, cfg.batch_size, len(images))
-    facts = {"images": len(images), "teacher": f"{teacher.sha256} at {teacher.size} pixels"}
+    facts = {**images.identity, "teacher": f"{teacher.sha256} at {teacher.size} pixels"}
     run = Run(cfg, schedule, device, cfg.data.path, facts, {"student": student, "optimizer": optimizer})
     start = run.resume(may_change=("monitor.", "teacher."))
     run.open(start, f"{len(images):,} images of {images.origin}", backbone)

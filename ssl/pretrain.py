@@ -71,7 +71,7 @@ def pretrain(cfg: Settings) -> Path:
     teacher_parallel = parallelize(teacher, device, cfg.precision, cfg.shard, compiler)
     optimizer = make_optimizer(student, cfg.optimizer)
     parts = {"student": student, "teacher": teacher, **objective.parts, "optimizer": optimizer}
-    run = Run(cfg, schedule, device, cfg.data.path, {"images": len(images), "names": images.names_sha256}, parts)
+    run = Run(cfg, schedule, device, cfg.data.path, images.identity, parts)
     start = run.resume(may_change=("monitor.", "crops.device", "compile"), extend=cfg.extend)
 
     order = StepBatches(len(images), cfg.batch_size, cfg.accumulate, cfg.seed, start, schedule.steps)

@@ -42,6 +42,8 @@ SHAPING = (
     "model.pool", "dino.out_dim", "dino.hidden_dim", "dino.bottleneck_dim", "dino.norm_last_layer", "ibot.out_dim",
     "optimizer.name", "optimizer.max_precondition_dim", "shard",
 )  # fmt: skip
+# What of the images may be other in a resumed run, and is said.
+SAID = ("names", "content")
 
 
 class Run:
@@ -49,8 +51,8 @@ class Run:
 
     Args:
         source: where the images lie, for messages.
-        data: what of the data a resumed run must share: `images`, their number, and maybe more. If their
-            `names`, as a digest, are others, that is said.
+        data: what of the data a resumed run must share: `images`, their number, and maybe more. Of what is in `SAID`,
+            as digests, it is said where they are others.
         parts: what a checkpoint holds under these names: networks, loss and optimizer. `student` has the backbone.
     """
 
@@ -95,8 +97,9 @@ class Run:
             self._check_same(path, state, may_change)
             self._load(path, state)
             self.remarks += in_place_of_last(path)
-            if state.get("names", self.data.get("names")) != self.data.get("names"):
-                self.remarks.append(f"{self.source} has other images than before, by their names, though as many")
+            others = [name for name in SAID if state.get(name, self.data.get(name)) != self.data.get(name)]
+            if others:  # a run of an earlier version does not tell
+                self.remarks.append(f"{self.source} has other images than before, by their {others[0]}, though as many")
             self.seconds_before = state["seconds"]
             self.saved, self.spared = state["step"], state.get("spared")
             return state["step"]
@@ -135,7 +138,7 @@ class Run:
                 f"{path} is of a run on {state['images']:,} images, and {self.source} has {self.data['images']:,}; "
                 "give the same images, or another --out"
             )
-        if other := [name for name, value in self.data.items() if name != "names" and state[name] != value]:
+        if other := [name for name, value in self.data.items() if name not in SAID and state[name] != value]:
             raise ValueError(f"{path} is of a run with other {other[0]} than {self.source} has; give another --out")
         old, new = LATER | flat(state["settings"]), flat(plain(self.settings))
         if old["precision"] == "auto":  # as runs of earlier versions left it
