@@ -11,6 +11,13 @@
     coco-val2017   COCO's 5,000 validation images of 2017           object discovery
     coco-stuff     COCO-Stuff on the images of 2017                 segmentation
     ade20k         ADE20K, scene parsing benchmark                  segmentation
+    cityscapes     Cityscapes, from the archives you have           segmentation
+    pascal-context Pascal Context, 59 classes, on VOC 2010          segmentation
+    davis17        DAVIS 2017, train and val, 480p                  video
+    nyuv2          NYUv2's 1,449 labeled images                     depth
+    spair          SPair-71k                                        correspondence
+    ecssd          ECSSD                                            saliency
+    duts-te        DUTS, test                                       saliency
     imagenette     10 classes of ImageNet, short side 320           pretraining, classification
     tiny-imagenet  200 classes of ImageNet, 64 x 64 pixels          pretraining, classification
     imagenet       ILSVRC 2012, from the archives you have          pretraining, classification
@@ -35,7 +42,7 @@ from pathlib import Path
 
 from skipless.common import cli
 from skipless.datasets.public.downloads import Archive, DamagedArchive, download, verify
-from skipless.datasets.public.sets import DATA_SETS, IMAGENET_TERMS, DataSet, Part
+from skipless.datasets.public.sets import DATA_SETS, DataSet, Part
 
 FETCHED = ".fetched"
 """File in ROOT/downloads that lists what was fetched: nothing else there is ever removed."""
@@ -88,7 +95,7 @@ def prepare(settings: Settings, table: Mapping[str, DataSet] = DATA_SETS) -> Non
         print(f"{name} is in {root}: {_describe(data.parts)}. Nothing to do.\n{next_command}")
         return
     print(f"{name} to {root}: {_describe(missing)}\nterms: {data.terms}")
-    _plan(settings, missing)
+    _plan(settings, missing, data.terms)
     if settings.dry_run:
         return
 
@@ -128,7 +135,7 @@ def _lack(part: Part, place: Path, root: Path) -> str:
     return ""
 
 
-def _plan(settings: Settings, missing: Sequence[Part]) -> None:
+def _plan(settings: Settings, missing: Sequence[Part], terms: str) -> None:
     """Print what will be done. Raises ValueError where the disk is too small, or where an archive must come from the
     user."""
     to_fetch = peak = used = 0.0
@@ -152,7 +159,7 @@ def _plan(settings: Settings, missing: Sequence[Part]) -> None:
     print(f"disk: {_bytes(peak)} while it works, {_bytes(used)} in the end; {_bytes(free)} are free", flush=True)
     if absent:
         raise ValueError(
-            f"{', '.join(absent)}: to be had from {IMAGENET_TERMS} once you have agreed to the terms there; put what "
+            f"{', '.join(absent)}: to be had from {terms} once you have agreed to the terms there; put what "
             "you download into one folder and run the same command with --archives FOLDER"
         )
     if peak > free:

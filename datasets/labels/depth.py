@@ -88,17 +88,25 @@ def nyuv2(root: str | Path, split: str = "test") -> DepthSet:
             raise FileNotFoundError(f"{path}: no such file; NYUv2 is nyu_depth_v2_labeled.mat and splits.mat")
     if split not in ("train", "test"):
         raise ValueError(f"NYUv2 has no split {split}; choose train or test")
+    rows = split_rows(lists, split)
     try:
-        rows = tuple(int(number) - 1 for number in loadmat(lists)[f"{split}Ndxs"].ravel())
         shapes = _opened(data, lambda file: {name: file[name].shape for name in ("images", "rawDepths")})
-    except Exception as error:  # scipy and h5py raise what their parsers raise
-        raise ValueError(f"{root}: NYUv2 cannot be read ({str(error) or type(error).__name__})") from None
+    except Exception as error:  # h5py raises what its parsers raise
+        raise ValueError(f"{data}: cannot be read ({str(error) or type(error).__name__})") from None
     count = shapes["images"][0]
     if shapes["rawDepths"] != (count, *shapes["images"][2:]) or not rows or not 0 <= min(rows) <= max(rows) < count:
         raise ValueError(f"{data}: images, rawDepths and {lists.name} do not belong together: {shapes}")
     names = tuple(f"{row + 1:04}" for row in rows)
     image, depth = partial(_nyu_image, data), partial(_nyu_depth, data)
     return DepthSet("nyuv2", split, names, (data, lists), image, depth, rows, (45, 471, 41, 601))
+
+
+def split_rows(lists: Path, split: str) -> tuple[int, ...]:
+    """Which of NYUv2's images belong to a split, from 0, as splits.mat says. Raises ValueError for a damaged file."""
+    try:
+        return tuple(int(number) - 1 for number in loadmat(lists)[f"{split}Ndxs"].ravel())
+    except Exception as error:  # scipy raises what its parsers raise
+        raise ValueError(f"{lists}: cannot be read as NYUv2's splits ({str(error) or type(error).__name__})") from None
 
 
 def depth_folder(root: str | Path, split: str = "val") -> DepthSet:

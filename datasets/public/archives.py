@@ -1,7 +1,8 @@
 """Where the archives of public data sets lie, and what is published to compare them with.
 
 Checksums as md5 are those of torchvision's data sets (voc.py, sbd.py, imagenette.py, imagenet.py), in sha256 those of
-TensorFlow Datasets (url_checksums/coco.txt, ade20k.txt, as its other files for VOC and ImageNet the source of sizes).
+TensorFlow Datasets (url_checksums/coco.txt, ade20k.txt, cityscapes.txt, davis/checksums.tsv, as its other files for VOC
+and ImageNet the source of sizes), where nothing else is said.
 """
 
 from collections.abc import Sequence
@@ -84,6 +85,58 @@ ADE20K = Archive(
         ("https://data.csail.mit.edu", "http://data.csail.mit.edu"), "places/ADEchallenge/ADEChallengeData2016.zip"
     ),
     "sha256:7ff1be44964418441f542a7cc1e1a650e7dc0fc275f5d23252bc9bbdbc977b29",
+)
+VOC10_TRAINVAL = Archive(  # whose size is known as 1.3 GB
+    "VOCtrainval_03-May-2010.tar", 1_350_000_000, _addresses(_OXFORD, "voc2010/VOCtrainval_03-May-2010.tar"),
+    "md5:da459979d0c395079b5c75ee67908abb", exact=False,
+)
+# No checksum is published, and the size as "30.7 MB".
+PASCAL_CONTEXT = Archive(
+    "trainval.tar.gz", 30_700_000, ("https://cs.stanford.edu/~roozbeh/pascal-context/trainval.tar.gz",), exact=False
+)
+# Whoever wants these registers with Cityscapes first, so there is no address.
+CITYSCAPES_IMAGES = Archive(
+    "leftImg8bit_trainvaltest.zip", 11_592_327_197, (),
+    "sha256:3ccff9ac1fa1d80a6a064407e589d747ed0657aac7dc495a4403ae1235a37525",
+)
+CITYSCAPES_MASKS = Archive(
+    "gtFine_trainvaltest.zip", 252_567_705, (),
+    "sha256:40461a50097844f400fef147ecaf58b18fd99e14e4917fb7c3bf9c0d87d95884",
+)
+DAVIS17 = Archive(
+    "DAVIS-2017-trainval-480p.zip", 832_766_765,
+    ("https://data.vision.ee.ethz.ch/csergi/share/davis/DAVIS-2017-trainval-480p.zip",),
+    "sha256:e3d0b5b77c3d031b000a19e0e25e3e2cac65d183755601bc2cf066df1a2aa492",
+)
+# The sha256 of NYUv2 and of ECSSD are not their authors', but those of projects that have fetched them.
+_NYU = ("https://horatio.cs.nyu.edu/mit/silberman", "http://horatio.cs.nyu.edu/mit/silberman")
+NYUV2_LABELED = Archive(
+    "nyu_depth_v2_labeled.mat", 2_972_037_809, _addresses(_NYU, "nyu_depth_v2/nyu_depth_v2_labeled.mat"),
+    "sha256:2d724b0c0ab358aa1ce5df855e5bd14a2279ab7202efe22f32a30d612dcb86aa",
+)
+NYUV2_SPLITS = Archive(
+    "splits.mat", 2_626, _addresses(_NYU, "indoor_seg_sup/splits.mat"),
+    "sha256:6e081404491a8bfba2f066beaa9713ef6046f9007aa5f799f2a350506a580cee",
+)
+_ECSSD = ("https://www.cse.cuhk.edu.hk/leojia/projects/hsaliency/data/ECSSD",)
+ECSSD_IMAGES = Archive(
+    "images.zip", 67_766_979, _addresses(_ECSSD, "images.zip"),
+    "sha256:7d5dce1a21c6d82e2f9617c00ad7eae2de5ded9320e8c59a01b4c731d210ea47",
+)
+ECSSD_MASKS = Archive(
+    "ground_truth_mask.zip", 1_571_109, _addresses(_ECSSD, "ground_truth_mask.zip"),
+    "sha256:dc0a9f11f2adee2737d95b28f9567a0a5de33f78743447c097ceb4d42f281a31",
+)
+# Of these two neither checksums nor exact sizes are published.
+DUTS_TE = Archive(
+    "DUTS-TE.zip", 133_000_000, ("http://saliencydetection.net/duts/download/DUTS-TE.zip",), exact=False
+)
+SPAIR = Archive(
+    "SPair-71k.tar.gz", 230_000_000,
+    _addresses(
+        ("https://cvlab.postech.ac.kr", "http://cvlab.postech.ac.kr"), "research/SPair-71k/data/SPair-71k.tar.gz"
+    ),
+    exact=False,
 )
 IMAGENETTE = Archive(
     "imagenette2-320.tgz", 341_663_724, ("https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz",),

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from skipless.common.progress import Progress
+from skipless.datasets.labels.context import fewer_labels
 from skipless.datasets.labels.masks import list_folder, read_names
 from skipless.datasets.labels.voc import voc_palette
 from skipless.datasets.public.archives import COCO20K_NAMES
@@ -21,6 +22,8 @@ from skipless.datasets.public.downloads import DamagedArchive, progress
 from skipless.datasets.public.unpack import unpack, unpack_tar
 
 VOC12 = "VOCdevkit/VOC2012"
+VOC10 = "VOCdevkit/VOC2010"
+CONTEXT = f"{VOC10}/SegmentationClassContext"
 AUGMENTED = f"{VOC12}/SegmentationClassAug"
 TRAINAUG = f"{VOC12}/ImageSets/Segmentation/trainaug.txt"
 
@@ -86,6 +89,40 @@ def coco20k(archives: Sequence[Path], work: Path, root: Path) -> Path:
 def stuff(archives: Sequence[Path], work: Path, root: Path) -> Path:
     unpack(archives[0], work / "stuffthingmaps")
     return work / "stuffthingmaps"
+
+
+def copied(folder: str) -> Callable[[Sequence[Path], Path, Path], Path]:
+    """Files that are no archives, in a folder."""
+
+    def gathered(archives: Sequence[Path], work: Path, root: Path) -> Path:
+        (work / folder).mkdir()
+        for path in archives:
+            shutil.copy(path, work / folder)
+        return work / folder
+
+    return gathered
+
+
+def context(archives: Sequence[Path], work: Path, root: Path) -> Path:
+    """Pascal Context's masks as PNG with 59 classes. In trainval/NAME.mat LabelMap holds 459 labels."""
+    from scipy.io import loadmat
+
+    unpack(archives[0], work, keep=lambda name: re.fullmatch(r"(\./)?trainval/\w+\.mat", name) is not None)
+    masks = work / "masks"
+    masks.mkdir()
+    for path in Progress(sorted((work / "trainval").glob("*.mat")), desc="masks as PNG", unit="mask"):
+        Image.fromarray(fewer_labels(np.asarray(loadmat(path)["LabelMap"], np.int64))).save(masks / f"{path.stem}.png")
+    return masks
+
+
+def context_lists(archives: Sequence[Path], work: Path, root: Path) -> Path:
+    """VOC 2010's train and val, as far as Pascal Context has masks."""
+    masks, lists = list_folder(root / CONTEXT), work / "SegmentationContext"
+    lists.mkdir()
+    for split in ("train", "val"):
+        names = read_names(root / VOC10 / "ImageSets" / "Main" / f"{split}.txt")
+        (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in names if f"{name}.png" in masks))
+    return lists
 
 
 def tiny_imagenet(archives: Sequence[Path], work: Path, root: Path) -> Path:

@@ -1,7 +1,7 @@
 """The public data sets that `datasets/prepare.py` brings: of which archives they are made, and how much there must be.
 
 Each data set is a few parts, each with the archives it is made of, a function that builds it, and one that counts what
-is there. Layouts are those of `voc.py`, `coco.py`, `ade20k.py` and `classes.py`.
+is there. Layouts are those of the readers in `datasets/labels/`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,9 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from skipless.datasets.labels.ade20k import ade20k
+from skipless.datasets.labels.cityscapes import cityscapes
 from skipless.datasets.labels.classes import class_folders
 from skipless.datasets.labels.coco import coco20k, coco_boxes, coco_stuff
+from skipless.datasets.labels.context import pascal_context
 from skipless.datasets.labels.counts import BOX_COUNTS, COUNTS
+from skipless.datasets.labels.pairs import spair
+from skipless.datasets.labels.saliency import saliency_masks
+from skipless.datasets.labels.videos import davis
 from skipless.datasets.labels.voc import voc_boxes, voc_segmentation
 from skipless.datasets.public import archives, builders, counters
 from skipless.datasets.public.downloads import Archive
@@ -160,6 +165,100 @@ DATA_SETS = {
         lambda root: [ade20k(root, "train"), ade20k(root, "val")],
         "python eval/segmentation.py --protocol quick --ckpt RUN --data.name ade20k --data.root "
         "{root}/ADEChallengeData2016",
+    ),
+    "cityscapes": DataSet(
+        "https://www.cityscapes-dataset.com/",
+        tuple(
+            Part(
+                f"cityscapes/{folder}", (archive,), disk, builders.folder(folder), counters.cities(ending),
+                _counts("cityscapes", "train", "val"),
+            )
+            for folder, archive, disk, ending in (
+                ("leftImg8bit", archives.CITYSCAPES_IMAGES, 11.7e9, "_leftImg8bit.png"),
+                ("gtFine", archives.CITYSCAPES_MASKS, 0.4e9, "_gtFine_labelIds.png"),
+            )
+        ),
+        lambda root: [cityscapes(root / "cityscapes", split) for split in ("train", "val")],
+        "python eval/segmentation.py --protocol quick --ckpt RUN --data.name cityscapes --data.root {root}/cityscapes",
+    ),
+    "pascal-context": DataSet(
+        f"{_VOC_TERMS}/voc2010/ and https://cs.stanford.edu/~roozbeh/pascal-context/",
+        (
+            Part(
+                builders.VOC10, (archives.VOC10_TRAINVAL,), 1.4e9, builders.voc(2010),
+                counters.voc(train="Main", val="Main"), {"train": 4998, "val": 5105},
+            ),
+            Part(
+                builders.CONTEXT, (archives.PASCAL_CONTEXT,), 0.1e9, builders.context,
+                counters.images("masks", ".png"), {"masks": 10_103},
+            ),
+            Part(
+                f"{builders.VOC10}/ImageSets/SegmentationContext", (), 0.2e6, builders.context_lists,
+                counters.lists("train", "val"), _counts("pascal-context-59", "train", "val"),
+            ),
+        ),
+        lambda root: [pascal_context(root / "VOCdevkit", split) for split in ("train", "val")],
+        "python eval/segmentation.py --protocol quick --ckpt RUN --data.name pascal-context-59 --data.root "
+        "{root}/VOCdevkit",
+    ),
+    "davis17": DataSet(
+        "https://davischallenge.org/davis2017/code.html",
+        (
+            Part(
+                "DAVIS", (archives.DAVIS17,), 0.87e9, builders.folder("DAVIS"), counters.davis,
+                _counts("davis17", "train", "val"),
+            ),
+        ),
+        lambda root: [davis(root / "DAVIS", split) for split in ("train", "val")],
+        "python eval/video.py --ckpt RUN --data.root {root}/DAVIS",
+    ),
+    "nyuv2": DataSet(
+        "https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html",
+        (
+            Part(
+                "NYUv2", (archives.NYUV2_LABELED, archives.NYUV2_SPLITS), 2.98e9, builders.copied("NYUv2"),
+                counters.nyuv2, _counts("nyuv2", "train", "test"),
+            ),
+        ),
+        lambda root: None,  # its reader needs h5py, which may be installed later
+        "python eval/depth.py --ckpt RUN --data.root {root}/NYUv2",
+    ),
+    "spair": DataSet(
+        "https://cvlab.postech.ac.kr/research/SPair-71k/",
+        (
+            Part(
+                "SPair-71k", (archives.SPAIR,), 0.7e9, builders.folder("SPair-71k"), counters.pairs,
+                _counts("spair", "test"),
+            ),
+        ),
+        lambda root: spair(root / "SPair-71k"),
+        "python eval/correspondence.py --ckpt RUN --data.root {root}/SPair-71k",
+    ),
+    "ecssd": DataSet(
+        "https://www.cse.cuhk.edu.hk/leojia/projects/hsaliency/dataset.html",
+        (
+            Part(
+                "ECSSD/images", (archives.ECSSD_IMAGES,), 0.07e9, builders.folder("images"),
+                counters.images("images"), {"images": 1000},
+            ),
+            Part(
+                "ECSSD/ground_truth_mask", (archives.ECSSD_MASKS,), 0.005e9, builders.folder("ground_truth_mask"),
+                counters.images("masks", ".png"), {"masks": 1000},
+            ),
+        ),
+        lambda root: saliency_masks(root / "ECSSD", "ecssd"),
+        "python eval/saliency.py --ckpt RUN --data.name ecssd --data.root {root}/ECSSD",
+    ),
+    "duts-te": DataSet(
+        "http://saliencydetection.net/duts/",
+        (
+            Part(
+                "DUTS-TE", (archives.DUTS_TE,), 0.16e9, builders.folder("DUTS-TE"),
+                counters.salient("DUTS-TE-Image", "DUTS-TE-Mask"), _counts("duts-te", "all"),
+            ),
+        ),
+        lambda root: saliency_masks(root / "DUTS-TE", "duts-te"),
+        "python eval/saliency.py --ckpt RUN --data.name duts-te --data.root {root}/DUTS-TE",
     ),
     "imagenette": DataSet(
         f"https://github.com/fastai/imagenette and, for the photographs, {IMAGENET_TERMS}",

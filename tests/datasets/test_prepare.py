@@ -1,6 +1,7 @@
 """Every public data set from miniature archives with the real names inside, as this project's own readers open them."""
 
 import hashlib
+import importlib
 import io
 import json
 import re
@@ -27,14 +28,15 @@ from skipless.datasets import prepare as command
 from skipless.datasets.labels.ade20k import ade20k
 from skipless.datasets.labels.classes import LabeledData, open_splits
 from skipless.datasets.labels.coco import coco20k, coco_stuff
+from skipless.datasets.labels.context import pascal_context
 from skipless.datasets.labels.counts import BOX_COUNTS, COUNTS
+from skipless.datasets.labels.depth import split_rows
 from skipless.datasets.labels.voc import voc_boxes, voc_segmentation
 from skipless.datasets.prepare import Settings, main, prepare
 from skipless.datasets.public import builders, downloads
 from skipless.datasets.public.downloads import DamagedArchive
 from skipless.datasets.public.sets import DATA_SETS, DataSet, Part
-from skipless.eval import clustering, discovery, segmentation
-from skipless.ssl import pretrain
+from skipless.eval import discovery
 
 Files = Mapping[str, bytes]
 
@@ -169,6 +171,78 @@ def ade() -> Mapping[str, Files]:
     return {"ADEChallengeData2016.zip": files}
 
 
+def mat(**values: Any) -> bytes:
+    buffer = io.BytesIO()
+    savemat(buffer, values)
+    return buffer.getvalue()
+
+
+def city_files() -> Mapping[str, Files]:
+    names = {"train": "ulm/ulm_000000_000019", "val": "bonn/bonn_000000_000019"}
+    return {
+        "leftImg8bit_trainvaltest.zip": {
+            "license.txt": b"",
+            **{f"leftImg8bit/{split}/{name}_leftImg8bit.png": png(3) for split, name in names.items()},
+        },
+        "gtFine_trainvaltest.zip": {
+            f"gtFine/{split}/{name}_gtFine_{kind}.png": png(26)
+            for split, name in names.items()
+            for kind in ("labelIds", "color")
+        },
+    }
+
+
+def context() -> Mapping[str, Files]:
+    voc = "VOCdevkit/VOC2010"
+    return {
+        "VOCtrainval_03-May-2010.tar": {
+            **{f"{voc}/JPEGImages/{name}.jpg": jpg() for name in "abc"},
+            **{f"{voc}/Annotations/{name}.xml": XML for name in "abc"},
+            **lists(f"{voc}/ImageSets/Main", train="a b", val="c"),
+        },
+        "trainval.tar.gz": {
+            "labels.txt": b"",
+            **{f"trainval/{name}.mat": mat(LabelMap=np.full((6, 8), 458, np.uint16)) for name in "ac"},
+        },
+    }
+
+
+def videos() -> Mapping[str, Files]:
+    files = lists("DAVIS/ImageSets/2017", train="bear", val="bike")
+    for name in ("bear", "bike"):
+        files = {**files, **{f"DAVIS/JPEGImages/480p/{name}/{i:05}.jpg": jpg(i) for i in range(3)}}
+        files = {**files, **{f"DAVIS/Annotations/480p/{name}/{i:05}.png": png(1) for i in range(3)}}
+    return {"DAVIS-2017-trainval-480p.zip": files}
+
+
+def nyu() -> Mapping[str, Files]:
+    name = "nyu_depth_v2_labeled.mat"
+    return {name: {name: b"HDF"}, "splits.mat": {"splits.mat": mat(trainNdxs=[[1], [3]], testNdxs=[[2]])}}
+
+
+def pairs() -> Mapping[str, Files]:
+    side = {"imname": "a.jpg", "imsize": [8, 6, 3], "bndbox": [1, 1, 7, 5], "kps": [[2, 3]]}
+    pair = {"category": "cat"} | {f"{end}_{name}": value for end in ("src", "trg") for name, value in side.items()}
+    top = "SPair-71k"
+    return {
+        "SPair-71k.tar.gz": {
+            f"{top}/JPEGImages/cat/a.jpg": jpg(),
+            f"{top}/PairAnnotation/test/1.json": json.dumps(pair).encode(),
+        }
+    }
+
+
+def ecssd() -> Mapping[str, Files]:
+    return {
+        "images.zip": {"images/0001.jpg": jpg()},
+        "ground_truth_mask.zip": {"ground_truth_mask/0001.png": png(255)},
+    }
+
+
+def duts() -> Mapping[str, Files]:
+    return {"DUTS-TE.zip": {"DUTS-TE/DUTS-TE-Image/a.jpg": jpg(), "DUTS-TE/DUTS-TE-Mask/a.png": png(255)}}
+
+
 def imagenette() -> Mapping[str, Files]:
     top = "imagenette2-320"
     return {
@@ -243,6 +317,20 @@ MINIATURES: dict[str, tuple[Callable[[], Mapping[str, Files]], dict[str, dict[st
         },
     ),
     "ade20k": (ade, {"ADEChallengeData2016": {"train": 2, "val": 1}}),
+    "cityscapes": (city_files, {f"cityscapes/{f}": {"train": 1, "val": 1} for f in ("leftImg8bit", "gtFine")}),
+    "pascal-context": (
+        context,
+        {
+            "VOCdevkit/VOC2010": {"train": 2, "val": 1},
+            "VOCdevkit/VOC2010/SegmentationClassContext": {"masks": 2},
+            "VOCdevkit/VOC2010/ImageSets/SegmentationContext": {"train": 1, "val": 1},
+        },
+    ),
+    "davis17": (videos, {"DAVIS": {"train": 1, "val": 1}}),
+    "nyuv2": (nyu, {"NYUv2": {"train": 2, "test": 1}}),
+    "spair": (pairs, {"SPair-71k": {"test": 1}}),
+    "ecssd": (ecssd, {"ECSSD/images": {"images": 1}, "ECSSD/ground_truth_mask": {"masks": 1}}),
+    "duts-te": (duts, {"DUTS-TE": {"all": 1}}),
     "imagenette": (imagenette, {"imagenette": {"train": 4, "val": 2}}),
     "tiny-imagenet": (tiny_imagenet, {"tiny-imagenet": {"train": 4, "val": 3}}),
     "imagenet": (imagenet, {"imagenet/val": {"val": 3}, "imagenet/train": {"train": 4}}),
@@ -254,7 +342,7 @@ def miniature(name: str, folder: Path) -> dict[str, DataSet]:
     make, counts = MINIATURES[name]
     folder.mkdir(parents=True, exist_ok=True)
     for archive, files in make().items():
-        if archive.endswith(".txt"):  # no archive, but its one file
+        if archive.endswith((".txt", ".mat")):  # no archive, but its one file
             (folder / archive).write_bytes(files[archive])
         else:
             write_archive(folder / archive, files)
@@ -350,6 +438,19 @@ def test_ade20k(tmp_path: Path) -> None:
     assert len(ade20k(tmp_path / "data", "val")) == 1
 
 
+def test_pascal_context(tmp_path: Path) -> None:
+    """Of three images two have masks, all of the 458th label, which is the last of the 59."""
+    train = pascal_context(make("pascal-context", tmp_path) / "VOCdevkit", "train")
+    assert train.names == ("a",)
+    assert train.classes[train.read(0)[1][0, 0]] == "wood"
+
+
+def test_nyuv2(tmp_path: Path) -> None:
+    root = make("nyuv2", tmp_path) / "NYUv2"
+    assert (root / "nyu_depth_v2_labeled.mat").read_bytes() == b"HDF"
+    assert split_rows(root / "splits.mat", "train") == (0, 2)
+
+
 @pytest.mark.parametrize(
     ("name", "train_classes", "val_files"),
     [
@@ -397,8 +498,9 @@ def test_plan_then_data_set_then_nothing_to_do(tmp_path: Path, name: str, capsys
 
     words = shlex.split(first[-1].removeprefix("next: "))
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    commands = {"discovery": discovery, "segmentation": segmentation, "clustering": clustering, "pretrain": pretrain}
-    settings: Any = cli.parse(commands[Path(words[script]).stem].Settings, words[script + 1 :])
+    room, _, name = words[script].removesuffix(".py").partition("/")
+    command = importlib.import_module(f"skipless.{room}.{name}")
+    settings: Any = cli.parse(command.Settings, words[script + 1 :])
     path = settings.data.path if hasattr(settings.data, "path") else settings.data.root
     assert Path(path).is_dir()
     assert Path(path).is_relative_to(root)
@@ -586,11 +688,11 @@ def archives() -> dict[str, downloads.Archive]:
 def test_checksums_are_torchvisions() -> None:
     """Where torchvision has the same archive."""
     voc = torchvision.datasets.voc.DATASET_YEAR_DICT
-    theirs = {voc[year]["filename"]: voc[year]["md5"] for year in ("2007", "2007-test", "2012")}
+    theirs = {voc[year]["filename"]: voc[year]["md5"] for year in ("2007", "2007-test", "2010", "2012")}
     theirs |= dict(torchvision.datasets.imagenet.ARCHIVE_META.values())
     url, md5 = torchvision.datasets.Imagenette._ARCHIVES["320px"]
     theirs |= {url.rpartition("/")[2]: md5, "benchmark.tgz": torchvision.datasets.SBDataset.md5}
-    assert len(theirs) == 8
+    assert len(theirs) == 9
     assert {name: archives()[name].checksum for name in theirs} == {name: f"md5:{md5}" for name, md5 in theirs.items()}
 
 
@@ -599,7 +701,8 @@ def test_table_is_sound() -> None:
         assert archive.checksum is None or re.fullmatch(r"md5:[0-9a-f]{32}|sha256:[0-9a-f]{64}", archive.checksum)
         assert all(url.startswith("http") and url.endswith(f"/{name}") for url in archive.urls)
     assert {name for name, archive in archives().items() if archive.checksum is None} == {
-        "coco_20k_filenames.txt", "stuffthingmaps_trainval2017.zip",
+        "coco_20k_filenames.txt", "stuffthingmaps_trainval2017.zip", "trainval.tar.gz", "SPair-71k.tar.gz",
+        "DUTS-TE.zip",
     }  # fmt: skip
     expected = {part.place: part.expected for data in DATA_SETS.values() for part in data.parts}
     assert expected["VOCdevkit/VOC2012"] == {"train": 1464, "val": 1449, "trainval": BOX_COUNTS["voc12", "trainval"]}

@@ -151,7 +151,7 @@ def test_what_cannot_be_read_of_nyuv2_is_refused(
     savemat(nyu / "splits.mat", {"trainNdxs": [[1]], "testNdxs": [[6]]})
     assert "do not belong together" in command.refused()
     (nyu / "splits.mat").write_bytes(b"no file of MATLAB")
-    assert "NYUv2 cannot be read" in command.refused()
+    assert "splits.mat: cannot be read as NYUv2's splits" in command.refused()
     monkeypatch.setitem(sys.modules, "h5py", None)
     savemat(nyu / "splits.mat", {"trainNdxs": [[1]], "testNdxs": [[2]]})
     assert "pip install h5py" in command.refused()
