@@ -194,10 +194,11 @@ def _digest(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
-    """A file system of that size at `folder`, in memory; raises OSError where this user may not mount one."""
+def small_disk(folder: Path, kilobytes: int, files: int) -> Iterator[Path]:
+    """A file system of that size and for so many files, 0 for any number, at `folder`, in memory; raises OSError where
+    this user may not mount one."""
     folder.mkdir()
-    command = f"mount -t tmpfs -o size={kilobytes}k tmpfs '{folder}' 2>/dev/null"
+    command = f"mount -t tmpfs -o size={kilobytes}k,nr_inodes={files} tmpfs '{folder}' 2>/dev/null"
     if os.system(command):
         raise OSError("mounting a file system needs root")
     try:

@@ -175,10 +175,13 @@ def limit_files(training: Training, work: Path, rng: random.Random) -> tuple[int
 
 
 def fill_disk(training: Training, work: Path, rng: random.Random) -> tuple[int, str]:
-    """Let a run's disk fill up, and resume what is left on another."""
+    """Let a run's disk fill up, or have no place for another file, and resume what is left on another."""
     training.undisturbed(work.parent)
-    size = sum(path.stat().st_size for path in training.folder.rglob("*") if path.is_file()) // 1000
-    with small_disk(work / "disk", int(rng.uniform(50, size))) as disk:
+    sizes = [path.stat().st_size for path in training.folder.rglob("*") if path.is_file()]
+    kilobytes, files = int(rng.uniform(50, sum(sizes) // 1000)), 0
+    if rng.random() < 0.4:
+        kilobytes, files = 10**6, rng.randint(2, len(sizes) + 4)  # the disk's root is one, too
+    with small_disk(work / "disk", kilobytes, files) as disk:
         (running,) = training.start(disk / "run")
         ended = running.end()
         if (disk / "run").exists():
