@@ -2,8 +2,10 @@
 
 import itertools
 import os
+import pwd
 import shutil
 import signal
+import tempfile
 import time
 from collections import namedtuple
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from skipless.datasets.images import read_image
 from skipless.eval import features as module
 from skipless.eval.backbones import Backbone
 from skipless.eval.cache import main as main_of_cache
-from skipless.eval.features import Features, extract, kept_features
+from skipless.eval.features import Features, default_cache, extract, kept_features
 from skipless.ssl.data.loader import loader_workers
 from skipless.ssl.model.vit import VisionTransformer
 
@@ -501,6 +503,12 @@ def test_size_block_and_disk_that_do_not_do(
     run(backbone, photos, cache, (0, 2))  # nothing to write
     with pytest.raises(ValueError, match="block 1 was not extracted, only 0, 2"):
         found.read([0], (1,))
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["uid not found"])
+    assert Path(tempfile.gettempdir()) in default_cache().parents
 
 
 def test_a_cache_is_bounded_listed_and_cleared(
