@@ -34,7 +34,7 @@ from skipless.ssl.config import DataSettings, RunSettings, check, check_size, re
 from skipless.ssl.data.loader import StepBatches, UnreadableImages, loader_workers, micro_batches, step_loader
 from skipless.ssl.data.squares import central_squares
 from skipless.ssl.data.teacher_views import StudentViews, TeacherFeatures, Views, collate
-from skipless.ssl.model.start import start_backbone
+from skipless.ssl.model.start import start_backbone, start_heads
 from skipless.ssl.model.teacher import Teacher, TeacherSettings
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.monitor import Monitor, MonitorSettings
@@ -85,6 +85,7 @@ def distill(cfg: Settings) -> Path:
     torch.manual_seed(cfg.seed)
     backbone = start_backbone(cfg.model, size, cfg.seed, images, fresh=not cfg.last_checkpoint)
     student = Student(backbone, teacher.model.dim, cfg.distillation, cfg.model.pool).to(device)
+    notes += start_heads(student, cfg.model, fresh=not cfg.last_checkpoint)
     distributed.sync(student)
     parallel = parallelize(student, device, cfg.precision)
     optimizer = make_optimizer(student, cfg.optimizer)

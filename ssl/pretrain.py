@@ -35,7 +35,7 @@ from skipless.ssl.data.crops import Crops
 from skipless.ssl.data.device_crops import where_made
 from skipless.ssl.data.loader import StepBatches, UnreadableImages, crop_loader, loader_workers, micro_batches
 from skipless.ssl.dino import DINOModel, build_dino, make_teacher, update_teacher
-from skipless.ssl.model.start import start_backbone
+from skipless.ssl.model.start import start_backbone, start_heads
 from skipless.ssl.monitor import CollapseAlarm, Monitor
 from skipless.ssl.objectives.objective import Objective
 from skipless.ssl.optim.optimizers import make_optimizer, set_rates
@@ -63,6 +63,7 @@ def pretrain(cfg: Settings) -> Path:
     torch.manual_seed(cfg.seed)
     backbone = start_backbone(cfg.model, cfg.position_size, cfg.seed, images, fresh=not cfg.earlier)
     student = build_dino(backbone, cfg.dino, cfg.model.pool, cfg.ibot.on, cfg.ibot.out_dim).to(device)
+    notes += start_heads(student, cfg.model, fresh=not cfg.earlier)
     distributed.sync(student)
     teacher, compiler = make_teacher(student), Compiler(cfg.compile is True)
     schedule = DINOSchedule(cfg.optimizer, cfg.dino, cfg.epochs, cfg.batch_size, len(images))

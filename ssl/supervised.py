@@ -45,7 +45,7 @@ from skipless.ssl.data.loader import StepBatches, leave_signals_to_main, loader_
 from skipless.ssl.data.squares import Images
 from skipless.ssl.model.build import ModelSettings as BackboneSettings
 from skipless.ssl.model.classifier import Classifier, Pool, gather_into_cls_
-from skipless.ssl.model.start import start_backbone
+from skipless.ssl.model.start import start_backbone, start_heads
 from skipless.ssl.optim.optimizers import OptimizerSettings, make_optimizer, set_rates
 from skipless.ssl.optim.schedules import Schedule
 from skipless.ssl.run.meter import Meter
@@ -108,6 +108,7 @@ def train(cfg: Settings) -> Path:
 
     torch.manual_seed(cfg.seed)
     classifier = build_classifier(cfg, len(images.classes), images).to(device)
+    notes += start_heads(classifier, cfg.model, fresh=not cfg.last_checkpoint)
     distributed.sync(classifier)
     parallel = parallelize(classifier, device, cfg.precision)
     optimizer = make_optimizer(classifier, cfg.optimizer)

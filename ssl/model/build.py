@@ -34,8 +34,8 @@ class ModelSettings:
     """With skip connections (true) or without (false). The embedding stays the same, unless `init` is default."""
     from_ckpt: str | None = None
     """--model.from CKPT: start from the weights of another backbone of this width, depth and heads: a run, or what the
-    evaluations take. Its patches are resampled, its positions interpolated, its heads dropped. A run that is resumed
-    does not read it again."""
+    evaluations take. Its patches are resampled, its positions interpolated, a head that fits is kept. A run that is
+    resumed does not read it again."""
     init: Literal["default", "paper-dino", "paper-supervised", "small"] | None = None
     """Initialization; by default `small` without skip connections, and with them ViT's usual one with the embedding of
     `small`. `default` is ViT's usual one with the usual embedding. `small` is for narrow models and small budgets,

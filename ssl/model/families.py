@@ -66,6 +66,12 @@ NOT_BACKBONE = (
     "mask_token", "masked_embed", "local_cls_norm.", "rope.",
 )  # fmt: skip
 
+# What reads a backbone's tokens in training, and what it is called here.
+HEADS_BESIDE = {
+    "head.": "head.", "dino_head.": "head.", "classifier.": "head.", "patch_head.": "patch_head.",
+    "ibot_head.": "patch_head.", "cls_head.": "cls_head.", "attention_pool.": "attention_pool.",
+}  # fmt: skip
+
 # The first tensor of a ViT by which it is found behind the prefixes of wrappers, whatever these are.
 FIRST = re.compile(r"^(.*?)(patch_embed\.proj|embeddings\.patch_embeddings(\.projection)?)\.weight$")
 # Which of several networks in one file: the first word that a prefix has. MoCo evaluates its base encoder.
@@ -163,6 +169,25 @@ def canonical(path: str | Path, tensors: dict[str, Tensor], weights: Weights = "
     _require_known_positions(path, set(names.values()), renamed)
     _check(path, renamed)
     return renamed
+
+
+def heads_beside(tensors: dict[str, Tensor], weights: Weights = "teacher") -> dict[str, Tensor]:
+    """What lies beside or around the backbone and reads its tokens, under the names that it has in our runs; the
+    arguments are those of `canonical`."""
+    prefix = _wrapper({WRAPS.sub("", name): tensor for name, tensor in tensors.items()}, weights)
+    found: dict[str, Tensor] = {}
+    for around in (prefix, re.sub(r"\w+\.$", "", prefix)):
+        for name, tensor in tensors.items():
+            short = WRAPS.sub("", name).removeprefix(around)
+            for theirs, ours in HEADS_BESIDE.items():
+                if short.startswith(theirs):
+                    found[ours + short.removeprefix(theirs)] = tensor
+        if found:
+            break
+    parts = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+    for old, new in parts.items():  # torch's weight norm of then and now
+        found = {name.replace(f"last_layer.{old}", f"last_layer.{new}"): tensor for name, tensor in found.items()}
+    return found
 
 
 def _require_known_positions(path: str | Path, names: set[str], tensors: dict[str, Tensor]) -> None:

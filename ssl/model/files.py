@@ -138,9 +138,9 @@ def _choose(path: Path, content: Any, weights: Weights) -> dict[str, Tensor]:
     """The state dict in a file: at its top, or where training scripts put it."""
     if isinstance(content, dict):
         both = [key for key in ("teacher", "student") if isinstance(content.get(key), dict)]
-        if both and weights not in both:
-            raise ValueError(f"{path} holds no {weights}, only a {both[0]}; ask for that")
-        for key in (weights, *PLACES):
+        if weights == "student" and both == ["teacher"]:
+            raise ValueError(f"{path} holds no student, only a teacher; ask for that")
+        for key in (weights, *both, *PLACES):  # supervised training and distillation have a student alone
             if isinstance(content.get(key), dict):
                 content = content[key]
                 break

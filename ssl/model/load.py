@@ -11,7 +11,7 @@ checkpoint's name ({"heads": 12}), or Hugging Face's config.json and preprocesso
 import contextlib
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,15 @@ from torch import Tensor
 
 from skipless.common.pixels import MEAN, STD
 from skipless.ssl.model.build import filled_backbone, listed
-from skipless.ssl.model.families import TOWERS, Triple, architecture_of, canonical, family_of, normalization
+from skipless.ssl.model.families import (
+    TOWERS,
+    Triple,
+    architecture_of,
+    canonical,
+    family_of,
+    heads_beside,
+    normalization,
+)
 from skipless.ssl.model.files import ENDINGS, OTHERS, Weights, description, file_sha256, first_line, read_checkpoint
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.run.folder import last_checkpoint
@@ -63,6 +71,8 @@ class Loaded:
     """What the head read in training, "cls" or "mean" (of the patches); None where the checkpoint does not say."""
     assumed_heads: bool = False
     """Whether the number of attention heads is the usual one for the width, for want of anything that tells it."""
+    heads: dict[str, Tensor] = field(default_factory=dict)
+    """What a training checkpoint holds beside the backbone, see `families.heads_beside`."""
 
 
 def load_vit(ckpt: str | Path, weights: Weights = "teacher") -> Loaded:
@@ -112,7 +122,7 @@ def _load(
 ) -> Loaded:  # fmt: skip
     about = _about(path, beside)
     names = set(tensors)
-    family, assumed = "skipless", False
+    family, assumed, heads = "skipless", False, heads_beside(tensors, weights)
     tensors = canonical(path, tensors, weights)
     if architecture is None:
         family = family_of(names, tensors)
@@ -124,7 +134,8 @@ def _load(
         architecture, assumed = architecture_of(path, tensors, family, about)
     mean, std = normalization(path, about)
     model = _build(path, tensors, architecture)
-    return Loaded(model, name, family, file_sha256(path), mean, std, pool if pool in ("cls", "mean") else None, assumed)
+    pool = pool if pool in ("cls", "mean") else None
+    return Loaded(model, name, family, file_sha256(path), mean, std, pool, assumed, heads)
 
 
 def _build(path: str | Path, tensors: dict[str, Tensor], architecture: dict[str, Any]) -> VisionTransformer:

@@ -1,17 +1,20 @@
 """A backbone that starts from somebody's weights: made to fit another patch, another grid, other pixels."""
 
+import contextlib
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from skipless.common.pixels import MEAN, STD
 from skipless.ssl.data.squares import Images
 from skipless.ssl.model.build import ModelSettings, build_backbone
 from skipless.ssl.model.load import Loaded, load_vit
 from skipless.ssl.model.vit import VisionTransformer
+from skipless.ssl.run.folder import last_checkpoint
 
 SHAPES = {"dim": "wide", "depth": "blocks", "heads": "heads"}
 
@@ -65,6 +68,52 @@ def fill_(backbone: VisionTransformer, loaded: Loaded) -> VisionTransformer:
     fitting = {name: x for name, x in theirs.items() if name in ours and x.shape == ours[name].shape}
     backbone.load_state_dict(ours | fitting)
     return backbone
+
+
+@torch.no_grad()
+def start_heads(network: nn.Module, model: ModelSettings, fresh: bool = True) -> list[str]:
+    """Give what a network has beside its `backbone` the weights of that of `model.from_ckpt`, where all shapes are the
+    same, in place. Of a run's folder it is that of its last checkpoint. What is not trained stays.
+
+    Returns:
+        A sentence about each head of the two.
+    """
+    if model.from_ckpt is None or not fresh:
+        return []
+    theirs = _heads_there(model.from_ckpt)
+    ours = {name: x for name, x in network.named_parameters() if not name.startswith("backbone.")}
+    lines = []
+    for head in sorted({name.partition(".")[0] for name in theirs | ours} - {"mask_token"}):
+        there, here = (
+            {name: x for name, x in tensors.items() if name.partition(".")[0] == head} for tensors in (theirs, ours)
+        )
+        trained = {name: x for name, x in here.items() if x.requires_grad}
+        differing = sorted(there.keys() - here.keys()) + [
+            name for name, x in trained.items() if name not in there or there[name].shape != x.shape
+        ]
+        if not there or not here:
+            lines.append(
+                f"it has no {head}: this run's starts fresh" if here else f"its {head} is dropped: none is here"
+            )
+        elif differing:
+            shapes = [list(x[differing[0]].shape) if differing[0] in x else "none" for x in (there, here)]
+            lines.append(f"its {head} is dropped: {differing[0]} is {shapes[0]} there, and {shapes[1]} here")
+        else:
+            for name, x in trained.items():
+                x.copy_(there[name])
+            lines.append(f"its {head} is kept")
+    return lines
+
+
+def _heads_there(ckpt: str) -> dict[str, Tensor]:
+    there = load_vit(ckpt)
+    last = None if there.heads else last_checkpoint(Path(ckpt).expanduser() / "checkpoints")
+    if last is not None:
+        with contextlib.suppress(ValueError):  # written in parts, say
+            whole = load_vit(last)
+            if torch.equal(whole.model.norm.weight, there.model.norm.weight):
+                return whole.heads
+    return there.heads
 
 
 def require_same(backbone: VisionTransformer, loaded: Loaded) -> None:

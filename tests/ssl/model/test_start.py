@@ -1,5 +1,7 @@
 """A backbone with somebody's weights computes what they computed; patches, grids and pixels are made to fit."""
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from helpers import call, error_line, tiny_vit
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from skipless.ssl import distill, pretrain, supervised
+from skipless.ssl.dino import DINOHead, DINOModel
+from skipless.ssl.model.build import ModelSettings
 from skipless.ssl.model.load import Loaded, load_vit
-from skipless.ssl.model.start import fill_, resample_patches
+from skipless.ssl.model.start import fill_, resample_patches, start_heads
 from skipless.ssl.run.checkpoints import export_backbone
 
 
@@ -95,21 +99,66 @@ def test_runs_start_from_weights_and_resume_without_them(name: str, photos: Path
     data = ["--data.root", tmp_path / "data"] if name == "supervised" else ["--data.path", photos]
     teacher = ["--teacher.ckpt", tmp_path / "theirs"] if name == "distill" else []
     out = tmp_path / "out"
-    words = [*STILL, *MODEL, *more, *data, *teacher, "--model.residual=true", "--out", out]
+    still = [*STILL, *MODEL, *more, *data, *teacher, "--model.residual=true"]
+    words = [*still, "--out", out]
     done = call(module.main, [*words, "--model.from", tmp_path / "theirs"])
     assert done.returncode == 0, done.stderr
     assert f"starts from {tmp_path / 'theirs'} (skipless), with skip connections" in done.stdout + done.stderr
+    assert "it has no head: this run's starts fresh" in done.stdout + done.stderr
     state = loaded.model.state_dict()
     for file in (out / "backbone.safetensors",):
         written = load_file(file)
         assert written.keys() == state.keys()
         for key, tensor in state.items():
             torch.testing.assert_close(written[key], tensor, msg=key)
+    heads = []
+    for number, ckpt in enumerate((out / "checkpoints/last.pt", out)):
+        done = call(module.main, [*still, "--seed=5", "--out", tmp_path / f"{number}", "--model.from", ckpt])
+        assert done.returncode == 0, done.stderr
+        assert "its head is kept" in done.stdout + done.stderr
+        heads += [load_vit(folder / "checkpoints/last.pt").heads for folder in (out, tmp_path / f"{number}")]
+    assert heads[0]
+    for others in heads[1:]:
+        assert others.keys() == heads[0].keys()
+        for key, tensor in heads[0].items():
+            torch.testing.assert_close(others[key], tensor, msg=key, atol=1e-6, rtol=0)
     (out / "backbone.json").unlink()
     again = call(
         module.main, [*words, "--resume", *(["--model.from", tmp_path / "gone"] if name == "pretrain" else [])]
     )
     assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    ("head", "change", "words"),
+    [
+        (DINOHead(24, 16, 8, 8), lambda s: s, "its head is kept"),
+        (DINOHead(24, 16, 8, 8), lambda s: {n.replace("head.", "dino_head."): t for n, t in s.items()}, "is kept"),
+        (DINOHead(24, 16, 8, 8), lambda s: {"module." + n: t for n, t in s.items()}, "its head is kept"),
+        (DINOHead(24, 32, 8, 8), lambda s: s, r"original1 is \[32, 8\] there, and \[16, 8\] here"),
+        (nn.Linear(24, 16), lambda s: s, r"dropped: head.bias is \[16\] there, and none here"),
+        (nn.Identity(), lambda s: s, "it has no head: this run's starts fresh"),
+    ],
+)
+def test_heads_that_fit_are_kept(head: Any, change: Callable[[Any], Any], words: str, tmp_path: Path) -> None:
+    """Those of DINO's own files have torch's older names of weight norm; a length that stays 1 does."""
+    theirs = DINOModel(source().model, head, "mean")
+    state = {name: torch.randn_like(x) for name, x in head.state_dict().items()}
+    names = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    old = {f"head.{name}": x for name, x in state.items()}
+    for new, before in names.items():
+        old = {name.replace(new, before): x for name, x in old.items()}
+    content = change(theirs.state_dict() | old)
+    content = {name: x for name, x in content.items() if "parametrizations" not in name}
+    architecture = theirs.backbone.architecture
+    torch.save({"teacher": content, "args": None, "architecture": architecture}, tmp_path / "theirs.pt")
+    ours = DINOModel(tiny_vit(), DINOHead(24, 16, 8, 8), "mean")
+    before = {name: x.clone() for name, x in ours.head.state_dict().items()}
+    (line,) = start_heads(ours, ModelSettings(from_ckpt=str(tmp_path / "theirs.pt")))
+    assert re.search(words, line)
+    expected = state | {"last_layer.parametrizations.weight.original0": torch.ones(16, 1)}
+    for name, x in ours.head.state_dict().items():
+        assert torch.equal(x, expected[name] if "kept" in words else before[name]), name
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(photos: Path, tmp_path: Path) -> None:
