@@ -6,7 +6,7 @@
 
 Central squares of --size pixels, the last block after its norm. The file holds the images' names and, for each of
 --vectors, float16 [D] an image (patches: [h, w, D]); .csv has a column a channel. What was computed is kept in --cache:
-after an interruption the same command goes on.
+after an interruption the same command goes on. Images that cannot be read are left out, and named at the end.
 """
 
 import skipless.common.interruption  # noqa: F401
@@ -23,13 +23,14 @@ import numpy as np
 
 from skipless.common import cli, distributed
 from skipless.common.files import printable, write_atomically
-from skipless.datasets.images import open_images
+from skipless.datasets.images import ImageSource, UnreadableImage, open_images
 from skipless.eval.backbones import Precision, Weights, load_backbone
 from skipless.eval.features import Features, data_sha256, default_cache, extract
 from skipless.ssl.data.loader import loader_workers
 
 Kind = Literal["cls", "mean", "patches"]
 ROWS = 256  # images that are in memory together
+NAMED = 10  # of the images that could not be read
 
 
 @dataclass
@@ -73,7 +74,7 @@ def embed(cfg: Settings) -> Path:
     """Write the file that the settings ask for, and return its path.
 
     Raises:
-        ValueError, OSError: a backbone, images or a file that cannot be used; an unreadable image, by its name.
+        ValueError, OSError: a backbone, images or a file that cannot be used; no image that can be read.
     """
     device = distributed.start(cfg.device)
     out = Path(cfg.out)
@@ -93,13 +94,32 @@ def embed(cfg: Settings) -> Path:
         resize=round(size * 8 / 7),
         pooled="patches" not in cfg.vectors,
         identity=None if source.members is None else data_sha256([source.root]) + source.names_sha256,
+        leave_out=True,
     )
+    reasons = dict(why_unreadable(source, features))
+    rows = np.array([index for index in range(len(source)) if index not in reasons])
+    if not len(rows):
+        raise ValueError(f"{cfg.images}: none of its {len(source):,} images can be read ({reasons[0]})")
     if distributed.rank() == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
-        names = [printable(source.names[index]) for index in range(len(source))]
-        write_atomically(out, partial(WRITERS[out.suffix], names, features, cfg.vectors))
-        print(f"{out}: {', '.join(cfg.vectors)} of {len(source):,} images, {features.dim} channels, by {backbone.path}")
+        names = [printable(source.names[index]) for index in rows]
+        write_atomically(out, partial(WRITERS[out.suffix], names, features, rows, cfg.vectors))
+        print(f"{out}: {', '.join(cfg.vectors)} of {len(rows):,} images, {features.dim} channels, by {backbone.path}")
+        if reasons:
+            more = f"; and {len(reasons) - NAMED:,} more" if len(reasons) > NAMED else ""
+            named = "; ".join(list(reasons.values())[:NAMED])
+            print(f"{len(reasons):,} of {len(source):,} images could not be read and are left out: {named}{more}")
     return out
+
+
+def why_unreadable(source: ImageSource, features: Features) -> Iterator[tuple[int, str]]:
+    """The images that were left out, each with what is wrong with it."""
+    for index in features.left_out():
+        try:
+            source.read(index)
+            yield index, f"{printable(source.place(index))}: it can be read by now; delete {features.folder}"
+        except UnreadableImage as error:
+            yield index, str(error)
 
 
 def check_out(out: Path, vectors: tuple[Kind, ...]) -> None:
@@ -117,11 +137,11 @@ def check_out(out: Path, vectors: tuple[Kind, ...]) -> None:
             raise ValueError(f"{out} needs the package pyarrow: pip install pyarrow, or give .npz or .csv") from None
 
 
-def parts(features: Features, kind: Kind) -> Iterator[np.ndarray]:
-    """float16 [B, D] of images in their order, [B, h, w, D] for patches."""
+def parts(features: Features, all_rows: np.ndarray, kind: Kind) -> Iterator[np.ndarray]:
+    """float16 [B, D] of the images of these numbers, [B, h, w, D] for patches."""
     last = features.blocks[-1:]
-    for start in range(0, features.images, ROWS):
-        rows = np.arange(start, min(start + ROWS, features.images))
+    for start in range(0, len(all_rows), ROWS):
+        rows = all_rows[start : start + ROWS]
         if kind == "cls":
             yield features.read_cls(rows, last).numpy()
         elif kind == "patches":
@@ -130,34 +150,36 @@ def parts(features: Features, kind: Kind) -> Iterator[np.ndarray]:
             yield features.read(rows, last).float().mean((1, 2)).half().numpy()
 
 
-def write_npz(names: list[str], features: Features, vectors: tuple[Kind, ...], path: Path) -> None:
+def write_npz(names: list[str], features: Features, rows: np.ndarray, vectors: tuple[Kind, ...], path: Path) -> None:
     """Arrays `names` and those of `vectors`, as np.load reads them, without holding them all in memory."""
     with zipfile.ZipFile(path, "w") as archive:
         with archive.open("names.npy", "w") as file:
             np.save(file, np.array(names))
         for kind in vectors:
-            shape = (features.images, *(features.grid if kind == "patches" else ()), features.dim)
+            shape = (len(rows), *(features.grid if kind == "patches" else ()), features.dim)
             with archive.open(f"{kind}.npy", "w", force_zip64=True) as file:
                 head = {"descr": "<f2", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, head)
-                for part in parts(features, kind):
+                for part in parts(features, rows, kind):
                     file.write(part.tobytes())
 
 
-def write_csv(names: list[str], features: Features, vectors: tuple[Kind, ...], path: Path) -> None:
+def write_csv(names: list[str], features: Features, rows: np.ndarray, vectors: tuple[Kind, ...], path: Path) -> None:
     """A line an image: its name, and a column a channel."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["name", *(f"{kind}_{channel}" for kind in vectors for channel in range(features.dim))])
         start = 0
-        for together in zip(*(parts(features, kind) for kind in vectors), strict=True):
-            rows = np.concatenate(together, axis=1)
-            for name, row in zip(names[start : start + len(rows)], rows, strict=True):
-                writer.writerow([name, *map(str, row)])
-            start += len(rows)
+        for together in zip(*(parts(features, rows, kind) for kind in vectors), strict=True):
+            lines = np.concatenate(together, axis=1)
+            for name, line in zip(names[start : start + len(lines)], lines, strict=True):
+                writer.writerow([name, *map(str, line)])
+            start += len(lines)
 
 
-def write_parquet(names: list[str], features: Features, vectors: tuple[Kind, ...], path: Path) -> None:
+def write_parquet(
+    names: list[str], features: Features, rows: np.ndarray, vectors: tuple[Kind, ...], path: Path
+) -> None:
     """Columns `name` and those of `vectors`: lists of D float16 (patches: h * w lists of D, rows first)."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -167,7 +189,7 @@ def write_parquet(names: list[str], features: Features, vectors: tuple[Kind, ...
     schema = pa.schema([("name", pa.string()), *((kind, cells if kind == "patches" else vector) for kind in vectors)])
     with parquet.ParquetWriter(path, schema) as writer:
         start = 0
-        for together in zip(*(parts(features, kind) for kind in vectors), strict=True):
+        for together in zip(*(parts(features, rows, kind) for kind in vectors), strict=True):
             columns = [pa.array(names[start : start + len(together[0])])]
             for field, part in zip(list(schema)[1:], together, strict=True):
                 lists = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), features.dim)
@@ -178,7 +200,7 @@ def write_parquet(names: list[str], features: Features, vectors: tuple[Kind, ...
             start += len(together[0])
 
 
-WRITERS: dict[str, Callable[[list[str], Features, tuple[Kind, ...], Path], None]] = {
+WRITERS: dict[str, Callable[[list[str], Features, np.ndarray, tuple[Kind, ...], Path], None]] = {
     ".npz": write_npz,
     ".csv": write_csv,
     ".parquet": write_parquet,

@@ -84,6 +84,11 @@ class Features:
         """The file of a shard."""
         return self.folder / f"block-{block + 1:02d}" / f"{index:05d}.npy"
 
+    def left_out(self) -> list[int]:
+        """The images that could not be read, where `extract` was told to leave them out: their features are NaN."""
+        places = [_open_shard(self.path(self.blocks[-1], index))[:, 0, 0] for index in range(self.shards)]
+        return [int(row) for row in np.flatnonzero(np.isnan(np.concatenate(places)))]
+
     def missing_blocks(self, index: int) -> list[int]:
         """The blocks of which a shard has not been written."""
         return [block for block in self.blocks if not self.path(block, index).exists()]
@@ -115,6 +120,7 @@ def extract(
     resize: int | None = None,
     pooled: bool = False,
     identity: str | None = None,
+    leave_out: bool = False,
 ) -> Features:
     """Features of images of one size, from the cache as far as they are there.
 
@@ -133,6 +139,7 @@ def extract(
         pooled: keep CLS and the mean of the patches alone.
         identity: what tells the data set from others where images are not files of their own; `paths` then only say
             which image an error is about.
+        leave_out: go on past unreadable images, see `Features.left_out`.
 
     Raises:
         ValueError: an unreadable image, features that are not finite or beyond half precision, a size that is no
@@ -155,6 +162,7 @@ def extract(
         "images": len(paths),
         "shard": shard,
         **({"pooled": True} if pooled else {}),
+        **({"leave_out": True} if leave_out else {}),
     }
     folder = cache / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     features = Features(folder, len(paths), numbers, grid, backbone.dim, shard)
@@ -171,7 +179,7 @@ def extract(
         if rank() == 0:
             write_text(folder / "about.json", json.dumps({**about, "path": backbone.path}, indent=1) + "\n")
         mine = {index: missing[index] for index in list(missing)[rank() :: world_size()]}
-        square = partial(_read_sized, paths, read, (height, width), resize)
+        square = partial(_read_sized, paths, read, (height, width), resize, leave_out)
         _fill_shards(features, mine, backbone, paths, square, kind, pooled, batch_size, workers, title, done)
     any_process(False)  # wait for the others
     for index in missing:
@@ -185,7 +193,7 @@ def _fill_shards(
     missing: dict[int, list[int]],
     backbone: Backbone,
     paths: Sequence[Path],
-    read: Callable[[int], np.ndarray],
+    read: Callable[[int], np.ndarray | None],
     kind: FeatureKind,
     pooled: bool,
     batch_size: int,
@@ -206,12 +214,15 @@ def _fill_shards(
     with Progress(total=total, initial=done, desc=title, unit="image", active=rank() == 0) as progress:
         for (index, rows), pictures in zip(batches, loader, strict=True):
             shard, blocks = features.rows(index), missing[index]
-            first = rows[0] - shard[0]
-            if first == 0:
+            if rows[0] == shard[0]:
                 shape = (len(blocks), len(shard), 1 + features.grid[0] * features.grid[1], features.dim)
-                tokens = np.empty(shape, np.float16)
-            places = [paths[row] for row in rows]
-            tokens[:, first : first + len(rows)] = _tokens(backbone, pictures, blocks, kind, pooled, places)
+                tokens = np.full(shape, np.nan, np.float16)
+            there = {
+                row - shard[0]: picture for row, picture in zip(rows, pictures, strict=True) if picture is not None
+            }
+            if there:
+                places = [paths[shard[0] + position] for position in there]
+                tokens[:, list(there)] = _tokens(backbone, list(there.values()), blocks, kind, pooled, places)
             if rows[-1] == shard[-1]:
                 for block, array in zip(blocks, tokens, strict=True):
                     write_atomically(features.path(block, index), lambda beside, array=array: _save(beside, array))  # type: ignore[misc]
@@ -233,13 +244,16 @@ def _read_sized(
     read: Callable[[int], np.ndarray],
     size: tuple[int, int],
     resize: int | None,
+    leave_out: bool,
     index: int,
-) -> np.ndarray:
-    """uint8 [*size, 3]. Raises ValueError or OSError, naming the image."""
+) -> np.ndarray | None:
+    """uint8 [*size, 3]; None of what is to be left out. Raises ValueError or OSError, naming the image."""
     try:
         image = read(index)
         return resample(image, *size) if resize is None else center_crop(image, size[0], resize)
     except UnreadableImage:  # names it
+        if leave_out:
+            return None
         raise
     except (ValueError, OSError) as error:
         raise ValueError(f"{paths[index]}: {error}") from None

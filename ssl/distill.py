@@ -81,7 +81,6 @@ def distill(cfg: Settings) -> Path:
     size, workers = cfg.views.size, loader_workers(cfg.data.workers, device)
     teacher = Teacher(cfg.teacher, size // cfg.model.patch).to(device)
     monitor = Monitor(cfg.monitor, images, size, cfg.model.pool, device, workers, cfg.out)
-
     torch.manual_seed(cfg.seed)
     backbone = start_backbone(cfg.model, size, cfg.seed, images, fresh=not cfg.last_checkpoint)
     student = Student(backbone, teacher.model.dim, cfg.distillation, cfg.model.pool).to(device)

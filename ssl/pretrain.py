@@ -59,7 +59,6 @@ def pretrain(cfg: Settings) -> Path:
     cfg, notes = check_and_resolve(cfg, images, device)  # nothing is written before the run is opened
     size, workers = cfg.crops.global_crops_size, loader_workers(cfg.data.workers, device)
     monitor = Monitor(cfg.monitor, images, size, cfg.model.pool, device, workers, cfg.out)
-
     torch.manual_seed(cfg.seed)
     backbone = start_backbone(cfg.model, cfg.position_size, cfg.seed, images, fresh=not cfg.earlier)
     student = build_dino(backbone, cfg.dino, cfg.model.pool, cfg.ibot.on, cfg.ibot.out_dim).to(device)

@@ -1,6 +1,7 @@
 """Vectors of a folder: the same in every kind of file, and those of the backbone."""
 
 import csv
+import shutil
 import sys
 from pathlib import Path
 
@@ -67,6 +68,38 @@ def test_it_goes_on_where_it_was_interrupted(
     assert first.stat().st_mtime_ns == before
     with np.load(tmp_path / "a.npz") as file:
         assert file["patches"].shape == (40, 4, 4, 24)
+
+
+@pytest.mark.parametrize("ending", [".npz", ".csv"])
+def test_unreadable_images_are_left_out_and_named(tiny_run: Path, photos: Path, tmp_path: Path, ending: str) -> None:
+    names, vectors = expected(tiny_run, photos)
+    shutil.copytree(photos, tmp_path / "photos")
+    broken = [names[0], names[7], names[-1]]
+    for name in broken:
+        (tmp_path / "photos" / name).write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    words = [tmp_path / "photos", "--ckpt", tiny_run, "--size", 32, "--cache", tmp_path / "cache", "--vectors", "mean"]
+    for out in (tmp_path / f"a{ending}", tmp_path / f"b{ending}"):  # the second out of the cache
+        done = call(embed.main, [*words, "--out", out])
+        assert done.returncode == 0, done.stderr
+        assert "mean of 37 images" in done.stdout
+        (line,) = [line for line in done.stdout.splitlines() if "left out" in line]
+        assert line.startswith("3 of 40 images could not be read and are left out: ")
+        assert all(f"{name}: " in line for name in broken)
+        if ending == ".npz":
+            with np.load(out) as file:
+                found, values = file["names"].tolist(), file["mean"].astype(np.float32)
+        else:
+            _, *rows = csv.reader(out.read_text().splitlines())
+            found, values = [row[0] for row in rows], np.array([row[1:] for row in rows], np.float32)
+        kept = [index for index, name in enumerate(names) if name not in broken]
+        assert found == [names[index] for index in kept]
+        torch.testing.assert_close(torch.from_numpy(values), vectors["mean"][kept], atol=4e-3, rtol=0)
+    for name in names:
+        (tmp_path / "photos" / name).write_bytes(b"")
+    refused = error_line(call(embed.main, [*words, "--out", tmp_path / f"c{ending}"]).stderr)
+    assert "none of its 40 images can be read (" in refused
+    assert names[0] in refused
+    assert not (tmp_path / f"c{ending}").exists()
 
 
 def test_refusals(
