@@ -142,7 +142,7 @@ def test_automodel_reads_our_own_layout(
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    out = exported(runs[name], tmp_path / "out", "safetensors")
+    out = exported(runs[name], tmp_path / "out", "safetensors" if name == "residual" else "hf")
     there = transformers.AutoModel.from_pretrained(out, trust_remote_code=True)
     prefix = 1 + MODELS[name].get("registers", 0)
     with torch.no_grad():
