@@ -69,7 +69,9 @@ def command_lines(folder: Path, out: Path) -> dict[str, list[str]]:
         "report": [
             *cached, "--count=2", "--classification.size=32", "--classification.pool=mean", "--segmentation.size=32",
             f"--classification.root={scenes}", "--segmentation.name=scenes", f"--segmentation.root={scenes}",
-            "--discovery.name=scenes", f"--discovery.root={scenes}",
+            "--discovery.name=scenes", f"--discovery.root={scenes}", f"--correspondence.root={folder / 'pairs'}",
+            "--saliency.name=saliency", f"--saliency.root={scenes / 'VOCdevkit/VOC2012'}",
+            f"--video.root={folder / 'videos'}", "--depth.name=depth", f"--depth.root={folder / 'rooms'}",
         ],
         "segmentation": [*dense, "--protocol=quick", "--quick.size=32", "--quick.epochs=1"],
         "discovery": [*model, "--data.name=scenes", f"--data.root={scenes}"],

@@ -11,7 +11,7 @@ again: after an interruption, or with one more checkpoint or data set, the same 
 Results made by the evaluations themselves are taken up with --collect FOLDER. Without data, the page has pictures only.
 
 Tasks: knn, linear (--classification), segmentation (protocol quick), retrieval, clustering (--segmentation), lost,
-tokencut (--discovery).
+tokencut (--discovery), saliency, correspondence, video, depth (each by its own data).
 """
 
 import skipless.common.interruption  # noqa: F401
@@ -32,7 +32,19 @@ from skipless.common.files import printable, write_text
 from skipless.common.settings import LATER, command_line, plain
 from skipless.datasets.images import read_image
 from skipless.datasets.labels.classes import LabeledData
-from skipless.eval import clustering, discovery, knn, linear, retrieval, segmentation
+from skipless.datasets.labels.saliency import SaliencyName
+from skipless.eval import (
+    clustering,
+    correspondence,
+    depth,
+    discovery,
+    knn,
+    linear,
+    retrieval,
+    saliency,
+    segmentation,
+    video,
+)
 from skipless.eval.backbones import Backbone, Precision, load_backbone, untrained, usable_precision
 from skipless.eval.classification import Pooling, untrained_vector
 from skipless.eval.dense import data as dense
@@ -47,10 +59,13 @@ from skipless.eval.page.tables import latex_table, markdown_table, table_of, usa
 T = TypeVar("T")
 COMMANDS: dict[str, Any] = {
     "knn": knn, "linear": linear, "segmentation": segmentation, "retrieval": retrieval, "clustering": clustering,
-    "discovery": discovery,
+    "discovery": discovery, "saliency": saliency, "correspondence": correspondence, "video": video, "depth": depth,
 }  # fmt: skip
 
-TASKS = ("knn", "linear", "segmentation", "retrieval", "clustering", "lost", "tokencut")
+TASKS = (
+    "knn", "linear", "segmentation", "retrieval", "clustering", "lost", "tokencut", "saliency", "correspondence",
+    "video", "depth",
+)  # fmt: skip
 
 
 @dataclass
@@ -96,6 +111,42 @@ class DiscoveryData(objects.DataSettings):
 
 
 @dataclass
+class SaliencyData(saliency.DataSettings):
+    """Data of saliency; see eval/saliency.py."""
+
+    name: SaliencyName = "ecssd"
+    """Data set; saliency is a folder of your own."""
+    root: str = ""
+    """Its folder; left out, the task is left out."""
+
+
+@dataclass
+class CorrespondenceData(correspondence.DataSettings):
+    """Data of correspondence; see eval/correspondence.py."""
+
+    root: str = ""
+    """Folder of SPair-71k; left out, the task is left out."""
+
+
+@dataclass
+class VideoData(video.DataSettings):
+    """Data of video; see eval/video.py."""
+
+    root: str = ""
+    """Folder of DAVIS or of your own videos; left out, the task is left out."""
+    size: int = video.SIZE
+    """Short side in pixels that frames are resized to."""
+
+
+@dataclass
+class DepthData(depth.DataSettings):
+    """Data of depth; see eval/depth.py."""
+
+    root: str = ""
+    """Folder of NYUv2 or of your own images; left out, the task is left out."""
+
+
+@dataclass
 class Settings(EvaluationSettings):
     """One page that compares checkpoints."""
 
@@ -118,6 +169,14 @@ class Settings(EvaluationSettings):
     """Data of segmentation, retrieval and clustering."""
     discovery: DiscoveryData = field(default_factory=DiscoveryData)
     """Data of lost and tokencut."""
+    saliency: SaliencyData = field(default_factory=SaliencyData)
+    """Data of saliency."""
+    correspondence: CorrespondenceData = field(default_factory=CorrespondenceData)
+    """Data of correspondence."""
+    video: VideoData = field(default_factory=VideoData)
+    """Data of video."""
+    depth: DepthData = field(default_factory=DepthData)
+    """Data of depth."""
     collect: tuple[str, ...] = ()
     """Folders with results that the evaluations wrote; those of the same checkpoints join the table."""
     _: KW_ONLY
@@ -273,6 +332,16 @@ def planned(settings: Settings, candidate: Candidate, folder: Path) -> list[Task
         boxes, features = part(objects.DataSettings, d), choose_features(d.features, candidate.backbone)
         for method in ("lost", "tokencut"):
             add(method, discovery, data=boxes, method=method, features=features, every_block=True, **common)
+    if settings.saliency.root:
+        features = choose_features("auto", candidate.backbone)
+        add("saliency", saliency, data=part(saliency.DataSettings, settings.saliency), features=features, **common)
+    if settings.correspondence.root:
+        pairs = part(correspondence.DataSettings, settings.correspondence)
+        add("correspondence", correspondence, data=pairs, **common)
+    if settings.video.root:
+        add("video", video, data=part(video.DataSettings, settings.video), size=settings.video.size, **common)
+    if settings.depth.root:
+        add("depth", depth, data=part(depth.DataSettings, settings.depth), **on_features)
     return [task for task in plan if task.name in settings.tasks]
 
 

@@ -64,10 +64,17 @@ class Settings(SheetSettings, EvaluationSettings):
     tau: float | None = None
     """tokencut: cosine above which two patches are tied; by default the published 0.2."""
     _: KW_ONLY
+    limit: int | None = None
+    """At most so many images, evenly spread over the set: for a quick look. Named SUBSET."""
     untrained: bool = False
     """Measure the checkpoint's architecture with random weights: the floor its figure stands on."""
     batch_size: int = 8
     """Images of one size that go through the network together. Changes speed and memory alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.limit is not None and self.limit < 1:
+            raise ValueError("limit must be 1 or more")
 
 
 def evaluate(settings: Settings) -> dict[str, Any]:
@@ -81,9 +88,10 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     context = prepare(settings, "saliency")  # in float32: thresholds on cosines hang on small differences
     features = context.recorded["features"] = choose_features(settings.features, context.backbone)
     blocks = choose_block(settings.block, settings.every_block, context.backbone)
-    data = saliency_masks(settings.data.root, settings.data.name)
-    images = data.images
-    description = describe_split(images.name, images.split, len(images))
+    whole = saliency_masks(settings.data.root, settings.data.name)
+    data = whole.spread(settings.limit or len(whole))
+    images, own = data.images, len(whole) if settings.data.name == "saliency" else None
+    description = describe_split(images.name, images.split, len(images), own)
     parts = [f"{images.name}-{settings.method}"]
     parts += [features] if features != "keys" else []
     parts += [f"block-{blocks[-1] + 1}"] if settings.block != "last" else []

@@ -29,8 +29,9 @@ from skipless.common.pixels import center_crop
 from skipless.common.progress import duration
 from skipless.datasets.images import open_images
 from skipless.datasets.synthetic.dataset import write_scenes
+from skipless.datasets.synthetic.moving import write_moving_scenes
 from skipless.eval.backbones import Backbone, load_backbone
-from skipless.eval.report import DiscoveryData, SegmentationData, make_report
+from skipless.eval.report import DiscoveryData, SegmentationData, VideoData, make_report
 from skipless.eval.report import Settings as ReportSettings
 from skipless.ssl.config import Settings as Pretraining
 from skipless.ssl.model.build import build_backbone
@@ -107,15 +108,17 @@ def print_knn(run: Path, k: int) -> None:
 
 def make_page(out: Path, run: Path) -> Path:
     """Measure both backbones as the evaluations do, and write the page that compares them."""
+    write_moving_scenes(out / "videos", size=96)
     settings = ReportSettings(
         ckpt=(str(out / "untrained"), str(run)),
         names=("untrained", "trained"),
         out=str(out / "report"),
         images=str(out / "scenes" / "val"),
         size=96,
-        tasks=("segmentation", "tokencut"),
+        tasks=("segmentation", "tokencut", "video"),
         segmentation=SegmentationData(name="scenes", root=str(out / "scenes"), size=96, max_images=300),
         discovery=DiscoveryData(name="scenes", root=str(out / "scenes")),
+        video=VideoData(root=str(out / "videos"), size=96),
         cache=str(out / "features"),
         batch_size=64,
     )
@@ -129,6 +132,7 @@ def print_dense(out: Path) -> None:
     for title, file in (
         ("linear segmentation, mIoU", "segmentation/segmentation.json"),
         ("object discovery, CorLoc", "tokencut/discovery.json"),
+        ("objects in moving scenes, J&F", "video/video.json"),
     ):
         results = [
             json.loads((out / "report" / "results" / name / file).read_text()) for name in ("untrained", "trained")

@@ -5,6 +5,7 @@ from typing import Any
 
 from helpers import ROOT, call, load
 
+from skipless.datasets.labels.videos import davis
 from skipless.datasets.scenes import main
 from skipless.eval.dense.data import open_split
 from skipless.eval.objects.data import open_data
@@ -21,3 +22,4 @@ def test_the_page_measures_the_demos_scenes(tmp_path: Path) -> None:
     assert len(open_split(settings.segmentation, settings.segmentation.split)) == 2
     boxes, _ = open_data(settings.discovery)
     assert len(boxes) == 2
+    assert len(davis(settings.video.root)) == 4

@@ -35,6 +35,12 @@ class SaliencySet:
     def __len__(self) -> int:
         return len(self.masks)
 
+    def spread(self, count: int) -> "SaliencySet":
+        """At most `count` of the images, evenly spread."""
+        rows = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int).tolist()
+        images = set_without_boxes(self.images.name, [self.images.images[row] for row in rows])
+        return SaliencySet(images, tuple(self.masks[row] for row in rows))
+
     def read_mask(self, index: int) -> np.ndarray:
         """bool [H, W]: pixels that are not black. Soft borders of masks belong to the object, as in the evaluation that
         TokenCut (arXiv 2202.11539) released.

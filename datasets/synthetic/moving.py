@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from skipless.common.files import whole_folder
 from skipless.datasets.labels.voc import voc_palette
 from skipless.datasets.synthetic.drawing import MIN_SIZE, render_scene
 
@@ -32,17 +33,21 @@ def moving_scene(
 
 
 def write_moving_scenes(root: Path, videos: int = 4, frames: int = 12, size: int = 128, seed: int = 0) -> None:
-    """Write videos below `root` as the split val of DAVIS 2017 lies there. Raises FileExistsError where they are."""
-    lists = root / "ImageSets/2017"
-    lists.mkdir(parents=True)
+    """Write videos to `root` as the split val of DAVIS 2017 lies there, whole or not at all; one that is there already
+    is left as it is."""
+    if root.exists():
+        return
     names = [f"scene-{number}" for number in range(videos)]
-    for number, name in enumerate(names):
-        images, masks = moving_scene(np.random.default_rng((seed, number)), frames, size)
-        for kind in ("JPEGImages", "Annotations"):
-            (root / kind / "480p" / name).mkdir(parents=True)
-        for place, (image, mask) in enumerate(zip(images, masks, strict=True)):
-            Image.fromarray(image).save(root / f"JPEGImages/480p/{name}/{place:05}.jpg", quality=92)
-            picture = Image.fromarray(mask)
-            picture.putpalette(voc_palette().ravel().tolist())
-            picture.save(root / f"Annotations/480p/{name}/{place:05}.png")
-    (lists / "val.txt").write_text("".join(f"{name}\n" for name in names))
+    with whole_folder(root) as folder:
+        for number, name in enumerate(names):
+            images, masks = moving_scene(np.random.default_rng((seed, number)), frames, size)
+            for kind in ("JPEGImages", "Annotations"):
+                (folder / kind / "480p" / name).mkdir(parents=True)
+            for place, (image, mask) in enumerate(zip(images, masks, strict=True)):
+                Image.fromarray(image).save(folder / f"JPEGImages/480p/{name}/{place:05}.jpg", quality=92)
+                picture = Image.fromarray(mask)
+                picture.putpalette(voc_palette().ravel().tolist())
+                picture.save(folder / f"Annotations/480p/{name}/{place:05}.png")
+        lists = folder / "ImageSets/2017"
+        lists.mkdir(parents=True)
+        (lists / "val.txt").write_text("".join(f"{name}\n" for name in names))

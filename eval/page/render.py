@@ -234,10 +234,10 @@ def curves(series: dict[str, list[dict[str, Any]]], metric: str, colors: dict[st
 
 
 def sheets(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
-    """The sheets of pictures that segmentation and discovery left."""
+    """The sheets of pictures that evaluations left."""
     return [
         {"name": name, "protocol": result["protocol"], "source": picture_url(read_image(result["pictures"]), 1000, 60)}
-        for task in ("segmentation", "discovery")
+        for task in ("segmentation", "discovery", "saliency", "video", "depth")
         for name, measured in results.items()
         for result in measured
         if result["task"] == task and Path(result["pictures"]).exists()

@@ -7,7 +7,10 @@ from typing import Any
 
 from skipless.common.files import printable
 
-ORDER = ("knn", "linear", "segmentation", "retrieval", "clustering", "discovery")
+ORDER = (
+    "knn", "linear", "segmentation", "retrieval", "clustering", "discovery", "saliency", "correspondence", "video",
+    "depth",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import refusal, tiny_vit
+from helpers import ROOT, load, refusal, tiny_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -100,6 +100,29 @@ def test_command_measures_everything_and_writes_page_and_tables(report: Any) -> 
     assert [svg.count("PolyCollection_") for svg in plots] == [2] * 4
     assert "shallow <b>" not in page.replace("shallow \\u003cb>", "")
     assert not re.search(r"(?:src|href)=\"(?!data:|#)", page)
+
+
+def test_saliency_correspondence_video_and_depth_are_on_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    miniatures = load(ROOT / "benchmarks/miniatures.py")
+    miniatures.write_data(tmp_path)
+    tasks = ("saliency", "correspondence", "video", "depth")
+    words = [*miniatures.command_lines(tmp_path, tmp_path)["report"], "--tasks", *tasks]
+    main(words)
+    table = (tmp_path / "report/report.md").read_text()
+    for protocol, metric in (
+        ("saliency-tokencut", "maxF"),
+        ("spair-nearest/448px", "PCK@0.1"),
+        ("davis17-propagation/dino", "J&F"),
+        ("rooms-depth/quick", "delta1"),
+    ):
+        assert re.search(rf"^\| {protocol} \| [^|]* \| {metric} \| \**\d", table, re.MULTILINE), protocol
+    page = (tmp_path / "report/report.html").read_text()
+    assert {f"eval/{task}.py" for task in tasks} <= set(re.findall(r"python (eval/\w+\.py) [^<]*--ckpt=", page))
+    capsys.readouterr()
+    main(words)
+    assert "(1 of 1): " not in capsys.readouterr().out
 
 
 def test_what_is_measured_is_not_measured_again(again: Any, capsys: pytest.CaptureFixture) -> None:

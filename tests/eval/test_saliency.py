@@ -99,6 +99,8 @@ def test_a_set_is_measured(command: Evaluation, ecssd: Path, tiny_ckpt: Path, tm
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "saliency.json", "saliency.md", "saliency.png",
     ]  # fmt: skip
+    few = command.measure("--limit=2")
+    assert (few["images"], "SUBSET, 2 of 1,000" in few["details"]["data"]) == (2, True)
     assert f"{100 * measured[1]:.1f}" in (tmp_path / "out" / "saliency.md").read_text()
 
 

@@ -67,6 +67,7 @@ LATER: dict[str, Any] = {
     "data.annotations": None,
     "share": 1,
     "seeds": 1,
+    "limit": None,
 }
 # Numbers that may be negative: a cosine.
 SIGNED = ("tau",)
