@@ -22,7 +22,8 @@ def begin() -> None:
 
 
 _program = Path(sys.argv[0])
-_is_command = "skipless" in (_program.name, _program.parent.name) or _program.parent.name in ("ssl", "eval", "datasets")
+_is_console = _program.name == "skipless" or _program.parts[-2:] == ("skipless", "__main__.py")
+_is_command = _is_console or _program.parent.name in ("ssl", "eval", "datasets")
 # Not in a test or a notebook that imports a command, nor where Ctrl-C is ignored. Workers leave it to their parent.
 if _is_command and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, end if multiprocessing.parent_process() is None else signal.SIG_IGN)
