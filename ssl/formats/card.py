@@ -11,7 +11,7 @@ from skipless.common.files import printable
 from skipless.common.progress import duration
 from skipless.common.settings import flat
 from skipless.ssl.formats.layouts import Written
-from skipless.ssl.model.load import Loaded
+from skipless.ssl.model.load import Loaded, shipped_file
 
 # Where a run was, and how it was watched, is no property of the model.
 PRIVATE = ("out", "device", "resume", "wandb", "log_to", "keep", "log_every", "save_every_epochs", "data.workers")
@@ -48,7 +48,7 @@ def model_card(loaded: Loaded, name: str, written: Written, license: str, result
         f"`images` are RGB in [0, 1], less the mean {list(loaded.mean)}, divided by {list(loaded.std)}."
         + (" For a vector of an image take the mean of the patches, as in training." if loaded.pool == "mean" else ""),
     ]
-    about = run_facts(Path(loaded.path).expanduser())
+    about = run_facts(loaded.path)
     figures = [*run_figures(about), *(row for path in results for row in result_rows(path, loaded.sha256))]
     table = "\n".join(["| what | on | value |", "|---|---|---:|", *(f"| {' | '.join(row)} |" for row in figures)])
     parts.append("## Figures\n\n" + (table if figures else "None were measured, or none were given to this card."))
@@ -69,11 +69,13 @@ def head(license: str, library: str) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
-def run_facts(folder: Path) -> dict[str, Any]:
-    """What a run left beside its weights: backbone.json, and the last value of each metric as `metrics`."""
-    folder = folder if folder.is_dir() else folder.parent
+def run_facts(ckpt: str) -> dict[str, Any]:
+    """What a run left beside its weights: a .json of their name, and the last value of each metric as `metrics`."""
+    path = shipped_file(ckpt) if ckpt.startswith("skipless:") else Path(ckpt).expanduser()
+    file = path / "backbone.json" if path.is_dir() else path.with_suffix(".json")
+    folder = file.parent
     try:
-        about = json.loads((folder / "backbone.json").read_bytes())
+        about = json.loads(file.read_bytes())
         if not isinstance(about, dict):
             return {}
         metrics: dict[str, Any] = {}

@@ -276,6 +276,8 @@ def test_card_says_what_the_run_recorded(runs: dict[str, Path], tmp_path: Path) 
     assert "data.path: somewhere/photos" in card
     assert "runs/a" not in card
     assert "mean of the patches" in card
+    shipped = (exported(Path("skipless:tiny"), tmp_path / "shipped", "safetensors") / "README.md").read_text()
+    assert "On `imagenette128`, 6 epochs of batches of 64, on Intel" in shipped
     other = exported(runs["residual"] / "backbone.safetensors", tmp_path / "other", "torch-export")
     assert "ask whoever trained these weights" in (other / "README.md").read_text()
 
