@@ -16,14 +16,16 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, call
 
+import skipless.__main__
 from skipless.common import cli
 from skipless.common.settings import OLD_NAMES, OLD_VALUES
 from skipless.datasets.public import places
 from skipless.eval import defaults
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+TUTORIALS = [page for page in PAGES if page.parent.name == "tutorials"]
 RECIPES = sorted([*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("experiments/*.yaml")])
 SCRIPTS = [
     path
@@ -169,6 +171,27 @@ def test_example_in_python(page: str, code: str) -> None:
         elif isinstance(node, ast.Import):
             for name in node.names:
                 importlib.import_module(name.name)
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_tutorial_runs_as_it_stands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # of the cache
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    names: dict[str, Any] = {}
+    outs = []
+    for language, text in parts(page)[1]:
+        if language == "python":
+            exec(compile(text, page.name, "exec"), names)
+            continue
+        for line in text.strip().replace("\\\n", " ").splitlines():
+            starter, *words = shlex.split(line)
+            assert starter == "skipless"
+            done = call(skipless.__main__.main, words)
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
+            outs += [Path(words[words.index("--out") + 1])] if "--out" in words else []
+    assert [out for out in outs if not out.exists()] == []
 
 
 def anchors(page: Path) -> set[str]:
