@@ -232,7 +232,8 @@ def repeat(name: str, lines: dict[str, list[str]], work: Path, rng: random.Rando
         if ended.code and "is there already" not in ended.said:  # killed behind its last change
             return kills, f"{name}: {ended.wrong or ended.said[-300:]}"
         results.append({path: digest for path, digest in measured(out).items() if not path.startswith((".", "cache"))})
-    lost = difference(*results)
+    left = [path.name for path in out.rglob(".*.unfinished-*")]
+    lost = difference(*results) or (f"left behind: {', '.join(left)}" if left else "")
     return kills, f"{name}: {lost}" if lost else ""
 
 
