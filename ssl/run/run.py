@@ -164,7 +164,7 @@ class Run:
         if self.first_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.folder)
-            for folder in (self.folder, self.folder / "checkpoints"):
+            for folder in (self.folder, self.folder / "checkpoints", self.folder / "pictures"):
                 for unfinished in folder.glob(".*.*.[0-9]*"):  # of a process that was killed while it wrote
                     unfinished.unlink()
             write_text(self.folder / "settings.yaml", yaml.safe_dump(written, sort_keys=False))

@@ -347,6 +347,8 @@ def test_a_disk_that_refuses_a_checkpoint(
     assert sorted(path.name for path in checkpoints.iterdir()) == ["last.pt", "step-5.pt"]
     (out / ".metrics.jsonl.123").touch()  # of a process that was killed while it wrote
     (checkpoints / ".step-10.pt.123").touch()
+    (out / "pictures").mkdir()
+    (out / "pictures/.pca-5.png.123").touch()
     train(photos, out, "--resume")
     assert_same_weights(out, reference)
     assert [path.name for path in out.rglob(".*")] == [".lock"]
