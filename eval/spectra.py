@@ -117,6 +117,9 @@ class AttentionJacobian:
         self.q, self.k, self.v = self.heads(projected, 3 * heads).unflatten(0, (3, heads)).contiguous()
         self.scale = self.q.shape[-1] ** -0.5
         self.maps = (self.q @ self.k.mT * self.scale).softmax(-1)
+        n = len(tokens)
+        fixed = torch.eye(n, dtype=torch.float64, device=tokens.device) - 1 / n if block.attn.shaped else 0.0
+        self.mixing = self.maps + fixed  # what the values are multiplied with
         self._inverses: tuple[Tensor, Tensor, Tensor] | None = None
 
     def heads(self, x: Tensor, count: int) -> Tensor:
@@ -130,7 +133,7 @@ class AttentionJacobian:
         dq, dk, dv = projected.unflatten(-3, (3, h)).unbind(-4)
         change = self.maps * (dq @ self.k.mT + self.q @ dk.mT) * self.scale
         change -= self.maps * change.sum(-1, keepdim=True)
-        y = ((change @ self.v + self.maps @ dv).transpose(-3, -2).flatten(-2) @ self.w_o).flatten(-2)
+        y = ((change @ self.v + self.mixing @ dv).transpose(-3, -2).flatten(-2) @ self.w_o).flatten(-2)
         return y + x if self.skip else y
 
     def transposed(self, y: Tensor) -> Tensor:
@@ -138,7 +141,7 @@ class AttentionJacobian:
         g = self.heads(y.view(self.shape) @ self.w_o.T, len(self.q))
         change = self.maps * (g @ self.v.mT)
         change = (change - self.maps * change.sum(-1, keepdim=True)) * self.scale
-        x = torch.cat([change @ self.k, change.mT @ self.q, self.maps.mT @ g])
+        x = torch.cat([change @ self.k, change.mT @ self.q, self.mixing.mT @ g])
         x = (x.transpose(0, 1).flatten(1) @ self.w_qkv.T).flatten()
         return x + y if self.skip else x
 
@@ -151,7 +154,7 @@ class AttentionJacobian:
         if self.skip:
             return x
         if self._inverses is None:
-            maps = _pseudo_inverse(self.maps)
+            maps = _pseudo_inverse(self.mixing)
             w_v = self.w_qkv[:, -self.shape[1] :]
             self._inverses = _pseudo_inverse(w_v), maps, _pseudo_inverse(self.w_o)
         w_v, maps, w_o = self._inverses

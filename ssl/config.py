@@ -263,6 +263,11 @@ def _check_model(model: ModelSettings, device: torch.device) -> None:
         given = [name for name in names if name in changed]
         if given and not getattr(model, part):
             raise ValueError(f"model.{given[0]} has no effect with model.{part} false; leave one of them out")
+        if given and part == "query_key" and model.shaped:
+            raise ValueError(
+                f"model.{given[0]} has no effect with model.shaped, where queries and keys start as ViT's usual ones; "
+                "leave one of them out"
+            )
     if model.beta == "auto" and model.residual:
         raise ValueError("model.beta auto is for skipless models, and model.residual is true; give a number")
     for name in ("alpha", "beta", "c", "depth_scale"):

@@ -106,7 +106,8 @@ def write_hugging_face(folder: Path, loaded: Loaded) -> Written:
 
 def hugging_face_ratio(a: dict[str, Any]) -> int | None:
     """`mlp_ratio` of Dinov2Model's that gives the MLPs of an architecture; None where it is no Dinov2Model."""
-    plain = a["residual"] and a.get("rope_base") is None and a.get("class_token", True) and not a.get("pre_norm")
+    usual = a.get("class_token", True) and not (a.get("pre_norm") or a.get("shaped"))
+    plain = a["residual"] and a.get("rope_base") is None and usual
     hidden = round(a["dim"] * a["mlp_ratio"])
     for ratio in range(1, 13):
         wide: int = a["dim"] * ratio
@@ -158,6 +159,7 @@ def write_timm(folder: Path, loaded: Loaded) -> Written:
         "no skip connections": not a["residual"],
         "rotary positions": a.get("rope_base") is not None,
         "gated MLPs": a.get("swiglu", False),
+        "shaped attention": a.get("shaped", False),
         f"norms with an epsilon of {a.get('norm_eps', 1e-6):g}": a.get("norm_eps", 1e-6) > 1e-6,
     }
     if found := [name for name, there in hindrances.items() if there]:

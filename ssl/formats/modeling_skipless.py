@@ -53,7 +53,7 @@ class Block(nn.Module):
     def __init__(self, a: dict[str, Any]):
         super().__init__()
         dim, hidden, eps = a["dim"], round(a["dim"] * a["mlp_ratio"]), a.get("norm_eps", 1e-6)
-        self.residual, self.heads = a["residual"], a["heads"]
+        self.residual, self.heads, self.shaped = a["residual"], a["heads"], a.get("shaped", False)
         self.act = ACTIVATIONS[a.get("activation", "gelu")]
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
         self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
@@ -70,7 +70,10 @@ class Block(nn.Module):
         q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        branch = self.attn["proj"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        gathered = F.scaled_dot_product_attention(q, k, v)
+        if self.shaped:  # maps of I + softmax - 1 / T
+            gathered = gathered + v - v.mean(2, keepdim=True)
+        branch = self.attn["proj"](gathered.transpose(1, 2).flatten(2))
         branch = branch * self.ls1["gamma"] if self.scaled else branch
         x = x + branch if self.residual else branch
         y = self.norm2(x)

@@ -166,3 +166,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, groups: Groups, setting: Backend 
         heads_first = (x.unflatten(0, (batch, length)).transpose(1, 2) for x in qkv)  # [B, heads, L, d_h]
         outputs.append(F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(0, 1).flatten(1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def centered(v: Tensor, groups: Groups) -> Tensor:
+    """v [T, heads, d_h] minus its mean over each sequence of a packed batch, [T, heads * d_h].
+
+    Added to `attention`, it makes the map of every head I + softmax(q k^T / sqrt(d_h)) - 1 / length: where queries and
+    keys are still near 0, the identity, but one whose softmax learns.
+    """
+    parts = []
+    for (batch, length), part in zip(groups, v.flatten(1).split([b * n for b, n in groups]), strict=True):
+        sequences = part.unflatten(0, (batch, length))
+        parts.append((sequences - sequences.mean(1, keepdim=True)).flatten(0, 1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

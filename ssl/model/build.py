@@ -69,6 +69,9 @@ class ModelSettings:
     use mean: near-identity attention starves a class token, and the loss would stay at ln K."""
     registers: int = 0
     """Register tokens; 4 in DINOv2."""
+    shaped: bool = False
+    """Attention maps of I + softmax - 1 / tokens (arXiv 2306.17759, 2311.01906) in place of softmax: they begin as the
+    identity and yet learn, so that a skipless model's attention does. A departure from arXiv 2510.00345."""
     layer_scale: float | None = None
     """Initial scale of each branch (DINOv2: 1e-5). Residual models only."""
     drop_path: float = 0.0
@@ -133,6 +136,7 @@ def build_backbone(
         image_size=image_size,
         attention=model.attention,
         checkpoint_activations=model.checkpoint_activations,
+        shaped=model.shaped,
     )
     if fresh and initialization_of(model) != "default":
         skipless_init_(backbone, **initialization_arguments(model), seed=seed)

@@ -56,6 +56,8 @@ def skipless_init_(
 ) -> nn.Module:
     """Initialize the blocks of a transformer in place, for training without skip connections.
 
+    Shaped attention is the identity where queries and keys are small, so they stay as they are there.
+
     Works on `skipless.ssl.model.vit.VisionTransformer`, timm's, `nn.TransformerEncoder` with `norm_first=True` and
     transformers' `ViTModel`: see `skipless.ssl.model.foreign`, whose `remove_skips_` makes residual ones skipless. All
     of them get the same matrices for the same seed. Embeddings and norms stay as they are. Biases of the initialized
@@ -100,6 +102,7 @@ def skipless_init_(
         hidden, d = block.first.weight.shape
         _check_mirrored(d, hidden, block.activation, block.name)
     generator = torch.Generator().manual_seed(seed)
+    query_key = query_key and not (isinstance(model, VisionTransformer) and model.architecture.get("shaped"))
     for number, block in enumerate(blocks):
         hidden, d = block.first.weight.shape
         if value_output:

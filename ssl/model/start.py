@@ -126,6 +126,11 @@ def require_same(backbone: VisionTransformer, loaded: Loaded) -> None:
             f"{where} is {' and '.join(differing)}, and the run's model is {asked}: "
             f"give --model.dim {there['dim']} --model.depth {there['depth']} --model.heads {there['heads']}"
         )
+    shaped = there.get("shaped", False)
+    if shaped != here.get("shaped", False):
+        raise ValueError(
+            f"{where} has {'' if shaped else 'no '}shaped attention: give --model.shaped {str(shaped).lower()}"
+        )
     other: dict[str, Any] = {
         "gated MLPs": there.get("swiglu"),
         "rotary positions": "rope_base" in there,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from skipless.common.precision import for_checkpoint
-from skipless.ssl.model.attention import Backend, Groups, attention
+from skipless.ssl.model.attention import Backend, Groups, attention, centered
 
 Kind = Literal["tokens", "keys", "queries", "values"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
@@ -48,6 +48,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 # they are others.
 USUAL: dict[str, Any] = {
     "swiglu": False, "rope_base": None, "norm_eps": 1e-6, "activation": "gelu", "class_token": True, "pre_norm": False,
+    "shaped": False,
 }  # fmt: skip
 
 
@@ -76,9 +77,9 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, shaped: bool = False):
         super().__init__()
-        self.num_heads = heads
+        self.num_heads, self.shaped = heads, shaped
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -91,7 +92,8 @@ class Attention(nn.Module):
         q, k, v = self.split(x)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        return self.proj(attention(q, k, v, groups, backend))
+        gathered = attention(q, k, v, groups, backend)
+        return self.proj(gathered + centered(v, groups) if self.shaped else gathered)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -146,12 +148,13 @@ class Block(nn.Module):
         swiglu: bool = False,
         norm_eps: float = 1e-6,
         activation: Activation = "gelu",
+        shaped: bool = False,
     ):
         super().__init__()
         self.residual = residual
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, heads)
+        self.attn = Attention(dim, heads, shaped)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         hidden = round(dim * mlp_ratio)
@@ -229,6 +232,8 @@ class VisionTransformer(nn.Module):
         activation: of the MLPs; quick_gelu is CLIP's.
         class_token: without one (SigLIP), the mean of the patches stands for CLS in `features`; there is no training.
         pre_norm: a LayerNorm before the first block (CLIP).
+        shaped: the map of every attention head is I + softmax - 1 / tokens in place of softmax (shaped attention,
+            arXiv 2306.17759 and 2311.01906, with its three numbers held at 1). No weights are added.
 
     Raises:
         ValueError: a setting that contradicts another one, naming both.
@@ -261,6 +266,7 @@ class VisionTransformer(nn.Module):
         activation: Activation = "gelu",
         class_token: bool = True,
         pre_norm: bool = False,
+        shaped: bool = False,
     ):
         super().__init__()
         self.architecture: dict[str, Any] = {
@@ -270,7 +276,7 @@ class VisionTransformer(nn.Module):
         }  # fmt: skip
         more = {
             "swiglu": swiglu, "rope_base": rope_base, "norm_eps": norm_eps, "activation": activation,
-            "class_token": class_token, "pre_norm": pre_norm,
+            "class_token": class_token, "pre_norm": pre_norm, "shaped": shaped,
         }  # fmt: skip
         _require_consistent(self.architecture | more)
         self.architecture |= {name: value for name, value in more.items() if value != USUAL[name]}
@@ -295,7 +301,8 @@ class VisionTransformer(nn.Module):
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.norm_pre = nn.LayerNorm(dim, eps=norm_eps) if pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
-            Block(dim, heads, mlp_ratio, residual, layer_scale, rate, swiglu, norm_eps, activation) for rate in rates
+            Block(dim, heads, mlp_ratio, residual, layer_scale, rate, swiglu, norm_eps, activation, shaped)
+            for rate in rates
         )
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
 
