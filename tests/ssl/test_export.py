@@ -23,6 +23,7 @@ SETTINGS = {"epochs": 3, "batch_size": 8, "out": "runs/a", "data": {"path": "som
 ABOUT = {"settings": SETTINGS, "pool": "mean", "hardware": "an abacus", "commit": "c0ffee"}
 MODELS: dict[str, dict[str, Any]] = {
     "skipless": {"residual": False},
+    "shaped": {"residual": False, "shaped": True},
     "residual": {"registers": 2, "layer_scale": 0.5, "position_offset": 0.0, "position_antialias": True},
     "gates and rotary positions": {"swiglu": True, "rope_base": 100.0, "registers": 1, "norm_eps": 1e-3},
     "without a class token": {"class_token": False, "pre_norm": True, "activation": "quick_gelu"},
@@ -220,6 +221,8 @@ def test_skipless_models_are_for_automodel_and_not_for_timm(runs: dict[str, Path
     words = ["--ckpt", runs["skipless"], "--to", "timm", "--out", tmp_path / "timm"]
     assert "has no skip connections, which timm" in error_line(call(export.main, words).stderr)
     assert not (tmp_path / "timm").exists()
+    words[1] = make_run(tmp_path / "shaped", residual=True, shaped=True)
+    assert "has shaped attention, which timm" in error_line(call(export.main, words).stderr)
 
 
 @pytest.mark.parametrize("name", ["skipless", "residual", "gates and rotary positions"])

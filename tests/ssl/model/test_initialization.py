@@ -116,6 +116,17 @@ def test_each_part_can_be_left_out() -> None:
             assert torch.equal(differs, expected), name
 
 
+def test_shaped_attention_begins_as_the_identity_and_learns() -> None:
+    model = skipless_init_(VisionTransformer(D, 2, HEADS, patch=4, residual=False, image_size=16, shaped=True))
+    block, tokens = model.blocks[0], torch.randn(17, D)
+    expected = block.attn.proj(block.attn.qkv(tokens).chunk(3, dim=1)[2])
+    gathered = block.attn(tokens, ((1, 17),), "sdpa")
+    assert (gathered - expected).norm() < 0.02 * expected.norm()
+    (gathered * torch.randn(17, D)).sum().backward()
+    of_queries, of_keys, of_values = (part.norm() for part in block.attn.qkv.weight.grad.chunk(3))
+    assert min(of_queries, of_keys) > 0.001 * of_values  # attention that a large beta makes diagonal has next to none
+
+
 def test_seed_decides_and_the_global_state_does_not() -> None:
     a = fresh(seed=3).state_dict()
     model = vit_tiny(residual=False, depth=1)

@@ -175,6 +175,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(photos: Path, t
     assert "is 36 wide and 3 heads" in refused(source(dim=36))
     assert "--model.dim 36 --model.depth 2 --model.heads 3" in refused(source(dim=36))
     assert "has gated MLPs" in refused(source(swiglu=True))
+    assert "has shaped attention: give --model.shaped true" in refused(source(shaped=True))
+    assert "has no shaped attention: give --model.shaped false" in refused(source(), "--model.shaped=true")
     assert "has rotary positions" in refused(source(rope_base=100.0))
     assert "model.beta has no effect with model.from" in refused(source(), "--model.beta=0.5")
     assert "no such checkpoint" in error_line(call(pretrain.main, [*words, "--model.from", tmp_path / "x"]).stderr)

@@ -97,6 +97,7 @@ MODELS = {
     "attention diagonal": ({"preset": "small", "diagonal": 2.0}, 100.0),
     "ours": ({"preset": "small"}, 1.0),
     "paper's": ({"preset": "paper-dino"}, 1.0),
+    "shaped": ({"preset": "small", "shaped": True}, 1.0),
     "default, residual": ({"residual": True}, 1.0),
     "layer scale": ({"residual": True, "layer_scale": 0.1}, 1.0),
     "tokens alike": ({"preset": "paper-dino"}, 0.03),

@@ -112,10 +112,10 @@ def small_model(residual: bool, **kwargs: object) -> VisionTransformer:
     return model
 
 
-@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize(("residual", "shaped"), [(True, False), (False, False), (False, True)])
 @pytest.mark.parametrize("registers", [0, 2])
-def test_packed_forward_and_backward_equal_one_size_at_a_time(residual: bool, registers: int) -> None:
-    model = small_model(residual, registers=registers)
+def test_packed_forward_and_backward_equal_one_size_at_a_time(residual: bool, shaped: bool, registers: int) -> None:
+    model = small_model(residual, registers=registers, shaped=shaped)
     crops = [torch.randn(2, 3, 16, 16), torch.randn(3, 3, 8, 8), torch.randn(1, 3, 8, 20)]
     weights = [torch.randn(b, 1 + registers + n, 32) for b, n in ((2, 16), (3, 4), (1, 10))]
 
@@ -145,11 +145,13 @@ def test_attention_of_a_packed_batch_is_softmax_within_each_sequence(groups: lis
     torch.testing.assert_close(attention(q, k, v, tuple(groups), "sdpa"), expected)
 
 
-def test_skipless_block_is_attention_then_mlp_and_nothing_else() -> None:
-    block = small_model(residual=False).blocks[0].double()
+@pytest.mark.parametrize("shaped", [False, True])
+def test_skipless_block_is_attention_then_mlp_and_nothing_else(shaped: bool) -> None:
+    block = small_model(residual=False, shaped=shaped).blocks[0].double()
     x = torch.randn(5, 32, dtype=torch.float64)
     q, k, v = block.attn.qkv(block.norm1(x)).view(5, 3, 4, 8).permute(1, 2, 0, 3)
-    mixed = ((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(0, 1).reshape(5, 32)
+    maps = (q @ k.mT / 8**0.5).softmax(-1) + shaped * (torch.eye(5) - 1 / 5)
+    mixed = (maps @ v).transpose(0, 1).reshape(5, 32)
     y = block.attn.proj(mixed)
     hidden = torch.nn.functional.gelu(block.mlp.fc1(block.norm2(y)))
     torch.testing.assert_close(block(x, ((1, 5),), "sdpa"), block.mlp.fc2(hidden))
