@@ -83,8 +83,7 @@ def follow(grids: Iterable[Tensor], first_mask: np.ndarray, settings: Propagatio
             small = np.array(
                 Image.fromarray(first_mask).resize((grid.shape[1], grid.shape[0]), Image.Resampling.NEAREST)
             )
-            classes = torch.from_numpy(small).long().to(grid.device)
-            start = unit, F.one_hot(classes, int(first_mask.max()) + 1).to(unit)
+            start = unit, F.one_hot(torch.from_numpy(small).long(), int(first_mask.max()) + 1).to(unit)
             continue
         features, labels = zip(start, *recent, strict=True)
         found = propagate(unit, torch.stack(features), torch.stack(labels), settings)

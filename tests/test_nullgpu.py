@@ -5,10 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import NullGPU, logged
 from PIL import Image
+
+from skipless.datasets.synthetic.moving import write_moving_scenes
 
 TINY = [
     "--device=cuda", "--batch_size=8", "--epochs=2", "--log_every=3", "--model.dim=64", "--model.depth=2",
@@ -42,6 +45,8 @@ EVALUATIONS = {
     "retrieval": [*DENSE, "--data.train_split=train", "--k=5"],
     "clustering": [*DENSE, "--seeds=2"],
     "discovery": ["--data.name=folder", "--method=tokencut"],
+    "video": ["--size=64"],
+    "depth": ["--data.name=depth", "--size=32", "--head.epochs=1"],
 }
 
 
@@ -74,9 +79,16 @@ def alone(
     commands["distill"] = ["skipless.ssl.distill", f"--out={folder / 'distill'}", *distillation, *TINY]
     commands["distill"] += ["--monitor.every_epochs=0", "--optimizer.name=soap"]
     data = dict.fromkeys(EVALUATIONS, tiny_voc) | {"knn": color_classes, "linear": color_classes, "discovery": photos}
+    data |= {"video": folder / "videos", "depth": folder / "rooms"}
+    write_moving_scenes(data["video"], videos=1, frames=4, size=64)
+    for place in ("images", "depth"):
+        (data["depth"] / place).mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (40, 32), (60 * i, 99, 99)).save(data["depth"] / f"images/{i}.png")
+        np.save(data["depth"] / f"depth/{i}.npy", np.full((32, 40), 1.0 + i))
     for task, more in EVALUATIONS.items():
         where = [f"--ckpt={tiny_ckpt}", f"--data.root={data[task]}", f"--out={folder / task}", *more]
-        where += [] if task == "discovery" else [f"--cache={folder / 'cache'}"]
+        where += [] if task in ("discovery", "video") else [f"--cache={folder / 'cache'}"]
         commands[task] = [f"skipless.eval.{task}", "--device=cuda", "--workers=0", *where]
     commands["pca"] = ["skipless.eval.pca", f"--ckpt={tiny_ckpt}", f"--images={photos}", "--size=64", "--device=cuda"]
     commands["pca"] += [f"--out={folder / 'pca.png'}"]

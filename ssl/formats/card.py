@@ -21,6 +21,10 @@ NO_SKIPS = (
     "Do not load the weights into another library's ViT: names and shapes fit, but it adds skip connections, and its "
     "features are others."
 )
+ONE_SIZE = (
+    "At {side} x {side} pixels features are those of the run; at other sizes they differ a little, for this library "
+    "interpolates positions in its own way. `skipless export --size` makes them for another size."
+)
 
 
 def model_card(loaded: Loaded, name: str, written: Written, license: str, results: Sequence[Path]) -> str:
@@ -45,6 +49,7 @@ def model_card(loaded: Loaded, name: str, written: Written, license: str, result
         f"{architecture['image_size']} pixels.",
         f"## Load\n\n```python\n{written.load.replace('FOLDER', name)}\n```",
         *([] if architecture["residual"] else [NO_SKIPS]),
+        *([] if written.any_size else [ONE_SIZE.format(side=architecture["image_size"])]),
         f"`images` are RGB in [0, 1], less the mean {list(loaded.mean)}, divided by {list(loaded.std)}."
         + (" For a vector of an image take the mean of the patches, as in training." if loaded.pool == "mean" else ""),
     ]

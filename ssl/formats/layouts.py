@@ -101,7 +101,8 @@ def write_hugging_face(folder: Path, loaded: Loaded) -> Written:
         model = AutoModel.from_pretrained(folder).eval()
         return lambda images: split(model(pixel_values=images).last_hidden_state, prefix, images, a["patch"])
 
-    return Written(reload, AUTOMODEL.format(""), "transformers")
+    same_rule = not a["position_offset"] and a["position_antialias"] == bool(a["registers"])
+    return Written(reload, AUTOMODEL.format(""), "transformers", any_size=same_rule)
 
 
 def hugging_face_ratio(a: dict[str, Any]) -> int | None:
@@ -196,7 +197,8 @@ def write_timm(folder: Path, loaded: Loaded) -> Written:
         model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         return lambda images: split(model.forward_features(images), prefix, images, a["patch"])
 
-    return Written(reload, TIMM, "timm")
+    same_rule = not a["position_offset"] and a["position_antialias"]
+    return Written(reload, TIMM, "timm", any_size=same_rule)
 
 
 def split(tokens: Tensor, prefix: int, images: Tensor, patch: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Evaluation
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
@@ -15,8 +15,9 @@ from sklearn.metrics import accuracy_score, fbeta_score, jaccard_score
 
 from skipless.eval import saliency
 from skipless.eval.backbones import load_backbone
+from skipless.eval.objects.bilateral import bilateral_solver
 from skipless.eval.objects.localization import tokencut
-from skipless.eval.saliency import compare
+from skipless.eval.saliency import compare, f_curve
 
 PATCH = 8  # of tiny_ckpt
 SIZES = [(44, 59), (37, 50), (64, 33)]  # width, height; none a multiple of the patch in both
@@ -41,6 +42,54 @@ def test_empty_masks() -> None:
     assert compare(none, some) == (0, 0, 0)
     assert compare(some, none) == (0, 0, 0)
     assert compare(none, none) == (1, 1, 1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.just(3))), st.integers(0, 99))
+def test_the_bilateral_solver_cell_by_cell(image: np.ndarray, seed: int) -> None:
+    """The system of the paper's equations 7 and 8, over cells of 16 pixels, 16 levels of luma and 8 of chroma."""
+    image = image // 64 * 8  # few cells
+    mask = np.random.default_rng(seed).random(image.shape[:2]) < 0.4
+    cells: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for i, j in np.ndindex(mask.shape):
+        r, g, b = map(float, image[i, j])
+        y = 0.299 * r + 0.587 * g + 0.114 * b
+        u = 128 - 0.168736 * r - 0.331264 * g + 0.5 * b
+        v = 128 + 0.5 * r - 0.418688 * g - 0.081312 * b
+        cells.setdefault((j // 16, i // 16, int(y / 16), int(u / 8), int(v / 8)), []).append((i, j))
+    apart = np.abs(np.array(list(cells))[:, None] - np.array(list(cells))).sum(-1)
+    blur = 10.0 * (apart == 0) + (apart == 1)
+    count = np.array([len(pixels) for pixels in cells.values()], float)
+    n = np.ones(len(cells))
+    for _ in range(10):
+        n = np.sqrt(n * count / (blur @ n))
+    laplacian = np.diag(n * (blur @ n)) - n[:, None] * blur * n
+    wanted = [sum(bool(mask[pixel]) for pixel in pixels) for pixels in cells.values()]
+    shades = np.linalg.solve(256 * laplacian + 0.999 * np.diag(count), 0.999 * np.array(wanted, float))
+    expected = np.empty(mask.shape)
+    for shade, pixels in zip(shades, cells.values(), strict=True):
+        for pixel in pixels:
+            expected[pixel] = shade
+    np.testing.assert_allclose(bilateral_solver(image, mask), expected, atol=2e-3)
+
+
+def test_masks_of_patches_come_nearer_to_borders(ecssd: Path) -> None:
+    """Of a disc that was cut into patches of 8 pixels."""
+    image = np.array(Image.open(ecssd / "images/0000.jpg"))
+    truth = np.array(Image.open(ecssd / "ground_truth_mask/0000.png")) > 127
+    coarse = np.kron(truth[4::8, 4::8], np.ones((8, 8), bool))[: truth.shape[0], : truth.shape[1]]
+    coarse = np.pad(coarse, [(0, side - own) for side, own in zip(truth.shape, coarse.shape, strict=True)])
+    refined = bilateral_solver(image, coarse) > 0.5
+    assert compare(refined, truth)[1] > compare(coarse, truth)[1] + 0.02
+
+
+@given(st.data())
+def test_f_at_every_threshold_is_that_of_the_mask_above_it(data: st.DataObject) -> None:
+    truth = data.draw(MASK)
+    shades = data.draw(arrays.arrays(float, truth.shape, elements=st.floats(-0.1, 1.1)))
+    curve = f_curve(shades, truth)
+    for step in (0, 1, 128, 254):
+        assert curve[step] == pytest.approx(compare(shades > step / 255, truth)[0])
 
 
 @pytest.fixture
@@ -102,6 +151,16 @@ def test_a_set_is_measured(command: Evaluation, ecssd: Path, tiny_ckpt: Path, tm
     few = command.measure("--limit=2")
     assert (few["images"], "SUBSET, 2 of 1,000" in few["details"]["data"]) == (2, True)
     assert f"{100 * measured[1]:.1f}" in (tmp_path / "out" / "saliency.md").read_text()
+
+
+def test_masks_are_refined(command: Evaluation, ecssd: Path, tmp_path: Path) -> None:
+    plain = command.measure("--untrained=true")
+    result = command.written(tmp_path, "--untrained=true", "--bilateral-solver=true")
+    assert result["protocol"] == "ecssd-tokencut/bilateral-solver"
+    assert result["details"]["without_solver"]["IoU"] == plain["details"]["IoU"]["value"]
+    assert result["details"]["IoU"]["value"] != plain["details"]["IoU"]["value"]
+    assert "With a bilateral solver." in (tmp_path / "saliency.md").read_text()
+    assert "leave out every-block" in command.refused("--bilateral-solver=true", "--every-block")
 
 
 def test_an_interrupted_run_goes_on(command: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,12 +158,13 @@ def test_automodel_reads_our_own_layout(
 
 
 # Who interpolates positions by the same rule; the others have the same features at the grid's own size.
-SAME_RULE = {"timm": "exact and antialiased", "hf": "exact"}
+SAME_RULE = {"timm": ["exact and antialiased", "with registers"], "hf": ["exact", "with registers"]}
 RESIDUAL: dict[str, dict[str, Any]] = {
     "plain": {},
     "registers and layer scale": {"registers": 2, "layer_scale": 0.5},
     "exact": {"position_offset": 0.0, "activation": "gelu_tanh"},
     "exact and antialiased": {"position_offset": 0.0, "position_antialias": True},
+    "with registers": {"position_offset": 0.0, "position_antialias": True, "registers": 2, "layer_scale": 0.5},
     "gates": {"swiglu": True, "mlp_ratio": 8 / 3, "layer_scale": 1.0},
 }
 
@@ -193,8 +194,9 @@ def test_layouts_of_timm_and_hugging_face(form: str, name: str, tmp_path: Path) 
     for size in (None, 48):
         out = exported(run, tmp_path / f"out {size}", form, *(["--size", size] if size else []))
         compute = reread(form, out)
-        side = size or 32
-        sizes = [(side, side), *([(24, 56)] if SAME_RULE[form] == name and not size else [])]
+        side, said = size or 32, (out / "README.md").read_text()
+        assert (f"At {side} x {side} pixels features are those of the run" in said) == (name not in SAME_RULE[form])
+        sizes = [(side, side), *([(24, 56)] if name in SAME_RULE[form] and not size else [])]
         with torch.no_grad():
             for height, width in sizes:
                 pictures = images(height, width)

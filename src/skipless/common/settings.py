@@ -68,6 +68,7 @@ LATER: dict[str, Any] = {
     "share": 1,
     "seeds": 1,
     "limit": None,
+    "bilateral_solver": False,
 }
 # Numbers that may be negative: a cosine.
 SIGNED = ("tau",)
