@@ -64,7 +64,7 @@ LISTS = (
 # Numbers that may be negative: a cosine.
 SIGNED = ("tau",)
 PLACES = ("out", "cache", "figure")  # that are written to
-SECONDS = 30  # of a processor that a check may take; four times as many of a clock, where other work shares it
+SECONDS = 30  # of a processor that a check may take; ten times as many of a clock, where other work shares it
 MEMORY = 6 * 2**30  # bytes of addresses that a draw may ask for beside what is there
 
 
@@ -149,7 +149,7 @@ def outcome(main: Callable[[list[str]], object], words: list[str], odd: bool) ->
     printed, errors, status = io.StringIO(), io.StringIO(), 0
     for number in (signal.SIGALRM, signal.SIGPROF):
         signal.signal(number, hung)
-    signal.alarm(4 * SECONDS)
+    signal.alarm(10 * SECONDS)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):

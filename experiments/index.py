@@ -136,6 +136,13 @@ SPECIAL: dict[str, tuple[str, Callable[[Result], str]]] = {
         "Kills, full disks, flipped bits, hostile files, absurd settings",
         lambda r: f"{sum(row['tried'] for row in r['details']):,} tries, {len(r['lost'])} lost",
     ),
+    "fuzzing": (
+        "Settings that nobody means, given to every command",
+        lambda r: (
+            f"{sum(row[end] for row in r['details'] for end in ('refused', 'accepted', 'findings')):,} draws, "
+            f"{len(r['findings'])} findings"
+        ),
+    ),
     "soap-step": ("SOAP's step alone", soap),
     "start-up and memory": ("Start and memory of many small images", start_up),
     "train-step": ("The training step", train_step),

@@ -3,18 +3,22 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import Evaluation
+import yaml
+from helpers import ROOT, Evaluation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
+from skipless.common import cli
+from skipless.common.settings import flat, plain
 from skipless.datasets.synthetic.moving import write_moving_scenes
-from skipless.eval import video
+from skipless.eval import depth, video
 from skipless.eval.metrics import boundary_accuracy, region_similarity, video_scores
 from skipless.eval.propagation import PropagationSettings, follow, pixel_mask, propagate
 
@@ -161,6 +165,14 @@ def test_videos_are_measured(command: Evaluation, davis: Path, tmp_path: Path) -
     changed = command.measure("--propagation.topk=3", "--limit=1", "--blocks=1")
     assert changed["protocol"] == "davis17-propagation/dino/64px/blocks-1 (changed)"
     assert changed["images"] == 1
+
+
+@pytest.mark.parametrize(("name", "module"), [("davis17", video), ("nyuv2", depth)])
+def test_files_of_protocols_are_the_defaults(name: str, module: Any) -> None:
+    path = ROOT / f"configs/evaluation/{name}.yaml"
+    given, default = (cli.parse(module.Settings, ["--ckpt=x", *more]) for more in (["--config", str(path)], []))
+    assert given == default
+    assert flat(yaml.safe_load(path.read_text())).items() <= flat(plain(default)).items()
 
 
 def test_an_interrupted_run_goes_on(command: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
