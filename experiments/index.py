@@ -132,6 +132,14 @@ SPECIAL: dict[str, tuple[str, Callable[[Result], str]]] = {
         "Linear segmentation by stage",
         lambda r: "; ".join(f"{row['stage']} {row['ratio']:.1f}" for row in r["details"]) + " times as fast as plain",
     ),
+    "hypotheses": (
+        "Trials of what lets attention learn without skips",
+        lambda r: (
+            f"{len({row['trial'] for row in r['details']})} changes; loss without skips "
+            f"{min(row['held_out'] for row in r['details'] if row['kind'] == 'skipless'):.3f} to "
+            f"{max(row['held_out'] for row in r['details'] if row['kind'] == 'skipless'):.3f}"
+        ),
+    ),
     "stress": (
         "Kills, full disks, flipped bits, hostile files, absurd settings",
         lambda r: f"{sum(row['tried'] for row in r['details']):,} tries, {len(r['lost'])} lost",
