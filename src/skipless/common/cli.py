@@ -153,6 +153,8 @@ def guard(command: Callable[[], object]) -> None:
     except Exception as error:
         from jsonargparse import ArgumentError
 
+        if isinstance(error, MemoryError):
+            error.with_traceback(None)  # whose frames hold what filled the memory
         ours = isinstance(error, ValueError | OSError | ArgumentError)
         if ours or lacks_memory(error) or _lost_worker(error) or _lost_process(error):
             who = f" (process {distributed.rank()})" if distributed and distributed.rank() else ""
