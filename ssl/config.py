@@ -278,7 +278,7 @@ def _check_model(model: ModelSettings, device: torch.device) -> None:
             )
     if not model.depth_scale > 0:
         raise ValueError(f"model.depth_scale is {model.depth_scale:g}; it must be positive")
-    if model.depth > DEEPEST:
+    if (model.depth or 0) > DEEPEST:
         raise ValueError(f"model.depth is {model.depth:,}; give at most {DEEPEST:,} blocks")
     if model.patch < 1:
         raise ValueError(f"model.patch is {model.patch}; it must be at least 1")
