@@ -124,6 +124,12 @@ class Backbone(Loaded):
         x, mean, std = pixels.permute(0, 3, 1, 2).float() / 255, mean[:, None, None], std[:, None, None]
         return (x - mean) / std
 
+    def __call__(self, images: Tensor) -> Tensor:
+        """The vector of each normalized image [B, 3, H, W], as the head read it in training: [B, D], the mean of the
+        last block's patches or its class token."""
+        patches, cls = self.features(images)[0]
+        return patches.mean((1, 2)) if self.pool == "mean" else cls
+
     @torch.no_grad()
     def features(
         self, images: Tensor, blocks: Sequence[int] = (-1,), kind: FeatureKind = "tokens", norm: bool = True

@@ -1,6 +1,7 @@
 """A picture of the views a network sees of one image: the crops of ssl/data/crops.py, drawn.
 
 python eval/crop_sheet.py --image photo.jpg --out sheet.png --crops.global_crops_size 224 --seed 0
+python eval/crop_sheet.py --image photo.jpg --config configs/vits16_skipless_soap.yaml    # the crops of a recipe
 """
 
 import skipless.common.interruption  # noqa: F401
@@ -55,7 +56,7 @@ def show(settings: Settings) -> None:
     print(f"{out}: {width} x {height} pixels; a row: the image, {views}")
 
 
-main = partial(cli.run, show, Settings, __doc__)
+main = partial(cli.run, show, Settings, __doc__, part="crops")
 
 if __name__ == "__main__":
     main()

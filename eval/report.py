@@ -19,6 +19,7 @@ import skipless.common.interruption  # noqa: F401
 import contextlib
 import io
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import partial
@@ -252,7 +253,10 @@ def make_report(settings: Settings) -> Path:
         measurements = []
         for task in planned(settings, candidate, folder):
             if measured(task, candidate.backbone) is None:
-                print(f"{candidate.name} ({number} of {len(candidates)}): {task.name}", flush=True)
+                anew = ", anew: with other settings" if task.result.exists() else ""
+                print(f"{candidate.name} ({number} of {len(candidates)}): {task.name}{anew}", flush=True)
+                if anew:
+                    shutil.rmtree(task.result.parent)
                 run_quietly(task)
             result = measured(task, candidate.backbone)
             assert result is not None
@@ -361,10 +365,10 @@ def run_quietly(task: Task) -> None:
 
 
 def measured(task: Task, backbone: Backbone) -> dict[str, Any] | None:
-    """The result of a task, if it is there.
+    """The result of a task, if it is there and of these settings.
 
     Raises:
-        ValueError: what is there is of other settings or weights, and measuring would overwrite it.
+        ValueError: what is there is damaged, or of other weights, and measuring would overwrite it.
     """
     if not task.result.exists():
         return None
@@ -378,10 +382,11 @@ def measured(task: Task, backbone: Backbone) -> dict[str, Any] | None:
             raise ValueError(reason)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{task.result} is damaged or no result: delete it, and it is measured again") from None
-    if not same or differing:
-        why = f"other settings ({', '.join(differing)})" if differing else "other weights"
-        raise ValueError(f"{task.result} is of {why}: give another --out or other --names, or delete its folder")
-    return result
+    if not same:
+        raise ValueError(
+            f"{task.result} is of other weights: give another --out or other --names, or delete its folder"
+        )
+    return None if differing else result
 
 
 def collected(settings: Settings, candidate: Candidate, known: list[dict[str, Any]]) -> list[dict[str, Any]]:

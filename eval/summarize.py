@@ -2,8 +2,9 @@
 
     python eval/summarize.py runs/residual runs/skipless --out results/pretraining/imagenette_cpu
 
-writes imagenette_cpu.json (for machines) and imagenette_cpu.md (for people): what the k-NN monitor measured in every
-block before and after training, on which hardware, in how much time.
+writes imagenette_cpu.json (for machines) and imagenette_cpu.md (for people): what the monitor measured in every block
+(k-NN where there were labels, mean share and effective rank) before and after training, on which hardware, in how
+much time.
 """
 
 import skipless.common.interruption  # noqa: F401
@@ -47,14 +48,15 @@ def _result(run: Path) -> dict[str, Any]:
         raise ValueError(f"{run} is no finished pretraining run: it has no backbone.json")
     about = json.loads((run / "backbone.json").read_text())
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    measured = [entry for entry in entries if "monitor/knn" in entry]
+    measured = [entry for entry in entries if "monitor/effective_rank" in entry]
     if not measured:
-        raise ValueError(f"{run} was not monitored: its images had no class folders, or the monitor was off")
+        raise ValueError(f"{run} was not monitored: the monitor was off")
     if measured[-1]["step"] != about["step"]:
         raise ValueError(f"{run} was last measured at step {measured[-1]['step']}, not at its end, {about['step']}")
-    curve = [{"epoch": m["epoch"], "knn": m["monitor/knn"][-1], "best_knn": max(m["monitor/knn"])} for m in measured]
+    labeled = [entry for entry in measured if "monitor/knn" in entry]
+    curve = [{"epoch": m["epoch"], "knn": m["monitor/knn"][-1], "best_knn": max(m["monitor/knn"])} for m in labeled]
     states = {
-        when: {name: entry[f"monitor/{name}"] for name in NAMES}
+        when: {name: entry[f"monitor/{name}"] for name in NAMES if f"monitor/{name}" in entry}
         for when, entry in (("untrained", measured[0]), ("trained", measured[-1]))
     }
     settings = about.pop("settings")
@@ -63,10 +65,10 @@ def _result(run: Path) -> dict[str, Any]:
     settings["data"]["path"], settings["out"] = "/".join(path.parts[-2:]), run.name
     return {
         "task": "pretraining",
-        "protocol": f"knn-monitor/{settings['monitor']['k']}-nn-{about['pool']}",
+        "protocol": f"knn-monitor/{settings['monitor']['k']}-nn-{about['pool']}" if labeled else "monitor/no-labels",
         "dataset": dataset_name(path),
-        "metric": "top-1",
-        "value": states["trained"]["knn"][-1],
+        "metric": "top-1" if labeled else "effective rank",
+        "value": states["trained"]["knn" if labeled else "effective_rank"][-1],
         "name": run.name,
         "details": {**states, "curve": curve, "final_loss": [e["loss"] for e in entries if "loss" in e][-1]},
         "settings": settings,
@@ -82,23 +84,25 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for result in results:
-        before, after = (result["details"][when]["knn"] for when in ("untrained", "trained"))
-        best = max(range(len(after)), key=after.__getitem__)
-        lines.append(
-            f"| {result['name']} | {100 * before[-1]:.1f} "
-            f"| {100 * after[-1]:.1f} ({100 * (after[-1] - before[-1]):+.1f}) "
-            f"| {100 * after[best]:.1f} (block {best + 1}) | {result['details']['final_loss']:.3f} "
-            f"| {result['seconds'] / 60:.1f} |"
-        )
-    depth = max(len(result["details"]["trained"]["knn"]) for result in results)
+        cells = "| - | - | -"  # of a run without labels
+        if "knn" in result["details"]["trained"]:
+            before, after = (result["details"][when]["knn"] for when in ("untrained", "trained"))
+            best = max(range(len(after)), key=after.__getitem__)
+            cells = f"| {100 * before[-1]:.1f} | {100 * after[-1]:.1f} ({100 * (after[-1] - before[-1]):+.1f}) "
+            cells += f"| {100 * after[best]:.1f} (block {best + 1})"
+        loss, minutes = result["details"]["final_loss"], result["seconds"] / 60
+        lines.append(f"| {result['name']} {cells} | {loss:.3f} | {minutes:.1f} |")
+    depth = max(len(result["details"]["trained"]["effective_rank"]) for result in results)
     lines += ["", "By block, untrained -> trained:", ""]
     lines += ["| run | | " + " | ".join(str(i + 1) for i in range(depth)) + " |", "|---|---|" + "---|" * depth]
     for result in results:
         for name, title in NAMES.items():
+            if name not in result["details"]["trained"]:
+                continue
             digits, factor = {"knn": (1, 100), "mean_share": (2, 1), "effective_rank": (1, 1)}[name]
             before, after = (result["details"][when][name] for when in ("untrained", "trained"))
-            cells = [f"{factor * b:.{digits}f} -> {factor * a:.{digits}f}" for b, a in zip(before, after, strict=True)]
-            lines.append(f"| {result['name']} | {title} | " + " | ".join(cells) + " |")
+            blocks = [f"{factor * b:.{digits}f} -> {factor * a:.{digits}f}" for b, a in zip(before, after, strict=True)]
+            lines.append(f"| {result['name']} | {title} | " + " | ".join(blocks) + " |")
     facts = ("protocol", "hardware", "processes", "seed", "commit")
     lines += ["", "; ".join(f"{fact}: {', '.join(sorted({str(r[fact]) for r in results}))}" for fact in facts) + "."]
     return "\n".join(lines) + "\n"

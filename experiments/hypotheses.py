@@ -1,7 +1,7 @@
 """What lets attention learn without skip connections? Small changes, each tried on both kinds of models in minutes.
 
     python experiments/hypotheses.py --data imagenette128 --teacher weights/vit_small_patch14_saliency.safetensors
-    python experiments/hypotheses.py --data imagenette128 --teacher vits14.pth --only base "3 free heads" --seeds 0 1 2
+    python experiments/hypotheses.py --data imagenette128 --teacher dinov2.pth --only base "3 free heads" --seeds 0 1 2
 
 A trial is a short distillation: 12 blocks of 96 channels learn the patch tokens of a frozen teacher, from photographs
 of 112 pixels, 32 a step, for an epoch. What counts is the loss on 512 photographs that were held out. A trial changes

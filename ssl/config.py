@@ -35,6 +35,7 @@ from skipless.ssl.optim.optimizers import OptimizerSettings
 from skipless.ssl.run.folder import last_checkpoint
 from skipless.ssl.run.trackers import TrackerName
 
+DEEPEST = 1000  # blocks: ten times as many as any published Vision Transformer's
 LARGEST_FACTOR = 1000  # of an initialization: a hundred times the published ones
 
 
@@ -277,6 +278,8 @@ def _check_model(model: ModelSettings, device: torch.device) -> None:
             )
     if not model.depth_scale > 0:
         raise ValueError(f"model.depth_scale is {model.depth_scale:g}; it must be positive")
+    if (model.depth or 0) > DEEPEST:
+        raise ValueError(f"model.depth is {model.depth:,}; give at most {DEEPEST:,} blocks")
     if model.patch < 1:
         raise ValueError(f"model.patch is {model.patch}; it must be at least 1")
     choose_backend(device, model.attention)

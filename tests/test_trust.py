@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -136,3 +137,15 @@ def test_too_little_memory_is_a_sentence(error: Exception, said: str) -> None:
         raise error
 
     assert said in error_line(call(partial(cli.run, fail, Settings, None), []).stderr)
+
+
+def test_what_filled_the_memory_is_let_go_before_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[Group]] = []
+
+    def fail(_: Settings) -> None:
+        filling = Group()
+        held.append(weakref.ref(filling))
+        raise MemoryError
+
+    monkeypatch.setattr(cli, "sentence", lambda _: str(held[0]()))
+    assert error_line(call(partial(cli.run, fail, Settings, None), []).stderr) == "None"

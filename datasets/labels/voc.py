@@ -56,7 +56,8 @@ def voc_segmentation(root: str | Path, split: str) -> SegmentationSet:
         if not augmented.is_dir() or not ("trainaug.txt" in available or {"train.txt", "aug.txt"} <= available):
             raise FileNotFoundError(
                 f"{folder}: trainaug needs SBD's masks as PNG in SegmentationClassAug, and the list "
-                "ImageSets/Segmentation/trainaug.txt, or train.txt and aug.txt"
+                "ImageSets/Segmentation/trainaug.txt, or train.txt and aug.txt; to learn from VOC's own masks give "
+                "--data.train_split train"
             )
         if "trainaug.txt" in available:
             names = read_names(lists / "trainaug.txt")

@@ -1,5 +1,6 @@
 """Shared by the figures: which images, at which size the network sees them, their grid, and how the file is written."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from skipless.common.files import printable, write_atomically
 from skipless.common.pixels import resample
-from skipless.datasets.images import open_images, read_image
+from skipless.datasets.images import UnreadableImage, open_images, read_image
 from skipless.eval.backbones import Backbone
 
 matplotlib.use("Agg")
@@ -24,17 +25,25 @@ ENDINGS = (".png", ".pdf", ".svg")
 
 def pick_images(path: str | Path, count: int) -> list[tuple[str, np.ndarray]]:
     """Names and pixels uint8 [H, W, 3] of at most `count` images, evenly spread over a folder or zip archive, or of one
-    image file.
+    image file. Of a folder, those that cannot be read are left out, and named.
 
     Raises:
-        ValueError, FileNotFoundError: no images there, or an unreadable one.
+        ValueError, FileNotFoundError: no images there, or none that can be read.
     """
     path = Path(path).expanduser()
     if path.is_file() and path.suffix.lower() != ".zip":
         return [(printable(path.name), read_image(path))]
     source = open_images(path)
     rows = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int))
-    return [(printable(Path(source.names[row]).name), source.read(int(row))) for row in rows.tolist()]
+    pictures = []
+    for row in rows.tolist():
+        try:
+            pictures.append((printable(Path(source.names[row]).name), source.read(row)))
+        except UnreadableImage as error:
+            print(f"left out: {error}", file=sys.stderr)
+    if not pictures:
+        raise ValueError(f"none of {len(rows)} images of {path} can be read")
+    return pictures
 
 
 def fit(picture: np.ndarray, size: int, backbone: Backbone) -> np.ndarray:

@@ -63,8 +63,9 @@ class RunLog:
         self.bar = tqdm(
             total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05, mininterval=0.5, disable=None
         )
-        self.start, self.total = start, total
-        self.began = self.last_line = time.monotonic()
+        self.total = total
+        self.last_line = time.monotonic()
+        self.warm: tuple[int, float] | None = None  # step and time from which on speed says how long the rest takes
 
     def advance(self) -> None:
         """Move the progress bar by one step."""
@@ -130,10 +131,12 @@ class RunLog:
             return
         self._on_screen(lambda: self.bar.set_postfix_str(text))
         now = time.monotonic()
+        warm_step, since = self.warm = self.warm or (step, now)  # the first steps compile, and start workers
         if self.bar.disable and step < self.total and now - self.last_line > 30:
             self.last_line = now
-            left = (now - self.began) / (step - self.start) * (self.total - step)
-            self.say(f"step {step:,} of {self.total:,}, {duration(left)} left; {text}")
+            left = (now - since) / max(1, step - warm_step) * (self.total - step)
+            said = f", {duration(left)} left" if step > warm_step else ""
+            self.say(f"step {step:,} of {self.total:,}{said}; {text}")
 
     def say(self, text: str) -> None:
         """A line for people, above the progress bar."""

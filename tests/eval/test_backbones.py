@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import sines, tiny_vit
+from helpers import sines, tiny_backbone, tiny_vit
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer as TimmViT
@@ -703,3 +703,12 @@ def test_loads_a_trained_vit_under_the_names_of_dinov2() -> None:
     (found,) = backbone.features(backbone.normalize(np.zeros((1, 56, 84, 3), np.uint8)))
     assert found.patches.shape == (1, 4, 6, 384)
     assert found.patches.isfinite().all()
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", None])
+def test_a_backbone_gives_the_vector_that_its_head_read(pool: str | None) -> None:
+    backbone = replace(tiny_backbone(), pool=pool)
+    images = torch.randn(2, 3, 32, 32)
+    tokens = backbone.model(images)  # [B, 1 + registers + patches, D], after the final norm
+    expected = tokens[:, 1:].mean(1) if pool == "mean" else tokens[:, 0]
+    torch.testing.assert_close(backbone(images), expected)

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers import refusal
+from helpers import ROOT, refusal
 from PIL import Image
 
 from skipless.eval.crop_sheet import main
@@ -22,6 +22,16 @@ def test_the_command_writes_a_sheet(tmp_path: Path, local: list[str]) -> None:
         colors = {color for _, color in sheet.getcolors()}
     assert colors == {(250, 10, 10), (255, 255, 255)}  # red, not blue
     assert sorted(os.listdir(tmp_path)) == ["a.png", "sheet.png"]
+
+
+def test_the_crops_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    recipe = ROOT / "configs/demo.yaml"  # four local crops, and an `out` of its own
+    main([f"--image={tmp_path}/a.png", f"--config={recipe}", f"--out={tmp_path}/sheet.png"])
+    assert "2 global, 4 local" in capsys.readouterr().out
+    (tmp_path / "other.yaml").write_text("epochs: 3\n")
+    line = refusal(main, [f"--image={tmp_path}/a.png", f"--config={tmp_path}/other.yaml"], capsys)
+    assert "there is no setting epochs" in line
 
 
 def test_the_flag_of_earlier_versions_and_the_default_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The commands that draw figures: PCA pictures, attention maps, similarity."""
 
 import re
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from skipless.eval import attention_maps, pca, similarity
 from skipless.eval.backbones import load_backbone
+from skipless.eval.figures.pictures import pick_images
 from skipless.eval.figures.similarity import draw_similarity, patch_similarity
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.run.checkpoints import export_backbone
@@ -281,3 +283,17 @@ def test_a_picture_of_one_pixel(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / "a.png").exists()
     sentence = refusal(pca.main, words(folder, "pca", *more, "--size=8"), capsys)
     assert "there are 1 patches, and three colors need three: give a larger --size" in sentence
+
+
+def test_images_of_a_folder_that_cannot_be_read_are_left_out_and_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = shutil.copytree(folder / "images", tmp_path / "images")
+    (images / "b.png").write_bytes(b"no image")
+    assert [name for name, _ in pick_images(images, 3)] == ["a.png", "c.png"]
+    assert "left out:" in (said := capsys.readouterr().err)
+    assert "b.png" in said
+    for name in ("a.png", "c.png"):
+        (images / name).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"none of 3 images of .* can be read"):
+        pick_images(images, 3)

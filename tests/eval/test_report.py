@@ -136,11 +136,16 @@ def test_what_is_measured_is_not_measured_again(again: Any, capsys: pytest.Captu
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_other_settings_and_other_weights_are_not_taken_for_the_same(
+def test_other_settings_are_measured_anew_and_other_weights_refused(
     again: Any, checkpoints: list[Path], capsys: pytest.CaptureFixture
 ) -> None:
-    _, words = again
-    assert "other settings (seed)" in refusal(main, [*words, "--seed", "1"], capsys)
+    out, words = again
+    before = {path: path.read_bytes() for path in (out / "results").rglob("*.json")}
+    main([*words, "--seed", "1", "--tasks", "knn"])
+    assert "deep (1 of 2): knn, anew: with other settings" in capsys.readouterr().out
+    changed = {path for path, content in before.items() if path.read_bytes() != content}
+    assert {path.name for path in changed} == {"knn.json"}
+    assert {json.loads(path.read_text())["seed"] for path in changed} == {1}
     swapped = [*words, "--ckpt", *map(str, checkpoints[::-1]), "--names", "deep", "shallow <b>"]
     assert "other weights" in refusal(main, swapped, capsys)
 
@@ -155,8 +160,8 @@ def test_results_of_another_precision_are_not_taken_for_the_same(again: Any, cap
     main([*words, "--tasks", "knn"])
     assert "(1 of 2): knn" not in capsys.readouterr().out
     if has_bf16(torch.device("cpu")):  # elsewhere bf16 is the same
-        line = refusal(main, [*words, "--tasks", "knn", "--precision", "bf16"], capsys)
-        assert "knn.json is of other settings (precision)" in line
+        main([*words, "--tasks", "knn", "--precision", "bf16"])
+        assert "deep (1 of 2): knn, anew" in capsys.readouterr().out
 
 
 def test_results_made_elsewhere_are_collected_by_their_weights(

@@ -179,6 +179,14 @@ def test_summary_tells_first_and_last_measurement(tmp_path: Path) -> None:
     assert result["details"]["final_loss"] == 2.0
     assert result["dataset"] == "imagenette"
     assert "| arm | 10.0 | 25.0 (+15.0) | 50.0 (block 1) | 2.000 | 2.0 |" in table([result])
+    without = [{name: value for name, value in line.items() if name != "monitor/knn"} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in without))
+    (unlabeled,), _ = summarize([run])
+    assert (unlabeled["metric"], unlabeled["value"], unlabeled["details"]["curve"]) == ("effective rank", 2, [])
+    both = table([result, unlabeled])
+    assert "| arm | - | - | - | 2.000 | 2.0 |" in both
+    assert both.count("| arm | k-NN top-1, % |") == 1
+    assert both.count("| arm | effective rank | 3.0 -> 3.0 | 2.0 -> 2.0 |") == 2
     with pytest.raises(ValueError, match="no finished pretraining run"):
         summarize([tmp_path])
 

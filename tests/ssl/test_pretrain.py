@@ -633,6 +633,7 @@ def test_a_killed_loader_process_is_named(photos: Path, tmp_path: Path) -> None:
         (["--model.residual=true", "--model.init=small", "--model.beta=auto"], ["model.beta", "model.residual"]),
         (["--model.beta=high"], ["model.beta", "high"]),
         (["--model.residual=false", "--model.query_key=false", "--model.beta=2"], ["model.beta", "model.query_key"]),
+        (["--model.depth=292540"], ["model.depth is 292,540", "1,000"]),
         (["--model.depth_scale=0"], ["model.depth_scale is 0", "positive"]),
         (["--out={reference}"], ["already holds a run", "--resume"]),
         (["--out={reference}", "--resume", "--model.dim=64"], ["another architecture", "dim is 32 there and 64 here"]),

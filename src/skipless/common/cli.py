@@ -53,6 +53,7 @@ def run(
     positional: bool = False,
     recipe: Callable[[Any], Path] | None = None,
     fill: Fill | None = None,
+    part: str | None = None,
 ) -> None:
     """Call `command` with the settings of the command line; whatever the user can mend ends in a sentence.
 
@@ -63,13 +64,14 @@ def run(
         recipe: from what was parsed, the file of settings that comes before the user's own.
         fill: from the names of the required settings that are missing, and the words of the command line, words with
             some of them.
+        part: the group of settings that is taken from files of other commands.
 
     Exits with status 2 after an error, 130 after an interruption, 128 + its number after a signal on which a run saved
     itself, 141 when nobody reads its output any more.
     """
     file = "/".join(Path(inspect.getsourcefile(command) or "command").parts[-2:])
     prog = sys.argv[0] if sys.argv[0].startswith("skipless ") else file  # the console command sets its own
-    read = functools.partial(parse, positional=positional, recipe=recipe, fill=fill)
+    read = functools.partial(parse, positional=positional, recipe=recipe, fill=fill, part=part)
     guard(lambda: command(read(settings, arguments, prog, description)))
 
 
@@ -82,6 +84,7 @@ def parse(
     positional: bool = False,
     recipe: Callable[[Any], Path] | None = None,
     fill: Fill | None = None,
+    part: str | None = None,
 ) -> T:
     """The settings that a command line means; see `run`.
 
@@ -94,7 +97,7 @@ def parse(
         print(_help(settings, prog, description, positional, words))
         sys.exit(0)
     parser = _parser(settings, prog, description, positional)  # type: ignore[arg-type]  # types are hashable
-    words = canonical(settings, words, positional)
+    words = canonical(settings, words, positional, part)
     quiet = [word for word in words if not word.startswith("--print_config")]
     if fill is not None and quiet == words:
         try:
@@ -150,6 +153,8 @@ def guard(command: Callable[[], object]) -> None:
     except Exception as error:
         from jsonargparse import ArgumentError
 
+        if isinstance(error, MemoryError):
+            error.with_traceback(None)  # whose frames hold what filled the memory
         ours = isinstance(error, ValueError | OSError | ArgumentError)
         if ours or lacks_memory(error) or _lost_worker(error) or _lost_process(error):
             who = f" (process {distributed.rank()})" if distributed and distributed.rank() else ""
@@ -227,7 +232,7 @@ def sentence(error: BaseException) -> str:
     return f"{wrong[1]} is {wrong[3]!r}; give {' or '.join(wanted)}" if wanted else text
 
 
-def canonical(settings: type, words: Sequence[str], positional: bool = False) -> list[str]:
+def canonical(settings: type, words: Sequence[str], positional: bool = False, part: str | None = None) -> list[str]:
     """A command line as the parser takes it: today's names, and one word for each flag with its value or values."""
     kinds = dict(_leaves(settings))
     required = [field.name for field in dataclasses.fields(settings) if _required(field)] if positional else []
@@ -260,7 +265,7 @@ def canonical(settings: type, words: Sequence[str], positional: bool = False) ->
         if _is_list(kind) and value[:1] not in ("[", "") and value not in ("null", "None"):
             value = _listed([value], kind)
         if name == "config":
-            value = _with_names_of_today(value, kinds)
+            value = _with_names_of_today(value, kinds, part)
         elif not _is_setting(name, kinds) and name not in PARSERS_OWN:
             raise ValueError(f"there is no setting --{name}: {_nearest(name, kinds)}--help-all lists them all")
         if equals and not value.strip() and Path in (kind, *get_args(kind)):  # which would be the current folder
@@ -408,7 +413,7 @@ def _nearest(name: str, kinds: dict[str, Any]) -> str:
     return f"did you mean --{close[0]}? " if close else ""
 
 
-def _with_names_of_today(path: str, kinds: dict[str, Any]) -> str:
+def _with_names_of_today(path: str, kinds: dict[str, Any], part: str | None) -> str:
     """A file of settings, or its content where it has names or values of earlier versions.
 
     Raises:
@@ -431,6 +436,8 @@ def _with_names_of_today(path: str, kinds: dict[str, Any]) -> str:
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds no settings: give --config a YAML file with lines like 'epochs: 10'")
     today = renamed(tree)
+    if part in today and not all(_is_setting(name, kinds) for name in flat(today)):
+        today = {part: today[part]}
     for name in flat(today):
         if not _is_setting(name, kinds):
             raise ValueError(f"{path}: there is no setting {name}: {_nearest(name, kinds)}--help-all lists them all")
