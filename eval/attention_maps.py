@@ -92,7 +92,8 @@ def draw(settings: Settings) -> None:
         query = "mean"
         attention = look(query)
     who = {"cls": "CLS", "mean": "mean of patches"}.get(str(query), "patch")
-    title = f"block {block + 1}\n{who}"
+    part = ", the softmax of its shaped attention" if backbone.model.architecture.get("shaped") else ""
+    title = f"block {block + 1}{part}\n{who}"
     save_figure(draw_attention(pictures, attention, title, point, settings.width), out)
 
 

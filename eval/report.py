@@ -20,7 +20,8 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -255,9 +256,8 @@ def make_report(settings: Settings) -> Path:
             if measured(task, candidate.backbone) is None:
                 anew = ", anew: with other settings" if task.result.exists() else ""
                 print(f"{candidate.name} ({number} of {len(candidates)}): {task.name}{anew}", flush=True)
-                if anew:
-                    shutil.rmtree(task.result.parent)
-                run_quietly(task)
+                with put_aside(task.result.parent):
+                    run_quietly(task)
             result = measured(task, candidate.backbone)
             assert result is not None
             result["pictures"] = pictures_of(task.result, result)
@@ -277,6 +277,25 @@ def make_report(settings: Settings) -> Path:
     write_page(page, table, results, backbones, pictures, settings.size, plain(settings), command)
     print("\n" + markdown_table(table) + f"\nwritten: {page}, report.md, report.tex")
     return page
+
+
+@contextmanager
+def put_aside(folder: Path) -> Iterator[None]:
+    """Earlier results in a folder make room for new ones, and come back where these do not get done."""
+    aside = folder.with_name(f"{folder.name}.earlier")
+    if aside.exists():  # a killed process left it
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    if folder.exists():
+        folder.rename(aside)
+    try:
+        yield
+    except BaseException:
+        if aside.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_candidates(settings: Settings, device: Any) -> list[Candidate]:

@@ -87,6 +87,7 @@ def finished(run: Path) -> bool:
 
 def page_of(folders: list[Path], every: int | None) -> str:
     """The page as it is now; it reads itself again after `every` seconds."""
+    folders = list({folder.resolve(): folder for folder in folders}.values())
     names = [folder.resolve().name for folder in folders]
     if len({*names}) < len(names):
         names = [str(folder) for folder in folders]

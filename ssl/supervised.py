@@ -178,6 +178,11 @@ def check_and_resolve(cfg: Settings, images: LabeledSet, device: torch.device) -
     """Find contradictions before anything is built or written, and then see `resolve`."""
     if cfg.validate_every_epochs < 1:
         raise ValueError(f"validate_every_epochs is {cfg.validate_every_epochs}; it must be at least 1")
+    if cfg.model.pool == "gathering-cls" and cfg.model.shaped:
+        raise ValueError(
+            "model.pool gathering-cls starts from uniform attention, which shaped attention (model.shaped) takes away; "
+            "use mean"
+        )
     check(cfg, len(images), "data.root", Path(cfg.data.root).expanduser(), device)
     check_size("augmentation.size", cfg.augmentation.size, cfg.model.patch)
     return resolve(cfg, images, device, cfg.augmentation.size)

@@ -29,8 +29,8 @@ CLASSES = {
 
 
 def pascal_context(root: str | Path, split: str) -> SegmentationSet:
-    """Split train (4,996) or val (5,104), the lists of mmsegmentation; `root` is VOCdevkit or VOC2010. Value 0 is none
-    of the classes, and void.
+    """Split train (4,998) or val (5,105): VOC 2010's, as far as the authors labeled it (mmsegmentation's lists have
+    three images fewer). `root` is VOCdevkit or VOC2010. Value 0 is none of the classes, and void.
 
     Raises FileNotFoundError for a missing folder, list, image or mask, ValueError for a damaged list.
     """

@@ -17,9 +17,9 @@ from skipless.ssl.model.load import Loaded, shipped_file
 PRIVATE = ("out", "device", "resume", "wandb", "log_to", "keep", "log_every", "save_every_epochs", "data.workers")
 PAPER = "[Cutting the Skip: Training Residual-Free Transformers](https://arxiv.org/abs/2510.00345)"
 
-NO_SKIPS = (
-    "Do not load the weights into another library's ViT: names and shapes fit, but it adds skip connections, and its "
-    "features are others."
+OTHERS_DIFFER = (
+    "Do not load the weights into another library's ViT: names and shapes fit, but it {does}, and its features are "
+    "others."
 )
 ONE_SIZE = (
     "At {side} x {side} pixels features are those of the run; at other sizes they differ a little, for this library "
@@ -40,6 +40,8 @@ def model_card(loaded: Loaded, name: str, written: Written, license: str, result
     """
     architecture = loaded.model.architecture
     kind = "with skip connections" if architecture["residual"] else f"without skip connections ({PAPER})"
+    does = [] if architecture["residual"] else ["adds skip connections"]
+    does += ["has no shaped attention"] if architecture.get("shaped") else []
     parts = [
         head(license, written.library),
         f"# {name}",
@@ -48,7 +50,7 @@ def model_card(loaded: Loaded, name: str, written: Written, license: str, result
         f"registers, {sum(p.numel() for p in loaded.model.parameters()) / 1e6:.1f} M parameters; trained at "
         f"{architecture['image_size']} pixels.",
         f"## Load\n\n```python\n{written.load.replace('FOLDER', name)}\n```",
-        *([] if architecture["residual"] else [NO_SKIPS]),
+        *([OTHERS_DIFFER.format(does=" and ".join(does))] if does else []),
         *([] if written.any_size else [ONE_SIZE.format(side=architecture["image_size"])]),
         f"`images` are RGB in [0, 1], less the mean {list(loaded.mean)}, divided by {list(loaded.std)}."
         + (" For a vector of an image take the mean of the patches, as in training." if loaded.pool == "mean" else ""),

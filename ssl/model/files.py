@@ -17,8 +17,9 @@ from torch import Tensor
 Weights = Literal["teacher", "student"]
 
 ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pth.tar", ".pt.tar", ".tar")
-# A tensor in skipless weights, for which other libraries refuse them: with the same names they would add the skips.
-WITHOUT_SKIPS = "without_skip_connections"
+# Tensors for which other libraries refuse weights that they would compute something else with: with the same names they
+# would add the skips, and leave out what shapes attention.
+GUARDS = ("without_skip_connections", "with_shaped_attention")
 LARGEST_JSON = 2**22  # bytes; a description has hundreds
 # What else weights come in, and what to do.
 OTHERS = {
@@ -64,7 +65,7 @@ def read_checkpoint(path: Path, weights: Weights, beside: dict[str, Any]) -> Con
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
-                names = [name for name in file.keys() if name != WITHOUT_SKIPS]  # noqa: SIM118 (not a dict)
+                names = [name for name in file.keys() if name not in GUARDS]  # noqa: SIM118 (not a dict)
                 tensors = {name: file.get_tensor(name) for name in names}
                 stored = (file.metadata() or {}).get("architecture", "")
             if stored.startswith("{"):

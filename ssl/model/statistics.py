@@ -177,7 +177,8 @@ def cheap_conditioning(model: VisionTransformer, images: Tensor) -> dict[str, li
 
     Returns:
         One number a block for each of
-        "attention_entropy", "diagonal_share", "diagonal_gap", "diagonal_margin": mean over images, heads and tokens;
+        "attention_entropy", "diagonal_share", "diagonal_gap", "diagonal_margin": mean over images, heads and tokens; of
+        shaped attention the share on the whole map's diagonal, and all else of its softmax;
         "value_output_smallest", "value_output_largest", "value_output_condition": of W_V W_O;
         "mean_share", "effective_rank": of the patch tokens after the block, mean over the images;
         "kurtosis": of all tokens after the block, mean over the images.
@@ -186,11 +187,13 @@ def cheap_conditioning(model: VisionTransformer, images: Tensor) -> dict[str, li
     for block, before, after in model.walk(model.embed(images)):
         logits = attention_logits(block, block.norm1(before))
         maps = logits.softmax(-1)
+        n = maps.shape[-1]
+        used = maps + torch.eye(n, dtype=maps.dtype, device=maps.device) - 1 / n if block.attn.shaped else maps
         patches = after[:, model.prefix :]
         values = value_output_singular_values(block)
         numbers = {
             "attention_entropy": attention_entropy(maps),
-            "diagonal_share": diagonal_share(maps),
+            "diagonal_share": diagonal_share(used),
             "diagonal_gap": diagonal_gap(logits),
             "diagonal_margin": diagonal_margin(logits),
             "value_output_smallest": values[-1],

@@ -17,7 +17,7 @@ from skipless.common.files import refused, save_tensors, write_atomically, write
 from skipless.common.settings import renamed
 from skipless.ssl.dino import DINOModel
 from skipless.ssl.model.build import filled_backbone
-from skipless.ssl.model.files import WITHOUT_SKIPS
+from skipless.ssl.model.files import GUARDS
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.optim.optimizers import Optimizer
 from skipless.ssl.optim.sharded import ShardedOptimizer
@@ -102,11 +102,11 @@ def export_backbone(folder: Path, backbone: VisionTransformer, about: dict[str, 
     """Write backbone.safetensors (float32) and backbone.json (`architecture` and `about`) into a run's folder.
 
     The architecture is in the safetensors' metadata too: tensors do not tell heads, nor whether there are skips. Where
-    there are none, one tensor more keeps libraries whose networks add them from taking the others.
+    there are none, or attention is shaped, one tensor more keeps libraries whose networks differ from taking the rest.
     """
     tensors = {name: tensor.detach().cpu().float().contiguous() for name, tensor in backbone.state_dict().items()}
-    if not backbone.architecture["residual"]:
-        tensors[WITHOUT_SKIPS] = torch.ones(1)
+    guarded = (not backbone.architecture["residual"], backbone.architecture.get("shaped", False))
+    tensors |= {name: torch.ones(1) for name, there in zip(GUARDS, guarded, strict=True) if there}
     metadata = {"architecture": json.dumps(backbone.architecture)}
     write_atomically(folder / "backbone.safetensors", lambda beside: save_file(tensors, beside, metadata))
     write_text(folder / "backbone.json", json.dumps({"architecture": backbone.architecture, **about}, indent=1) + "\n")
@@ -128,7 +128,8 @@ def load_run_backbone(folder: str | Path) -> tuple[VisionTransformer, dict[str, 
         about = json.loads((folder / "backbone.json").read_bytes())
         architecture = about["architecture"]
         tensors = load_file(folder / "backbone.safetensors")
-        tensors.pop(WITHOUT_SKIPS, None)
+        for name in GUARDS:
+            tensors.pop(name, None)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{folder} holds a damaged backbone ({error}); export it again") from None
     if not isinstance(architecture, dict):

@@ -2,10 +2,13 @@
 
 import importlib
 import re
+import secrets
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+from skipless.common.files import write_text
 
 TrackerName = Literal["wandb", "mlflow", "trackio"]
 PROJECT = "skipless"
@@ -40,10 +43,10 @@ class Tracker:
             package.set_tag("folder", place)
             package.log_dict(settings, "settings.yaml")
         elif self.name == "trackio":
-            package.init(project=PROJECT, name=folder.name, config=settings, resume="allow")
+            package.init(project=PROJECT, name=own_name(folder, resumed), config=settings, resume="allow")
         else:
-            own = re.sub("[:;,#?/']", "-", folder.name)
-            package.init(project=PROJECT, id=own, dir=folder, config=settings, resume="allow")
+            own = re.sub("[:;,#?/']", "-", own_name(folder, resumed))
+            package.init(project=PROJECT, id=own, name=folder.name, dir=folder, config=settings, resume="allow")
         return package
 
     def metrics(self, values: dict[str, float], step: int) -> None:
@@ -66,3 +69,12 @@ class Tracker:
             self.package.end_run()
         else:
             self.package.finish()
+
+
+def own_name(folder: Path, resumed: bool) -> str:
+    """The name of a run among all of a tracker's: its folder's and a random end, kept in the folder for when the run is
+    resumed."""
+    kept = folder / ".tracker"
+    if not (resumed and kept.exists()):
+        write_text(kept, f"{folder.name}-{secrets.token_hex(4)}")
+    return kept.read_text()

@@ -150,6 +150,20 @@ def test_other_settings_are_measured_anew_and_other_weights_refused(
     assert "other weights" in refusal(main, swapped, capsys)
 
 
+def test_earlier_results_come_back_where_new_ones_do_not_get_done(
+    again: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(task: Any) -> None:
+        task.result.parent.mkdir()
+        raise FileNotFoundError(f"{task.name} is gone")
+
+    out, words = again
+    before = {path: path.read_bytes() for path in (out / "results").rglob("*") if path.is_file()}
+    monkeypatch.setattr("skipless.eval.report.run_quietly", fail)
+    assert refusal(main, [*words, "--seed", "1", "--tasks", "knn"], capsys) == "knn is gone"
+    assert {path: path.read_bytes() for path in (out / "results").rglob("*") if path.is_file()} == before
+
+
 def test_results_of_another_precision_are_not_taken_for_the_same(again: Any, capsys: pytest.CaptureFixture) -> None:
     """Those from before there was a choice are of float32."""
     out, words = again

@@ -48,7 +48,7 @@ def test_the_page_is_whole_and_needs_nothing_else(unlabeled: Path, tmp_path: Pat
     (labeled / "settings.yaml").write_text("epochs: 10\n")
     lines = [{"step": 0, "epoch": 0.0, "monitor/knn": [0.2, 0.3]}, {"step": 8, "epoch": 4.0, "monitor/knn": [0.2, 0.5]}]
     (labeled / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    watch.main([str(unlabeled), str(labeled), "--once"])
+    watch.main([str(unlabeled), str(labeled), f"{unlabeled}/", "--once"])  # one run twice is one run
     page = (unlabeled / "watch.html").read_text()
     assert 'http-equiv="refresh"' not in page
     assert re.findall(r'(?:src|href)="(?!data:|#)[^"]*', page) == []

@@ -10,6 +10,7 @@ import torch
 from helpers import call, logged, refusal, run_group
 
 from skipless.ssl.distill import main
+from skipless.ssl.monitor import Monitor
 from skipless.ssl.run.checkpoints import load_run_backbone
 from skipless.ssl.run.run import Run
 
@@ -30,6 +31,15 @@ def fit(words: list[object]) -> str:
     done = call(main, words)
     assert done.returncode == 0, done.stderr
     return done.stderr
+
+
+def test_monitor_sees_the_student_as_evaluations_do(
+    words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(Monitor, "__call__", lambda self, model, autocast: (seen.append(model.training), ({}, ""))[1])
+    fit(words(tmp_path / "run", "--model.residual=true", "--model.drop_path=0.1"))
+    assert seen == [False, False]
 
 
 def state(folder: Path) -> dict[str, Any]:

@@ -367,6 +367,8 @@ def test_validation_drops_no_paths(photos: Path) -> None:
         (["--accumulate=3"], ["batch_size 8", "3 micro-batches"]),
         (["--model.drop_path=0.1"], ["drop_path", "residual=False"]),
         (["--model.pool=max"], ["model.pool", "max"]),
+        (["--model.pool=gathering-cls", "--model.shaped"], ["gathering-cls", "use mean"]),
+        (["--model.shaped", "--model.beta=2"], ["model.beta has no effect with model.shaped"]),
         (["--model.init=default", "--model.beta=2"], ["model.beta", "model.init"]),
         (["--optimizer.warmup_epochs=3"], ["optimizer.warmup_epochs is 3", "3 epochs"]),
         (["--validate_every_epochs=0"], ["validate_every_epochs is 0"]),

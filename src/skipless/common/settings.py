@@ -63,6 +63,7 @@ LATER: dict[str, Any] = {
     "crops.gram_teacher_crops_size": None,
     "extend": None,
     "model.from_ckpt": None,
+    "model.shaped": False,
     "data.void": None,
     "data.annotations": None,
     "share": 1,

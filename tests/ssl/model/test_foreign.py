@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from skipless.ssl.model.foreign import remove_skips_
 from skipless.ssl.model.initialization import skipless_init_
+from skipless.ssl.model.load import load_vit
 from skipless.ssl.model.vit import VisionTransformer
 from skipless.ssl.run.checkpoints import export_backbone, load_run_backbone
 
@@ -229,6 +230,16 @@ def test_whole_timm_model_equals_ours() -> None:
     ours.load_state_dict(reference.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(reference.forward_features(images), ours([images])[0], atol=1e-9, rtol=0)
+
+
+def test_timm_refuses_weights_of_shaped_attention(tmp_path: Path) -> None:
+    shaped = perturb_(our_vit(residual=True, shaped=True))
+    export_backbone(tmp_path, shaped, {})
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"with_shaped_attention"'):
+        timm_vit().load_state_dict(load_file(tmp_path / "backbone.safetensors"))
+    images = torch.randn(2, 3, 16, 16)
+    for loaded in (load_run_backbone(tmp_path)[0], load_vit(str(tmp_path / "backbone.safetensors")).model):
+        torch.testing.assert_close(loaded([images])[0], shaped.eval()([images])[0])
 
 
 def test_timm_refuses_skipless_weights_until_their_mark_is_taken_off(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The initialization against its definition, on our models and on timm's; and the choice of beta."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import scipy.linalg
 import timm
 import torch
 
+from skipless.common.settings import LATER
 from skipless.ssl.model.build import ModelSettings, build_backbone
 from skipless.ssl.model.initialization import PRESETS, choose_beta, query_key_matrices, rank_kept, skipless_init_
 from skipless.ssl.model.vit import VisionTransformer, vit_tiny
@@ -125,6 +127,15 @@ def test_shaped_attention_begins_as_the_identity_and_learns() -> None:
     (gathered * torch.randn(17, D)).sum().backward()
     of_queries, of_keys, of_values = (part.norm() for part in block.attn.qkv.weight.grad.chunk(3))
     assert min(of_queries, of_keys) > 0.001 * of_values  # attention that a large beta makes diagonal has next to none
+
+
+def test_settings_that_came_later_say_what_earlier_runs_had() -> None:
+    earlier = {
+        "size", "dim", "depth", "heads", "patch", "residual", "init", "alpha", "beta", "c", "mlp", "pool", "registers",
+        "layer_scale", "drop_path", "attention", "checkpoint_activations",
+    }  # fmt: skip
+    names = {field.name for field in dataclasses.fields(ModelSettings)} - earlier
+    assert names == {name.removeprefix("model.") for name in LATER if name.startswith("model.")}
 
 
 def test_seed_decides_and_the_global_state_does_not() -> None:

@@ -343,6 +343,14 @@ def test_kurtosis_is_scipys() -> None:
     assert expected[0] > 10
 
 
+def test_diagonal_share_of_shaped_attention_is_that_of_its_whole_map() -> None:
+    model = small_model(preset="small", shaped=True)
+    for block in model.blocks:
+        block.attn.qkv.bias.zero_()  # as at the start
+    (first, _) = cheap_conditioning(model, torch.randn(2, 3, 12, 12, dtype=torch.float64))["diagonal_share"]
+    assert first == pytest.approx(1, abs=0.02)
+
+
 @pytest.mark.parametrize("arguments", [{"preset": "small", "registers": 2}, {"residual": True, "layer_scale": 0.3}])
 def test_walk_goes_the_way_of_the_model(arguments: dict[str, object]) -> None:
     model = small_model(**arguments)  # type: ignore[arg-type]

@@ -83,11 +83,18 @@ def test_a_run_tells_its_tracker_what_it_logs(
     import wandb
 
     first, *logged, last = wandb.lines
-    assert (first["id"], first["config"]["epochs"], last) == ("run", 1, "finished")
+    assert re.fullmatch(r"run-[0-9a-f]{8}", first["id"])
+    assert (first["name"], first["config"]["epochs"], last) == ("run", 1, "finished")
     steps = [values for _, values in logged if "train/loss" in values]
     assert [step for step, values in logged if "train/loss" in values] == [1, 2]
     assert {"schedule/lr", "speed/images_per_second", "train/gradient_norm"} <= steps[0].keys()
     assert any("val/top1" in values for _, values in logged)
+
+
+def test_a_run_that_begins_anew_is_another_and_a_resumed_one_the_same(tmp_path: Path) -> None:
+    first = trackers.own_name(tmp_path, resumed=False)
+    assert trackers.own_name(tmp_path, resumed=True) == first
+    assert trackers.own_name(tmp_path, resumed=False) != first
 
 
 def test_a_tracker_that_does_not_begin_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
