@@ -60,7 +60,7 @@ class Settings:
     runs: Path = Path("runs/hypotheses")
     """What trials leave, and the teacher's features."""
     out: Path = Path("results/analysis/hypotheses")
-    """OUT.json, OUT.md and OUT.svg."""
+    """OUT.json, OUT.md and OUT.png."""
 
 
 # The changes ----------------------------------------------------------------------------------------------------------
@@ -449,6 +449,23 @@ def collect(settings: Settings, trials: dict[str, Trial]) -> None:
     """Write the result of all trials there are."""
     rows = [json.loads(path.read_text()) for path in sorted(settings.runs.glob("*-seed*.json"))]
     rows.sort(key=lambda row: (list(trials).index(row["trial"]), row["kind"], row["seed"]))
+    result = {"task": "hypotheses", "dataset": settings.data.name, "seeds": list(settings.seeds), "details": rows}
+    write_result(settings.out, {**result, **provenance("cpu")}, table(rows))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    colors = dict(zip(dict.fromkeys(row["trial"] for row in rows), plt.get_cmap("tab20").colors, strict=False))
+    for kind, ax in zip(("skipless", "residual"), axes, strict=True):
+        for row in (row for row in rows if row["kind"] == kind and row["seed"] == rows[0]["seed"]):
+            steps = 10 * np.arange(1, 1 + len(row["curve"]))
+            ax.plot(steps, row["curve"], color=colors[row["trial"]], label=row["trial"], linewidth=1)
+        ax.set(title=kind, xlabel="step", ylim=(0.25, 0.45))
+    axes[0].set_ylabel("training loss")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    figure.savefig(settings.out.with_suffix(".png"), dpi=150)
+    plt.close(figure)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a line for each change, with the mean over its seeds."""
     lines = [
         f"Loss on {HELD_OUT} photographs held out, after short distillations (12 blocks of 96 channels, batches of 32,",
         "one epoch of imagenette unless said); mean and, in brackets, its seeds. Lower is better.",
@@ -456,24 +473,13 @@ def collect(settings: Settings, trials: dict[str, Trial]) -> None:
         "| change | skipless | residual |",
         "|---|---:|---:|",
     ]
-    for name in trials:
+    for name in dict.fromkeys(row["trial"] for row in rows):
         cells = []
         for kind in ("skipless", "residual"):
             values = [row["held_out"] for row in rows if (row["trial"], row["kind"]) == (name, kind)]
             cells.append(f"{np.mean(values):.4f} ({len(values)})" if values else "")
-        if any(cells):
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    result = {"task": "hypotheses", "dataset": settings.data.name, "seeds": list(settings.seeds), "details": rows}
-    write_result(settings.out, {**result, **provenance("cpu")}, "\n".join(lines) + "\n")
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True)
-    for kind, ax in zip(("skipless", "residual"), axes, strict=True):
-        for row in (row for row in rows if row["kind"] == kind and row["seed"] == rows[0]["seed"]):
-            ax.plot(10 * np.arange(1, 1 + len(row["curve"])), row["curve"], label=row["trial"], linewidth=1)
-        ax.set(title=kind, xlabel="step", ylim=(0.24, 0.45))
-    axes[0].set_ylabel("training loss")
-    axes[0].legend(fontsize=5)
-    figure.savefig(settings.out.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 main = partial(cli.run, run, Settings, __doc__)

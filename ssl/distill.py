@@ -108,9 +108,7 @@ def distill(cfg: Settings) -> Path:
 
     def measure(step: int) -> None:
         if run.measure_due(step, cfg.monitor.every_epochs, monitor.metric):
-            backbone.eval()
             run.log_values(step, *monitor(backbone, parallel.autocast))
-            backbone.train()
             meter.restart_clock()
 
     measure(start)

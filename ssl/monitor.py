@@ -114,7 +114,10 @@ class Monitor:
     def __call__(
         self, backbone: VisionTransformer, autocast: AbstractContextManager[Any]
     ) -> tuple[dict[str, list[float]], str | None, Sheets]:
-        """Metrics, each with a value a block, a line for people, and pictures. All processes must call it."""
+        """Metrics, each with a value a block, a line for people, and pictures: of the backbone as evaluations see it,
+        without stochastic depth. All processes must call it."""
+        training = backbone.training
+        backbone.eval()
         metrics: dict[str, list[float]] = {}
         text, sheets = None, Sheets()
         if self.pictures is not None:
@@ -130,6 +133,7 @@ class Monitor:
         if self.squares is not None:
             conditioning = cheap_conditioning(backbone, self.squares)
             metrics |= {f"monitor/conditioning/{name}": values for name, values in conditioning.items()}
+        backbone.train(training)
         return metrics, text, sheets
 
 

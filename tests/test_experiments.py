@@ -20,6 +20,7 @@ ROOT = helpers.ROOT
 run_py = helpers.load(ROOT / "experiments/run.py")
 index_py = helpers.load(ROOT / "experiments/index.py")
 tables_py = helpers.load(ROOT / "experiments/tables.py")
+hypotheses_py = helpers.load(ROOT / "experiments/hypotheses.py")
 masked_py = helpers.load(ROOT / "experiments/masked_tokens.py")
 # A training of milliseconds: its figure is given by its flags, and the seed adds a hundredth.
 FAKE = """
@@ -238,6 +239,11 @@ lines = [l | {f"monitor/conditioning/{name}": [2.0, l["step"] + 1] for name in (
 def test_published_table_is_what_its_result_gives(name: str) -> None:
     (path,) = (ROOT / "results").glob(f"*/{name}.json")
     assert tables_py.table(json.loads(path.read_text())) == path.with_suffix(".md").read_text()
+
+
+def test_published_table_of_hypotheses_is_what_its_result_gives() -> None:
+    path = ROOT / "results/analysis/hypotheses.json"
+    assert hypotheses_py.table(json.loads(path.read_text())["details"]) == path.with_suffix(".md").read_text()
 
 
 def test_index_of_results_is_what_the_command_writes_and_names_them_all() -> None:

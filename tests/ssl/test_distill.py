@@ -10,7 +10,8 @@ import torch
 from helpers import call, logged, refusal, run_group
 
 from skipless.ssl.distill import main
-from skipless.ssl.monitor import Monitor
+from skipless.ssl.model.vit import VisionTransformer
+from skipless.ssl.monitor import measure_blocks
 from skipless.ssl.run.checkpoints import load_run_backbone
 from skipless.ssl.run.run import Run
 
@@ -36,8 +37,13 @@ def fit(words: list[object]) -> str:
 def test_monitor_sees_the_student_as_evaluations_do(
     words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
-    monkeypatch.setattr(Monitor, "__call__", lambda self, model, autocast: (seen.append(model.training), ({}, ""))[1])
+    seen: list[bool] = []
+
+    def look(model: VisionTransformer, *rest: Any) -> Any:
+        seen.append(model.training)
+        return measure_blocks(model, *rest)
+
+    monkeypatch.setattr("skipless.ssl.monitor.measure_blocks", look)
     fit(words(tmp_path / "run", "--model.residual=true", "--model.drop_path=0.1"))
     assert seen == [False, False]
 
