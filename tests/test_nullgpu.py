@@ -203,7 +203,7 @@ def test_an_error_ends_its_process_though_others_wait_and_waiting_is_gloos(null_
     done = [folder / f"ending.{rank}.json" for rank in range(2)]
     null_gpu.run_script(Path(__file__).parent / "nullgpu/site/ending.py", 2, 100, [], done)
     failed, left = (json.loads(path.read_text()) for path in done)
-    assert (failed["status"], left["status"]) == (2, 1)
+    assert (failed["status"], left["status"]) == (2, 2)
     for ended in (failed, left):
         assert ended["before"] > 0
         assert ended["after"] == ended["before"]

@@ -124,10 +124,11 @@ def train_head(
     def losses(batch: np.ndarray) -> Iterator[Tensor]:
         nonlocal taken, learned
         taken += 1
-        truths = [torch.from_numpy(within(images.read_depth(int(row)), settings)).to(device) for row in batch]
-        known = [row for row, truth in enumerate(truths) if truth.isfinite().any()]
+        depths = [torch.from_numpy(within(images.read_depth(int(row)), settings)) for row in batch]
+        known = [row for row, depth in enumerate(depths) if depth.isfinite().any()]
         if not known:
             return
+        truths = [depth.to(device) for depth in depths]
         learned += 1
         maps = predict(head, features, batch[known], blocks, device)
         pairs = [

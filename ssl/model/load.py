@@ -96,7 +96,7 @@ def load_vit(ckpt: str | Path, weights: Weights = "teacher") -> Loaded:
     path = shipped_file(name) if name.startswith("skipless:") else Path(ckpt).expanduser()
     if path.is_dir():
         for sign, looks in FOLDERS.items():
-            if (path / sign).exists():
+            if (path / sign).exists() and not (path / "backbone.json").exists():  # sharded runs leave both
                 raise ValueError(f"{path} looks like {looks}")
         if not (path / "backbone.safetensors").exists() and (path / "config.json").exists():
             return _load_folder(name, path)
