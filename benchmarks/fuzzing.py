@@ -64,7 +64,7 @@ LISTS = (
 # Numbers that may be negative: a cosine.
 SIGNED = ("tau",)
 PLACES = ("out", "cache", "figure")  # that are written to
-SECONDS = 30  # of a processor that a check may take; ten times as many of a clock, where other work shares it
+SECONDS = 30  # that a check may take
 MEMORY = 6 * 2**30  # bytes of addresses that a draw may ask for beside what is there
 
 
@@ -147,10 +147,8 @@ def nonsense(name: str, kind: Any, value: str) -> bool:
 def outcome(main: Callable[[list[str]], object], words: list[str], odd: bool) -> str:
     """`refused` or `accepted`, or what is wrong."""
     printed, errors, status = io.StringIO(), io.StringIO(), 0
-    for number in (signal.SIGALRM, signal.SIGPROF):
-        signal.signal(number, hung)
-    signal.alarm(10 * SECONDS)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.signal(signal.SIGALRM, hung)
+    signal.alarm(SECONDS)
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
             main(words)
@@ -164,7 +162,6 @@ def outcome(main: Callable[[list[str]], object], words: list[str], odd: bool) ->
         return " / ".join(line.strip() for line in traceback.format_exc().splitlines()[-4:])
     finally:
         signal.alarm(0)
-        signal.setitimer(signal.ITIMER_PROF, 0)
     if status == 0:
         return "accepted nonsense" if odd else "accepted"
     last = errors.getvalue().rpartition("error: ")
