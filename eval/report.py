@@ -256,7 +256,7 @@ def make_report(settings: Settings) -> Path:
             if measured(task, candidate.backbone) is None:
                 anew = ", anew: with other settings" if task.result.exists() else ""
                 print(f"{candidate.name} ({number} of {len(candidates)}): {task.name}{anew}", flush=True)
-                with put_aside(task.result.parent):
+                with put_aside(task.result):
                     run_quietly(task)
             result = measured(task, candidate.backbone)
             assert result is not None
@@ -280,13 +280,14 @@ def make_report(settings: Settings) -> Path:
 
 
 @contextmanager
-def put_aside(folder: Path) -> Iterator[None]:
-    """Earlier results in a folder make room for new ones, and come back where these do not get done."""
-    aside = folder.with_name(f"{folder.name}.earlier")
+def put_aside(result: Path) -> Iterator[None]:
+    """An earlier result's folder makes room for a new one, and comes back where that does not get done. A folder
+    without a result stays: what was interrupted goes on in it."""
+    folder, aside = result.parent, result.parent.with_name(f"{result.parent.name}.earlier")
     if aside.exists():  # a killed process left it
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
-    if folder.exists():
+    if result.exists():
         folder.rename(aside)
     try:
         yield

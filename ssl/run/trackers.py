@@ -73,8 +73,10 @@ class Tracker:
 
 def own_name(folder: Path, resumed: bool) -> str:
     """The name of a run among all of a tracker's: its folder's and a random end, kept in the folder for when the run is
-    resumed."""
+    resumed. Runs that began before there was an end have none."""
     kept = folder / ".tracker"
-    if not (resumed and kept.exists()):
+    if resumed and not kept.exists():
+        return folder.name
+    if not resumed:
         write_text(kept, f"{folder.name}-{secrets.token_hex(4)}")
     return kept.read_text()

@@ -154,14 +154,20 @@ def test_earlier_results_come_back_where_new_ones_do_not_get_done(
     again: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def fail(task: Any) -> None:
-        task.result.parent.mkdir()
+        task.result.parent.mkdir(exist_ok=True)
+        (task.result.parent / "begun.jsonl").touch()
         raise FileNotFoundError(f"{task.name} is gone")
 
     out, words = again
     before = {path: path.read_bytes() for path in (out / "results").rglob("*") if path.is_file()}
     monkeypatch.setattr("skipless.eval.report.run_quietly", fail)
     assert refusal(main, [*words, "--seed", "1", "--tasks", "knn"], capsys) == "knn is gone"
+    begun = out / "results/deep/knn/begun.jsonl"
+    assert not begun.exists()
     assert {path: path.read_bytes() for path in (out / "results").rglob("*") if path.is_file()} == before
+    (out / "results/deep/knn/knn.json").unlink()  # what is begun and has no result yet goes on where it was
+    assert refusal(main, [*words, "--tasks", "knn"], capsys) == "knn is gone"
+    assert begun.exists()
 
 
 def test_results_of_another_precision_are_not_taken_for_the_same(again: Any, capsys: pytest.CaptureFixture) -> None:

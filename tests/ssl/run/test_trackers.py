@@ -92,6 +92,7 @@ def test_a_run_tells_its_tracker_what_it_logs(
 
 
 def test_a_run_that_begins_anew_is_another_and_a_resumed_one_the_same(tmp_path: Path) -> None:
+    assert trackers.own_name(tmp_path, resumed=True) == tmp_path.name  # of one that began before names had an end
     first = trackers.own_name(tmp_path, resumed=False)
     assert trackers.own_name(tmp_path, resumed=True) == first
     assert trackers.own_name(tmp_path, resumed=False) != first
