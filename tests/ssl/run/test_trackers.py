@@ -1,5 +1,6 @@
 """What a run tells other trackers than its own files: each of them offline, where it is installed."""
 
+import importlib.util
 import json
 import re
 import sqlite3
@@ -109,7 +110,8 @@ def test_a_tracker_that_does_not_begin_is_told_in_a_sentence(tmp_path: Path, mon
 def test_a_tracker_that_is_missing_is_named(
     color_classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "mlflow" else find(name, *rest))
     done = call(supervised.main, ["--data.root", color_classes, "--out", tmp_path / "run", "--log-to=mlflow"])
     assert done.returncode == 2
     assert "pip install mlflow" in done.stderr
